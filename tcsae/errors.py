@@ -1,0 +1,14 @@
+"""What a user can mend, and what stops a job on purpose."""
+
+from __future__ import annotations
+
+INTERRUPTED_EXIT_CODE = 75  # EX_TEMPFAIL: saved; the same command goes on from here
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A mistake or a condition the user can mend; its text is the whole message."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; everything that can be resumed has been saved."""

@@ -1,0 +1,193 @@
+"""Measures a saved SAE on held-out contexts: SAEBench's core metrics and the consistency suite.
+
+What is measured is the SAE as saved, on raw activations in float32; masked tokens (special, first,
+massive) enter no mean, and keep their original activation when the SAE is spliced into the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.config import Config, run_id
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import ActivationBatches, Batch
+from tcsae.files import make_folder, write_json
+from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics, next_token_ce, score_forward
+from tcsae.metrics.saebench_json import (
+    saebench_core_json,
+    saebench_eval_config,
+    weight_statistics,
+)
+from tcsae.metrics.suite import ConsistencySuite
+from tcsae.progress import Progress
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+ENCODE_CONTEXTS = 32
+MODEL_CONTEXTS = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`core`: the SAEBench document; `consistency`: {"summary", "per_feature"}; JSON-ready."""
+
+    core: dict[str, Any]
+    consistency: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        make_folder(folder)
+        write_json(folder / "core.json", self.core)
+        write_json(folder / "consistency.json", self.consistency)
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """Flat names and values of what people look at first."""
+        groups = self.core["eval_result_metrics"]
+        values = {f"eval/{k}": v for group in groups.values() for k, v in group.items()}
+        for name, entry in self.consistency["summary"]["metrics"].items():
+            values[f"eval/{name}"] = entry["energy_weighted"]
+        return values
+
+    def lines(self) -> list[str]:
+        """The headline as text, with intervals where there are some."""
+        groups = self.core["eval_result_metrics"]
+        shown = [
+            ("explained variance", "reconstruction_quality", "explained_variance"),
+            ("l2 ratio", "shrinkage", "l2_ratio"),
+            ("L0", "sparsity", "l0"),
+            ("share of live features", "misc_metrics", "frac_alive"),
+            ("CE loss score", "model_performance_preservation", "ce_loss_score"),
+            ("KL div score", "model_behavior_preservation", "kl_div_score"),
+        ]
+        out = [f"{label:<28} {_number(groups[group][key])}" for label, group, key in shown]
+        for name, label in (
+            ("C_8", "window consistency C_8"),
+            ("rho_1", "autocorrelation rho_1"),
+            ("tau_int", "correlation time (tokens)"),
+            ("omega_squared", "position share omega^2"),
+        ):
+            entry = self.consistency["summary"]["metrics"].get(name)
+            if entry is not None:
+                low, high = entry.get("energy_weighted_interval") or (None, None)
+                band = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+                out.append(f"{label:<28} {_number(entry['energy_weighted'])}{band}")
+        return out
+
+
+def _number(value: float | None) -> str:
+    return "  n/a" if value is None else f"{value:.3f}"
+
+
+@torch.inference_mode()
+def evaluate(
+    sae: SparseAutoencoder,
+    config: Config,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    stop: StopRequest,
+) -> Evaluation:
+    """Everything that is measured at the end of a run. Raises Interrupted if a signal comes."""
+    sae = sae.to(model.device).eval()
+    reconstruction, suite = _on_activations(sae, config, batches, stop)
+    behaviour = _on_the_model(sae, config, model, batches, stop)
+    summary = suite.summary()
+    core = saebench_core_json(
+        reconstruction=reconstruction.compute(),
+        features=reconstruction.compute_features(),
+        model=behaviour.compute(),
+        weights=weight_statistics(sae.W_enc, sae.W_dec, sae.b_enc),
+        eval_config=_eval_config(config, model, len(batches)),
+        eval_id=str(uuid.uuid4()),
+        datetime_epoch_millis=int(time.time() * 1000),
+        sae_lens_release_id=f"tcsae/{run_id(config)}",
+        sae_cfg_dict=config.dump(),
+        intervals=reconstruction.compute_intervals(config.evaluation.bootstrap)
+        | behaviour.compute_intervals(config.evaluation.bootstrap),
+    )
+    per_feature = {name: _json_list(values) for name, values in suite.per_feature().items()}
+    return Evaluation(core, {"summary": summary, "per_feature": per_feature})
+
+
+def _eval_config(config: Config, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
+    n_model = min(config.evaluation.model_contexts, n_contexts)
+    return saebench_eval_config(
+        model_name=config.model.name,
+        llm_dtype=str(model.dtype).removeprefix("torch."),
+        dataset=config.dataset.path or config.dataset.name,
+        context_size=config.dataset.context_size,
+        batch_size_prompts=MODEL_CONTEXTS,
+        n_eval_reconstruction_batches=-(-n_model // MODEL_CONTEXTS),
+        n_eval_sparsity_variance_batches=-(-n_contexts // MODEL_CONTEXTS),
+    ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
+
+
+def _json_list(values: Tensor) -> Any:
+    """Nested lists with None for NaN, rounded to what float32 carries."""
+    if values.dtype == torch.bool or not values.is_floating_point():
+        return values.tolist()
+    if values.ndim > 1:
+        return [_json_list(row) for row in values]
+    return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
+
+
+def _on_activations(
+    sae: SparseAutoencoder, config: Config, batches: ActivationBatches, stop: StopRequest
+) -> tuple[ReconstructionMetrics, ConsistencySuite]:
+    cfg, size = config.evaluation, config.dataset.context_size
+    reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
+    suite = ConsistencySuite(
+        sae.d_sae, size, max_lag=cfg.max_lag, windows=tuple(cfg.windows), n_boot=cfg.bootstrap
+    )
+    with Progress("evaluate features", len(batches) * size) as progress:
+        for batch in batches.in_order(ENCODE_CONTEXTS):
+            stop.check()
+            x = batch.x.float()
+            features = sae.encode(x)
+            reconstruction.update(x, sae.decode(features), features, valid=batch.valid)
+            suite.update(features, segments=batch.segments, valid=batch.valid, inputs=x)
+            progress.update(batch.valid.numel())
+    return reconstruction, suite
+
+
+def _on_the_model(
+    sae: SparseAutoencoder,
+    config: Config,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    stop: StopRequest,
+) -> ModelMetrics:
+    """Cross-entropy and KL with the SAE spliced in, and with the hook's tensor set to zero."""
+    metrics = ModelMetrics()
+    n_contexts = min(config.evaluation.model_contexts, len(batches))
+    with Progress("evaluate model", n_contexts * config.dataset.context_size) as progress:
+        for batch in batches.in_order(MODEL_CONTEXTS, n_contexts):
+            stop.check()
+            keep = batch.valid
+            clean = model.logits(batch.ids)
+            spliced = score_forward(
+                clean, model.logits(batch.ids, _splice(sae, batch)), batch.ids, keep
+            )
+            ablated = score_forward(
+                clean, model.logits(batch.ids, torch.zeros_like), batch.ids, keep
+            )
+            metrics.add(next_token_ce(clean, batch.ids, keep), spliced, ablated, keep=keep)
+            progress.update(batch.ids.numel())
+    return metrics
+
+
+def _splice(sae: SparseAutoencoder, batch: Batch) -> Any:
+    def replace(x_BTD: Tensor) -> Tensor:
+        reconstructed = sae(x_BTD.float()).to(x_BTD.dtype)
+        return torch.where(batch.valid[..., None], reconstructed, x_BTD)
+
+    return replace

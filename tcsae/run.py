@@ -1,0 +1,273 @@
+"""One job: its folder, its identity, its stages, and how a finished one is read back.
+
+Stages: contexts -> harvest -> train -> save `sae/` -> evaluate -> `final_info.json`, which is
+written last and marks the run as finished. The same config finds the same folder: it goes on where
+it was interrupted, and is not repeated once finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tcsae.config import Config, parse, run_id
+from tcsae.data.language_model import LanguageModel, bfloat16_is_native
+from tcsae.data.store import (
+    ActivationBatches,
+    ActivationStore,
+    StreamSource,
+    calibrate,
+    load_or_build_contexts,
+)
+from tcsae.errors import UserError
+from tcsae.evaluation import Evaluation, evaluate
+from tcsae.files import disk_errors, make_folder, read_json, remove_temporaries, write_json
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.saelens_format import load_saelens, save_saelens
+from tcsae.signals import StopRequest, stop_on_signal
+from tcsae.tracking import Tracker
+from tcsae.training.member import Member
+from tcsae.training.trainer import Seat, train_bank
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Training and held-out activations of one job (or of a bank of jobs that share them)."""
+
+    model: LanguageModel
+    train: ActivationBatches
+    evaluation: ActivationBatches
+
+
+def open_stream(config: Config, stop: StopRequest) -> Stream:
+    """Contexts packed, activations harvested (or streamed), masks and scale known."""
+    model = LanguageModel(config.model, config.layer)
+    if config.sae.architecture == "topk" and config.sae.k > model.d_in * 64:  # pragma: no cover
+        log.warning("k is larger than the activations are wide")
+    root = Path(config.store.dir).expanduser()
+    contexts = load_or_build_contexts(config.dataset, model, root)
+    sources: list[Any] = []
+    for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
+        if config.store.mode == "stream":
+            sources.append(StreamSource(model, part))
+            continue
+        store = ActivationStore(root, model, part, config.store.shard_contexts)
+        store.harvest(stop, what)
+        sources.append(store)
+    calibration = calibrate(sources[0], config.dataset.norm_filter)
+    log.info(
+        f"{len(contexts[0].ids)} training and {len(contexts[1].ids)} held-out contexts; median "
+        f"norm {calibration.median_norm:.4g}, {100 * calibration.massive_share:.2f} % massive "
+        "tokens left out"
+    )
+    batches = [ActivationBatches(source, calibration, model.device) for source in sources]
+    return Stream(model, *batches)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Only one process works in a run folder."""
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        with disk_errors(folder):
+            lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process: wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(config: Config, folder: Path) -> None:
+    """The folder is this run's, new or begun before. Raises UserError if it is another's."""
+    own = folder / "config.json"
+    if own.is_file():
+        other = run_id(parse(read_json(own)))
+        if other != run_id(config):
+            raise UserError(
+                f"{folder} holds another run ({other}, this is {run_id(config)}): choose another "
+                "folder or remove it"
+            )
+    remove_temporaries(folder)
+    write_json(own, config.dump())
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Do the job, or what is left of it, in `folder`; the content of final_info.json.
+
+    Raises:
+        UserError: what the user can mend, in one line.
+        Interrupted: a signal came; calling it again goes on.
+    """
+    folder = Path(folder)
+    with _owned(folder):
+        _claim(config, folder)
+        finished = folder / "final_info.json"
+        if finished.is_file() and not config.rerun:
+            log.info(f"already finished: {folder} (rerun=true repeats it)")
+            return read_json(finished)
+        if config.rerun:
+            finished.unlink(missing_ok=True)
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        with stop_on_signal() as stop:
+            return _run_stages(config, folder, stop)
+
+
+def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, Any]:
+    started = time.monotonic()
+    stream = open_stream(config, stop)
+    tracker = Tracker(config, folder)
+    exit_code = 1
+    try:
+        member = Member(
+            config,
+            stream.model.d_in,
+            stream.train.calibration,
+            stream.model.device,
+            autocast=_bfloat16_products(config, stream.model.device),
+        )
+        seat = Seat(member, folder, tracker)
+        train_bank([seat], stream.train, stop)
+        save_saelens(folder / "sae", member.finished_sae(), _saelens_metadata(config, stream))
+        sae, _ = load_saelens(folder / "sae")
+        stop.check()
+        evaluation = evaluate(sae, config, stream.model, stream.evaluation, stop)
+        evaluation.write(folder / "eval")
+        info = _final_info(config, seat, stream, evaluation, time.monotonic() - started)
+        tracker.summary(evaluation.headline)
+        write_json(folder / "final_info.json", info)
+        exit_code = 0
+        _report(folder, evaluation)
+        return info
+    finally:
+        tracker.finish(exit_code)
+
+
+def _bfloat16_products(config: Config, device: str) -> bool:
+    wanted = config.training.precision
+    return bfloat16_is_native(device) if wanted == "auto" else wanted == "bfloat16"
+
+
+def _saelens_metadata(config: Config, stream: Stream) -> dict[str, Any]:
+    return {
+        "model_name": config.model.name,
+        "hook_name": stream.model.hook_name,
+        "hook_head_index": None,
+        "context_size": config.dataset.context_size,
+        "prepend_bos": True,
+        "model_from_pretrained_kwargs": {},
+        "seqpos_slice": [None],
+        "exclude_special_tokens": sorted(stream.model.special_ids.masked),
+        "dataset_path": config.dataset.path,
+        "training_architecture": config.sae.architecture,
+        "window": config.window,
+        "lambda": config.lambda_,
+        "norm_limit": stream.train.calibration.norm_limit,
+        "tcsae": config.dump(),
+    }
+
+
+def _final_info(
+    config: Config, seat: Seat, stream: Stream, evaluation: Evaluation, wall_seconds: float
+) -> dict[str, Any]:
+    """The keys the experiment's first runs wrote, filled with what happened.
+
+    Raises RuntimeError for a run without an optimizer step: there is no result to report.
+    """
+    steps = seat.member.optimizer_steps
+    if steps < 1:
+        raise RuntimeError("the optimizer took no step: there is nothing to report")
+    tokens = int(seat.member.tokens_seen)
+    return {
+        "training_steps": steps,
+        "final_loss": seat.member.last_loss.item(),
+        "layer": stream.model.layer,
+        "dict_size": config.sae.d_sae,
+        "learning_rate": config.training.lr,
+        "sparsity_penalty": getattr(config.sae, "l1_coefficient", None),
+        "window_size": config.window,
+        "lambda": config.lambda_,
+        "seed": config.seed,
+        "tokens": tokens,
+        "training_seconds": seat.seconds,
+        "tokens_per_second": steps * config.training.batch_contexts
+        * config.dataset.context_size / seat.seconds,
+        "wall_seconds": wall_seconds,
+        "massive_token_share": stream.train.calibration.massive_share,
+        "unique_id": run_id(config),
+        "sae_set": f"tcsae/{config.model.name}/{config.dataset.name}",
+        "sae_id": f"{stream.model.hook_name}/{config.sae.architecture}/{run_id(config)}",
+        "eval_cfg": config.evaluation.model_dump(mode="json"),
+        "metrics": evaluation.core["eval_result_metrics"],
+        "consistency": evaluation.consistency["summary"],
+    }
+
+
+def _report(folder: Path, evaluation: Evaluation) -> None:
+    log.info("held-out results:")
+    for line in evaluation.lines():
+        log.info(f"  {line}")
+    log.info(f"run folder: {folder}")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run: its config, its SAE (on raw activations) and what was measured."""
+
+    folder: Path
+    config: Config
+    sae: SparseAutoencoder
+    final_info: dict[str, Any]
+    core: dict[str, Any]
+    consistency: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+
+def load_run(folder: str | Path) -> LoadedRun:
+    """Read a run folder back.
+
+    Raises UserError for a folder that is no run, or of a run that has not finished.
+    """
+    import json
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json there)")
+    if not (folder / "final_info.json").is_file():
+        raise UserError(f"the run in {folder} has not finished: run its command again to go on")
+    sae, _ = load_saelens(folder / "sae")
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return LoadedRun(
+        folder=folder,
+        config=parse(read_json(folder / "config.json")),
+        sae=sae,
+        final_info=read_json(folder / "final_info.json"),
+        core=read_json(folder / "eval" / "core.json"),
+        consistency=read_json(folder / "eval" / "consistency.json"),
+        metrics=[json.loads(line) for line in lines],
+    )
+
+
+def load_sae(folder: str | Path) -> SparseAutoencoder:
+    """The SAE of a run folder, or of any folder in SAELens format; raw activations in and out.
+
+    Raises UserError if there is none or it is damaged.
+    """
+    folder = Path(folder)
+    inner = folder / "sae"
+    try:
+        return load_saelens(inner if (inner / "cfg.json").is_file() else folder)[0]
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,366 @@
+"""What all sparse autoencoders share: parameters, losses, dead features, scale, export.
+
+Shape suffixes: B contexts, T positions, N = B * T tokens, D = d_in, F = d_sae, J dead features.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from tcsae.schema import StrictModel
+
+
+class SAEConfig(StrictModel):
+    """Options of every architecture. A subclass narrows `architecture` and adds its own."""
+
+    architecture: str
+    """Name in tcsae.sae.registry."""
+    d_sae: int = Field(ge=2)
+    """Number of features (dictionary size)."""
+    revival: Literal["auxk", "resample", "none"] = "auxk"
+    """What brings dead features back: an auxiliary loss (Gao et al. 2024), resampling them from
+    badly reconstructed inputs (Bricken et al. 2023), or nothing."""
+    dead_after_tokens: int = Field(default=100_000, ge=1)
+    """A feature that has not fired for this many valid tokens counts as dead. With
+    revival=resample also the number of tokens between two resamplings."""
+    k_aux: int | None = Field(default=None, ge=1)
+    """revival=auxk: dead features per token that rebuild the residual; None is d_in // 2."""
+    auxk_coefficient: float = Field(default=1 / 32, ge=0)
+    """revival=auxk: weight of the auxiliary loss."""
+
+
+class TrainingOutput(NamedTuple):
+    """One training pass. Positions that are not valid have all features zero."""
+
+    features: Tensor
+    """f_BTF [B, T, d_sae], dense, in the dtype of the products (float32, or bfloat16 under
+    autocast); carries the graph, so that a loss on it trains the encoder."""
+    reconstruction: Tensor
+    """x_hat_BTD [B, T, d_in], float32; b_dec where a position is not valid."""
+    losses: dict[str, Tensor]
+    """Float32 scalars, already multiplied by their coefficients: their sum is the loss."""
+
+
+class Codes(NamedTuple):
+    """What an architecture makes of a batch; all of it zero at tokens that are not valid."""
+
+    features_NF: Tensor
+    decoded_ND: Tensor
+    """features @ W_dec, without b_dec."""
+    pre_NF: Tensor | None = None
+    """Pre-activations, for the losses that need them."""
+
+
+class SAELensState(NamedTuple):
+    """How an SAE is written in SAELens' format: architecture name, further cfg keys, tensors."""
+
+    architecture: str
+    cfg: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """f = act((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec.
+
+    Parameters, float32: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in].
+    W_dec starts as random rows of norm 1, W_enc as its transpose (tied start: Gao et al. 2024,
+    arXiv 2406.04093, appendix A.1; Conerly et al. 2024, Anthropic's April update), biases as 0.
+    The same generator state gives the same weights. `generator` lives on the CPU.
+    """
+
+    config_class: ClassVar[type[SAEConfig]]
+    preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters and buffers that scale with the input: biases and thresholds."""
+    resampled_encoder_norm: ClassVar[float] = 0.2
+    """Norm of a resampled encoder column, as a share of the live columns' mean norm."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init__(self, cfg: SAEConfig, d_in: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.d_in = d_in
+        self.d_sae = cfg.d_sae
+        rows = normalize(torch.randn(cfg.d_sae, d_in, generator=generator), dim=1)
+        self.W_enc = nn.Parameter(rows.T.clone(memory_format=torch.contiguous_format))
+        self.W_dec = nn.Parameter(rows)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.add_encoder_vectors()
+
+    # ---- what an architecture may change ----
+
+    @abstractmethod
+    def activation(self, pre: Tensor) -> Tensor:
+        """Pre-activations [..., d_sae] -> features of the same shape, each token on its own.
+
+        Zeros give zeros, and activation(c * pre) = c * activation(pre) for c > 0 once the
+        parameters in `preactivation_units` are multiplied by c.
+        """
+
+    def add_encoder_vectors(self) -> None:
+        """Create the encoder's parameters beside W_enc."""
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+
+    def pre_activations(self, centred: Tensor) -> Tensor:
+        """x - b_dec [..., d_in] -> [..., d_sae]."""
+        return centred @ self.W_enc + self.b_enc
+
+    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
+        """The codes of a training batch, whose tokens may depend on one another.
+
+        `centred_ND` = x - b_dec without gradient, zero at tokens that are not valid; the
+        encoder's gradient reaches b_dec through `b_dec_gradient_path`.
+        """
+        bias_F = self.b_enc + self.b_dec_gradient_path()
+        # Zero pre-activations are zero features, so no later step has to know the mask.
+        pre_NF = torch.addmm(bias_F, centred_ND, self.W_enc).mul_(valid_N1)
+        features_NF = self.activation(pre_NF)
+        return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
+
+    def architecture_losses(
+        self, codes: Codes, x_ND: Tensor, n_valid: Tensor, sparsity_warmup: float
+    ) -> dict[str, Tensor]:
+        """Loss terms beside the reconstruction, weighted; called with autocast off.
+
+        `x_ND` equals b_dec at tokens that are not valid, so that x_hat - x is zero there.
+        """
+        return {}
+
+    def reset_encoder_vectors(self, dead_J: Tensor) -> None:
+        """Give the encoder vectors of the features with indices `dead_J` their first values."""
+        self.b_enc[dead_J] = 0.0
+
+    def saelens_state(self) -> SAELensState:
+        """What SAELens reads: its architecture name, its cfg keys, its tensors."""
+        tensors = {name: value.detach() for name, value in self.named_parameters()}
+        return SAELensState(self.cfg.architecture, {}, tensors)
+
+    @classmethod
+    def saelens_fields(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration fields that the top level of a SAELens cfg.json fixes."""
+        return {"d_sae": cfg["d_sae"]}
+
+    def load_saelens(self, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors that `saelens_state` named; dtypes are converted to float32."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(tensors[name])
+
+    # ---- use ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Inputs [..., d_in] -> features [..., d_sae]."""
+        return self.activation(self.pre_activations(x - self.b_dec))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Features [..., d_sae] -> reconstructions [..., d_in]."""
+        return features @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [..., d_in] -> reconstructions of the same shape."""
+        return self.decode(self.encode(x))
+
+    # ---- training ----
+
+    def training_forward(
+        self, x_BTD: Tensor, valid_BT: Tensor, *, sparsity_warmup: float, dead_F: Tensor
+    ) -> TrainingOutput:
+        """Features, reconstruction and loss terms of a batch; x is data and gets no gradient.
+
+        reconstruction = mean over valid tokens of sum over d_in of (x_hat - x)^2; the other
+        terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
+        value nor gradient, whatever they hold. `sparsity_warmup` in [0, 1] multiplies the
+        sparsity term; `dead_F` [d_sae] bool marks dead features. Under torch.autocast the
+        products run in its dtype, sums and losses in float32, gradients arrive in float32.
+        """
+        valid_N1 = valid_BT.reshape(-1, 1)
+        b_dec = self.b_dec.detach()
+        x_ND = torch.where(valid_N1, x_BTD.detach().reshape(-1, self.d_in).float(), b_dec)
+        centred_ND = x_ND - b_dec
+        n_valid = valid_N1.sum().clamp(min=1)
+        codes = self.training_codes(centred_ND, valid_N1)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            x_hat_ND = codes.decoded_ND.float() + self.b_dec
+            error_ND = x_hat_ND - x_ND
+            losses = {"reconstruction": error_ND.square().sum() / n_valid}
+            losses |= self.architecture_losses(codes, x_ND, n_valid, sparsity_warmup)
+        if self.cfg.revival == "auxk":
+            residual_ND = -error_ND.detach()
+            losses["auxk"] = self.auxk_loss(centred_ND, residual_ND, valid_N1, n_valid, dead_F)
+        return TrainingOutput(
+            codes.features_NF.view(*x_BTD.shape[:-1], self.d_sae),
+            x_hat_ND.view(x_BTD.shape),
+            losses,
+        )
+
+    def b_dec_gradient_path(self) -> Tensor:
+        """[d_sae] zeros through which the gradient of a pre-activation bias reaches b_dec.
+
+        The gradient of (x - b_dec) @ W_enc to b_dec needs only the column sums of the
+        pre-activations' gradient; taken this way it costs one matrix-vector product in place
+        of a fifth full product (OpenAI's code does the same in its encoder's backward pass).
+        """
+        return (self.b_dec.detach() - self.b_dec) @ self.W_enc
+
+    def auxk_loss(
+        self,
+        centred_ND: Tensor,
+        residual_ND: Tensor,
+        valid_N1: Tensor,
+        n_valid: Tensor,
+        dead_F: Tensor,
+    ) -> Tensor:
+        """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): dead features rebuild x - x_hat.
+
+        coefficient * var(x) * mean |e_hat - e|^2 / var(e), e = x - x_hat, e_hat from the top
+        k_aux dead pre-activations. OpenAI's code divides this term by var(e) and the
+        reconstruction by var(x); ours keeps the reconstruction as it is, hence the factor var(x).
+        The pre-activations go in without ReLU, as in SAELens and sparsify: a dead ReLU feature
+        has none above zero and would get no gradient.
+        """
+        if not dead_F.any():
+            return residual_ND.new_zeros(())
+        # Only the dead columns are computed: the cost follows their number, not d_sae.
+        dead_J = dead_F.nonzero().squeeze(1)
+        pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * valid_N1
+        k_aux = self.cfg.k_aux or max(self.d_in // 2, 1)
+        if k_aux < dead_J.numel():
+            values, index = pre_NJ.topk(k_aux, dim=-1, sorted=False)
+            pre_NJ = torch.zeros_like(pre_NJ).scatter(-1, index, values)
+        rebuilt_ND = pre_NJ @ self.W_dec[dead_J]
+        with torch.autocast(residual_ND.device.type, enabled=False):
+            error = (rebuilt_ND.float() - residual_ND).square().sum() / n_valid
+            var_x = _total_variance(centred_ND, n_valid)
+            # A residual of no variance (one token, a perfect fit) must not divide by zero.
+            floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
+            weight = var_x / _total_variance(residual_ND, n_valid).maximum(floor)
+            return self.cfg.auxk_coefficient * weight * error
+
+    def dead_pre_activations(self, centred_ND: Tensor, dead_J: Tensor) -> Tensor:
+        """Pre-activations [N, J] of the features with indices `dead_J`, for AuxK."""
+        return torch.addmm(self.b_enc[dead_J], centred_ND, self.W_enc[:, dead_J])
+
+    @torch.no_grad()
+    def set_b_dec(self, center: Tensor) -> None:
+        """b_dec = `center` [d_in]."""
+        self.b_dec.copy_(center)
+
+    def initialise_from_data(self, x_ND: Tensor) -> None:
+        """b_dec = the geometric median of the tokens [N, d_in] (Bricken et al. 2023)."""
+        self.set_b_dec(geometric_median(x_ND))
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Remove from W_dec.grad the part along each row. Call it after backward.
+
+        Along a row only its norm would change, and `normalise_decoder` undoes that; left in, it
+        would enter Adam's moments (Bricken et al. 2023, appendix "Optimizer").
+        """
+        grad = self.W_dec.grad
+        if grad is None:
+            raise RuntimeError("project_decoder_gradient() comes after backward(): no gradient")
+        along_F1 = (grad * self.W_dec).sum(1, keepdim=True)
+        grad.addcmul_(self.W_dec, along_F1 / self.W_dec.square().sum(1, keepdim=True), value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give every decoder row norm 1. Call it after the optimizer's step."""
+        self.W_dec.copy_(normalize(self.W_dec, dim=1))
+
+    @torch.no_grad()
+    def revive(
+        self,
+        dead_F: Tensor,
+        optimizer: torch.optim.Optimizer,
+        x_ND: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Resample dead features from badly reconstructed tokens; returns how many.
+
+        Bricken et al. 2023 (Towards Monosemanticity, "Neuron resampling"): token n of `x_ND`
+        [N, d_in] is drawn with probability ~ (squared error)^2; a dead feature's decoder row
+        becomes its direction from b_dec, the encoder column the same at
+        `resampled_encoder_norm` times the live columns' mean norm, the bias 0, and the
+        optimizer's moments of these slices 0. `generator` lives on the CPU.
+        """
+        dead_J = dead_F.nonzero().squeeze(1)
+        n_dead = dead_J.numel()
+        if n_dead == 0:
+            return 0
+        squared_error = (x_ND - self(x_ND)).square().sum(-1)
+        chance = squared_error.double().square().clamp_min(1e-30).cpu()
+        drawn = torch.multinomial(chance, n_dead, n_dead > len(chance), generator=generator)
+        direction_JD = normalize(x_ND[drawn.to(x_ND.device)].float() - self.b_dec, dim=1)
+        norms_F = self.W_enc.norm(dim=0)
+        live_norm = norms_F[~dead_F].mean() if n_dead < self.d_sae else norms_F.mean()
+        self.W_dec[dead_J] = direction_JD
+        self.W_enc[:, dead_J] = direction_JD.T * (self.resampled_encoder_norm * live_norm)
+        self.reset_encoder_vectors(dead_J)
+        for name, parameter in self.named_parameters():
+            if name == "b_dec":
+                continue
+            for moment in optimizer.state.get(parameter, {}).values():
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    moment.index_fill_(1 if name == "W_enc" else 0, dead_J, 0.0)
+        return n_dead
+
+    @torch.no_grad()
+    def fold_input_scale(self, scale: float) -> None:
+        """Trained on x * scale, work on raw x from now on: raw in, raw out, the same firing.
+
+        b_enc, thresholds and b_dec are divided by `scale`; W_enc and W_dec stay. For an
+        activation that commutes with a positive factor this gives f_raw = f / scale and
+        x_hat_raw = x_hat / scale exactly, and the decoder rows keep norm 1. It equals the
+        form W_enc *= s, W_dec /= s, b_dec /= s with the decoder's norm 1 / s then moved into
+        W_enc and b_enc. Features come out in the units of raw activations. ValueError unless
+        0 < scale < inf.
+        """
+        if not 0 < scale < math.inf:
+            raise ValueError(f"input scale is {scale}: it must be a finite number above 0")
+        for name in (*self.preactivation_units, "b_dec"):
+            getattr(self, name).div_(scale)
+
+
+def _total_variance(centred_ND: Tensor, n_valid: Tensor) -> Tensor:
+    """Variance summed over d_in of the valid tokens; the others must be zero."""
+    mean_D = centred_ND.sum(0) / n_valid
+    return centred_ND.square().sum() / n_valid - mean_D.square().sum()
+
+
+@torch.no_grad()
+def geometric_median(x_ND: Tensor, max_steps: int = 200, tolerance: float = 1e-5) -> Tensor:
+    """The point [d_in] with the least sum of Euclidean distances to the tokens [N, d_in].
+
+    Weiszfeld's iteration from the mean: weights 1 / distance, until a step is shorter than
+    `tolerance` times the mean distance. Massive tokens hardly move it, unlike the mean.
+    """
+    x_ND = x_ND.float()
+    median_D = x_ND.mean(0)
+    for _ in range(max_steps):
+        distance_N = (x_ND - median_D).norm(dim=1)
+        typical = distance_N.mean()
+        weight_N = 1 / distance_N.clamp_min(1e-6 * typical + torch.finfo(torch.float32).tiny)
+        step_D = (weight_N @ x_ND) / weight_N.sum() - median_D
+        median_D = median_D + step_D
+        if step_D.norm() <= tolerance * typical:
+            break
+    return median_D

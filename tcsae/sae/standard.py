@@ -1,0 +1,43 @@
+"""The standard SAE: ReLU and an L1 penalty.
+
+Bricken et al. 2023 (Towards Monosemanticity, Anthropic); the penalty weighted by the decoder's
+norms as in Conerly et al. 2024 (Anthropic's April update).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tcsae.sae.base import Codes, SAEConfig, SparseAutoencoder
+
+
+class StandardConfig(SAEConfig):
+    """ReLU SAE with an L1 penalty."""
+
+    architecture: Literal["standard"] = "standard"
+    revival: Literal["auxk", "resample", "none"] = "resample"
+    """As SAEConfig.revival; the paper of this architecture resamples."""
+    l1_coefficient: float = Field(default=0.04, ge=0)
+    """Weight of the sparsity term, against a squared error summed over d_in."""
+
+
+class StandardSAE(SparseAutoencoder):
+    """f = ReLU(pre); sparsity = l1 * warmup * mean over valid tokens of sum_j f_j |W_dec_j|."""
+
+    config_class: ClassVar[type[SAEConfig]] = StandardConfig
+    cfg: StandardConfig
+
+    def activation(self, pre: Tensor) -> Tensor:
+        return torch.relu(pre)
+
+    def architecture_losses(
+        self, codes: Codes, x_ND: Tensor, n_valid: Tensor, sparsity_warmup: float
+    ) -> dict[str, Tensor]:
+        # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
+        total_F = codes.features_NF.sum(0, dtype=torch.float32)
+        l1 = total_F @ self.W_dec.norm(dim=1) / n_valid
+        return {"sparsity": self.cfg.l1_coefficient * sparsity_warmup * l1}

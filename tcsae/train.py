@@ -1,0 +1,150 @@
+"""`python -m tcsae.train`: compose the configuration, run the job, return its metric.
+
+Only Hydra is imported at the top: `--help` and `--cfg job` need nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tcsae import numbers
+from tcsae.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, Interrupted, UserError
+
+log = logging.getLogger(__name__)
+
+
+def conf_folder() -> Path:
+    """conf/ inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def _to_config(composed: DictConfig) -> Any:
+    """The checked Config of what Hydra composed (its own node left out)."""
+    from tcsae.config import parse
+
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return parse(container)  # type: ignore[arg-type]
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    """Resolver: the run's folder name. A config that is not valid has none, so nothing is made."""
+    from tcsae.config import run_name
+
+    return run_name(_to_config(_root_))
+
+
+def _sweep_name(*, _root_: DictConfig) -> str:
+    """Resolver: the same sweep command, the same folder."""
+    overrides = sorted(_root_.hydra.overrides.task)
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:10]
+    return f"{_root_.get('name') or 'sweep'}-{digest}"
+
+
+def _task(composed: DictConfig) -> float:
+    from tcsae.run import run
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    single = HydraConfig.get().mode == RunMode.RUN
+    try:
+        info = run(_to_config(composed), folder)
+    except Interrupted as stopped:
+        log.warning(f"{stopped}; the same command goes on from here")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except UserError as error:
+        if not single:
+            raise  # one failed job must not hide the others'
+        _say(str(error))
+        sys.exit(USER_ERROR_EXIT_CODE)
+    return info["metrics"]["reconstruction_quality"]["explained_variance"]
+
+
+def _say(message: str) -> None:
+    print(f"tcsae: {message}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------ errors in one line
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _known_keys() -> list[str]:
+    keys: set[str] = set()
+    for file in conf_folder().rglob("*.yaml"):
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        if not isinstance(content, dict):
+            continue
+        is_global = "@package _global_" in file.read_text() or file.name == "train.yaml"
+        prefix = "" if is_global else f"{file.parent.name}."
+        for key, value in content.items():
+            if key in ("defaults", "hydra"):
+                continue
+            keys |= {f"{key}.{k}" for k in value} if isinstance(value, dict) else {f"{prefix}{key}"}
+    return sorted(keys)
+
+
+def _one_line(error: BaseException) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    text = next((t for t in (" ".join(str(c).split()) for c in _causes(error)) if t), repr(error))
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and "No match in the defaults list" not in text:
+        key = unknown[1]
+        near = difflib.get_close_matches(key, _known_keys(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints the keys"
+        return f"{key}: no such key; {hint}"
+    text = text.partition(" Config search path")[0]
+    missing = re.search(r"Missing mandatory value: .*?full_key: (\S+)", text)
+    if missing:
+        return f"{missing[1]}: must be given ({missing[1]}=...)"
+    option = re.search(r"Could not find '([^'/]+)/([^']*)'", text)
+    if option:
+        group, given = option.groups()
+        listed = text.partition(f"Available options in '{group}':")[2].split()
+        number = "any finite number, or " if group in ("window", "lambda", "layer") else ""
+        return f"{group} = {given}: must be {number}one of {', '.join(listed)}"
+    return text
+
+
+def main() -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and leave in one line
+    numbers.install()
+    OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("tcsae.sweep_name", _sweep_name, replace=True)
+    app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)
+    try:
+        app()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        _say(_one_line(error))
+        sys.exit(USER_ERROR_EXIT_CODE)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{error.filename}: {error.strerror}")
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A bank of SAEs on one stream of activations, checkpointed and resumable."""

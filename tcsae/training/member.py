@@ -1,0 +1,252 @@
+"""One SAE of a bank: its weights, optimizer, temporal loss, counters, and one training step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.config import Config, run_id
+from tcsae.consistency import build_consistency, feature_window_variance
+from tcsae.data.store import Batch, Calibration
+from tcsae.errors import UserError
+from tcsae.sae.base import SparseAutoencoder, TrainingOutput
+from tcsae.sae.registry import sae_class
+from tcsae.training.checkpoint import Checkpoint
+from tcsae.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    ramp,
+)
+
+
+def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, so that it needs no saved state."""
+    mixed = hash_int(f"{seed}/{purpose}/{step}")
+    return torch.Generator().manual_seed(mixed)
+
+
+def hash_int(text: str) -> int:
+    """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Member:
+    """An SAE in training. Inputs are scaled so that the median norm is sqrt(d_in).
+
+    Args:
+        config: the job this member is.
+        d_in: width of the activations.
+        calibration: gives the input scale and the first b_dec.
+        device: where it trains.
+        autocast: whether products are made in bfloat16 (master weights stay float32).
+    """
+
+    def __init__(
+        self, config: Config, d_in: int, calibration: Calibration, device: str, autocast: bool
+    ) -> None:
+        self.config, self.device, self.autocast = config, device, autocast
+        self.scale = math.sqrt(d_in) / calibration.median_norm
+        generator = generator_for(config.seed, "init")
+        self.sae: SparseAutoencoder = sae_class(config.sae.architecture)(
+            config.sae, d_in, generator=generator
+        ).to(device)
+        self.sae.initialise_from_data(calibration.sample.to(device) * self.scale)
+        self.consistency = build_consistency(
+            config.consistency, config.window, config.sae.d_sae
+        ).to(device)
+        self.optimizer = build_optimizer(self.sae, config.training)
+        self.average = copy.deepcopy(self.sae) if config.training.ema_decay is not None else None
+        self.step = 0
+        self.tokens_seen = torch.zeros((), dtype=torch.long, device=device)
+        self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.long, device=device)
+        self.first_bad_step: dict[str, Tensor] = {}
+        self.last_loss = torch.full((), math.nan, device=device)
+
+    # ------------------------------------------------------------------ one step
+
+    def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
+        """One optimizer step on scaled activations; returns the step's metrics if `log`."""
+        cfg, step, steps = self.config.training, self.step, self.config.steps
+        weight = self.config.lambda_ * ramp(step, steps, cfg.lambda_warmup)
+        dead_F = self.tokens_since_fired >= self.config.sae.dead_after_tokens
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
+            output = self.sae.training_forward(
+                x_BTD,
+                batch.valid,
+                sparsity_warmup=ramp(step, steps, cfg.sparsity_warmup),
+                dead_F=dead_F,
+            )
+        losses = dict(output.losses)
+        if weight > 0 and self.config.consistency.form != "none":
+            losses["consistency"] = weight * self._penalty(output.features, batch)
+        total = torch.stack(list(losses.values())).sum()
+        self._watch(losses)
+        lr = learning_rate(step, steps, cfg)
+        self._update(total, lr)
+        self._count(output.features, batch.valid)
+        self.last_loss = total.detach()
+        self.step += 1
+        self._resample(batch, x_BTD)
+        return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
+
+    def _penalty(self, features_BTF: Tensor, batch: Batch) -> Tensor:
+        generator = None
+        if self.config.consistency.shuffle_positions:
+            generator = generator_for(self.config.seed, "shuffle", self.step)
+        return self.consistency(
+            features_BTF, segments=batch.segments, valid=batch.valid, generator=generator
+        )
+
+    def _update(self, total: Tensor, lr: float) -> None:
+        cfg = self.config.training
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.sae.project_decoder_gradient()
+        if cfg.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), cfg.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.sae.normalise_decoder()
+        if self.average is not None:
+            assert cfg.ema_decay is not None
+            with torch.no_grad():
+                for mean, now in zip(
+                    self.average.parameters(), self.sae.parameters(), strict=True
+                ):
+                    mean.lerp_(now, 1 - cfg.ema_decay)
+
+    @torch.no_grad()
+    def _count(self, features_BTF: Tensor, valid_BT: Tensor) -> None:
+        n_valid = valid_BT.sum()
+        fired_F = ((features_BTF > 0) & valid_BT[..., None]).any(0).any(0)
+        self.tokens_since_fired += n_valid
+        self.tokens_since_fired.masked_fill_(fired_F, 0)
+        self.tokens_seen += n_valid
+
+    def _resample(self, batch: Batch, x_BTD: Tensor) -> None:
+        """Every `resample_every_tokens`, until the rate falls, dead features start anew."""
+        if self.config.sae.revival != "resample":
+            return
+        every = math.ceil(self.config.sae.resample_every_tokens / batch.valid.numel())
+        last = self.config.steps * (1 - self.config.training.lr_decay)
+        if self.step % every or self.step > last:
+            return
+        dead_F = self.tokens_since_fired >= self.config.sae.dead_after_tokens
+        if dead_F.any():
+            generator = generator_for(self.config.seed, "resample", self.step)
+            self.sae.revive(dead_F, self.optimizer, x_BTD[batch.valid], generator)
+            self.tokens_since_fired.masked_fill_(dead_F, 0)
+
+    # ------------------------------------------------------------------ what is seen of it
+
+    @torch.no_grad()
+    def _watch(self, losses: dict[str, Tensor]) -> None:
+        """Remember, without a synchronisation, the first step at which a term was not finite."""
+        for name, value in losses.items():
+            first = self.first_bad_step.get(name)
+            if first is None:
+                first = torch.full((), -1, dtype=torch.long, device=value.device)
+            bad = (first < 0) & ~value.detach().isfinite()
+            self.first_bad_step[name] = torch.where(bad, self.step, first)
+
+    def check_finite(self, last_good: str) -> None:
+        """Raises UserError that names step and term, if a loss term was NaN or infinite."""
+        bad = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
+        if bad:
+            step = min(bad.values())
+            terms = ", ".join(name for name, at in bad.items() if at == step)
+            raise UserError(
+                f"the loss is not finite at step {step} (term: {terms}); the last good checkpoint "
+                f"is kept: {last_good}. Lower training.lr or the weight of that term"
+            )
+
+    @torch.no_grad()
+    def _metrics(
+        self,
+        output: TrainingOutput,
+        batch: Batch,
+        x_BTD: Tensor,
+        losses: dict[str, Tensor],
+        lr: float,
+        weight: float,
+    ) -> dict[str, float]:
+        features = output.features.float()
+        kept = batch.valid[..., None]
+        x = x_BTD[batch.valid]
+        error = (x - output.reconstruction.float()[batch.valid]).square().sum()
+        s2_F = feature_window_variance(
+            features, self.config.window, segments=batch.segments, valid=batch.valid
+        )
+        f_NF = features[batch.valid]
+        v_F = f_NF.var(0, correction=1)
+        dead = self.tokens_since_fired >= self.config.sae.dead_after_tokens
+        return {
+            **{f"loss/{name}": value.item() for name, value in losses.items()},
+            "loss/total": self.last_loss.item(),
+            "l0": ((features > 0) & kept).sum().item() / len(x),
+            "explained_variance": 1 - (error / (x - x.mean(0)).square().sum()).item(),
+            "window_variance": s2_F.sum().item(),
+            "window_consistency": 1 - (s2_F.sum() / v_F.sum().clamp(min=1e-30)).item(),
+            "dead_share": dead.float().mean().item(),
+            "lr": lr,
+            "lambda": weight,
+        }
+
+    # ------------------------------------------------------------------ state
+
+    def checkpoint(self, facts: dict[str, Any]) -> Checkpoint:
+        tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        tensors |= {f"consistency.{k}": v for k, v in self.consistency.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        tensors |= {
+            "counters.tokens_since_fired": self.tokens_since_fired,
+            "counters.tokens_seen": self.tokens_seen,
+            "counters.last_loss": self.last_loss,
+            "rng.torch": torch.get_rng_state(),
+        }
+        return Checkpoint(self.step, tensors, {"run_id": run_id(self.config), **facts})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Exactly the state that `checkpoint` was made from."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            start = f"{prefix}."
+            named = checkpoint.tensors.items()
+            return {k.removeprefix(start): v for k, v in named if k.startswith(start)}
+
+        self.sae.load_state_dict(part("sae"))
+        load_optimizer_tensors(self.optimizer, part("optimizer"))
+        self.consistency.load_state_dict(part("consistency"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average"))
+        counters = part("counters")
+        self.tokens_since_fired.copy_(counters["tokens_since_fired"])
+        self.tokens_seen.copy_(counters["tokens_seen"])
+        self.last_loss = counters["last_loss"].to(self.device, copy=True)
+        torch.set_rng_state(part("rng")["torch"].clone())
+        self.step = checkpoint.step
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps the optimizer itself has counted."""
+        states = self.optimizer.state_dict()["state"].values()
+        return int(max((state["step"] for state in states), default=0))
+
+    def finished_sae(self) -> SparseAutoencoder:
+        """A copy that works on raw activations: averaged weights if kept, scale folded in."""
+        source = self.sae if self.average is None else self.average
+        sae = copy.deepcopy(source).to("cpu")
+        sae.normalise_decoder()
+        sae.fold_input_scale(self.scale)
+        return sae

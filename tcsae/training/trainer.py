@@ -1,0 +1,129 @@
+"""Trains a bank of SAEs on one stream: every batch is read, masked and scaled once for all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tcsae.data.store import ActivationBatches, shuffled_indices
+from tcsae.progress import Progress
+from tcsae.signals import StopRequest
+from tcsae.training.checkpoint import load_checkpoint, save_checkpoint
+from tcsae.training.member import Member
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog(Protocol):
+    """Where a member's metrics go (tcsae/tracking.py)."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: it is about to be logged again."""
+        ...
+
+
+@dataclass
+class Seat:
+    """A member, where it saves, and where its metrics go."""
+
+    member: Member
+    folder: Path
+    metrics: MetricsLog
+    saved_step: int = -1
+    seconds: float = 0.0
+    """Training time so far, over all sessions."""
+    last_metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def save(self) -> None:
+        if self.saved_step == self.member.step:
+            return
+        last = f"step {self.saved_step}, {self.checkpoints}" if self.saved_step >= 0 else "none yet"
+        self.member.check_finite(last)
+        save_checkpoint(self.checkpoints, self.member.checkpoint({"seconds": self.seconds}))
+        self.saved_step = self.member.step
+
+    def resume(self) -> None:
+        checkpoint = load_checkpoint(self.checkpoints, run_id_of(self.member))
+        if checkpoint is None:
+            self.metrics.rewind(0)
+            return
+        self.member.restore(checkpoint)
+        self.saved_step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
+        self.metrics.rewind(checkpoint.step)
+        log.info(f"resuming at step {checkpoint.step} of {self.member.config.steps}")
+
+
+def run_id_of(member: Member) -> str:
+    from tcsae.config import run_id
+
+    return run_id(member.config)
+
+
+def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest) -> None:
+    """Train every member to its last step, from its last checkpoint if there is one.
+
+    The members share the order of data and the batch size, and nothing else: each ends with the
+    very weights it would have alone.
+
+    Raises:
+        Interrupted: a signal came; every member has saved.
+        UserError: a loss that is not finite; the last good checkpoint stays.
+    """
+    for seat in seats:
+        seat.resume()
+    config = seats[0].member.config
+    size = config.training.batch_contexts
+    per_step = size * config.dataset.context_size
+    first = min(seat.member.step for seat in seats)
+    with Progress("train", config.steps * per_step, done=first * per_step) as progress:
+        for step in range(first, config.steps):
+            started = time.monotonic()
+            indices = shuffled_indices(step, size, len(batches), config.dataset.seed)
+            batch = batches.batch(indices)
+            for seat in seats:
+                if seat.member.step == step:
+                    started = _one_step(seat, batch, started)
+            progress.update(per_step, _note(seats[0]))
+            if stop:
+                for seat in seats:
+                    seat.save()
+                stop.check()
+    for seat in seats:
+        seat.save()
+
+
+def _one_step(seat: Seat, batch: object, started: float) -> float:
+    """One step of one member, its log line and its checkpoint. Returns the time it ended."""
+    member, cfg = seat.member, seat.member.config.training
+    last = member.step + 1 == member.config.steps
+    is_logged = (member.step + 1) % cfg.log_every == 0 or last
+    metrics = member.train_step(batch, batch.x.float() * member.scale, is_logged)  # type: ignore
+    seat.seconds += time.monotonic() - started
+    if metrics is not None:
+        member.check_finite(f"step {seat.saved_step}, {seat.checkpoints}")
+        tokens = member.step * batch.valid.numel()  # type: ignore[attr-defined]
+        metrics |= {"tokens": tokens, "tokens_per_second": tokens / seat.seconds}
+        seat.metrics.log(metrics, member.step)
+        seat.last_metrics = metrics
+    if member.step % cfg.checkpoint_every == 0:
+        seat.save()
+    return time.monotonic()
+
+
+def _note(seat: Seat) -> str:
+    shown = seat.last_metrics
+    if not shown:
+        return ""
+    return (
+        f"loss {shown['loss/total']:.1f}, L0 {shown['l0']:.0f}, "
+        f"EV {shown['explained_variance']:.3f}, C_W {shown['window_consistency']:.3f}"
+    )

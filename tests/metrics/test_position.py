@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_selection import f_classif
+from sklearn.metrics import mutual_info_score
+from torch import Tensor
+
+from tcsae.metrics.position import PositionDependence, position_dependence
+from tests.metrics import synthetic
+from tests.metrics.synthetic import seeded
+
+
+def same(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), invalid=st.floats(0, 0.5), offset=st.sampled_from([0, 1e3]))
+def test_share_of_variance_agrees_with_sklearns_f_test(
+    seed: int, invalid: float, offset: float
+) -> None:
+    g = seeded(seed)
+    f = synthetic.white_noise(12, 6, 3, generator=g) + synthetic.position_trend(12, 6, 3) + offset
+    valid = torch.rand(12, 6, generator=g) >= invalid
+    position = torch.arange(6).expand(12, 6)[valid]
+    f_statistic, _ = f_classif(f[valid].numpy(), position.numpy())
+    groups, n = len(position.unique()), len(position)
+    between, within = torch.from_numpy(f_statistic) * (groups - 1), n - groups
+    eta = between / (between + within)
+    omega = (between - (groups - 1)) / (between + within + 1)
+    result = position_dependence(f, valid=valid)
+    assert same(result.eta_squared, eta, 1e-6)
+    assert same(result.omega_squared, omega, 1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), density=st.floats(0.1, 0.9), invalid=st.floats(0, 0.5))
+def test_information_agrees_with_sklearns_less_its_bias(
+    seed: int, density: float, invalid: float
+) -> None:
+    g = seeded(seed)
+    f = synthetic.token_local(20, 5, 1, density, g)
+    f[0, 0], f[1, 1] = 1.0, 0.0
+    valid = torch.rand(20, 5, generator=g) >= invalid
+    valid[:2, :2] = True
+    position, fires = torch.arange(5).expand(20, 5)[valid], (f[..., 0] > 0)[valid]
+    bias = (len(position.unique()) - 1) / (2 * len(position))
+    expected = mutual_info_score(position.numpy(), fires.numpy()) - bias
+    result = position_dependence(f, valid=valid)
+    assert abs(result.mutual_information.item() - expected) < 1e-9
+    p = fires.double().mean().item()
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert abs(result.mutual_information_share.item() - expected / entropy) < 1e-9
+
+
+def test_information_is_the_mean_over_positions_of_the_divergence_from_the_overall_rate() -> None:
+    f = synthetic.token_local(40, 8, 1, 0.5, seeded())
+    p_t = (f[..., 0] > 0).double().mean(0)
+    p = p_t.mean()
+    divergence = p_t * (p_t / p).log() + (1 - p_t) * ((1 - p_t) / (1 - p)).log()
+    expected = divergence.mean() - 7 / (2 * 40 * 8)
+    assert same(position_dependence(f).mutual_information[0], expected)
+
+
+def test_a_pure_trend_is_all_position() -> None:
+    result = position_dependence(synthetic.position_trend(50, 32, 2))
+    assert (result.eta_squared - 1).abs().max() < 1e-9
+    assert (result.omega_squared - 1).abs().max() < 1e-9
+    assert same(result.profile_mean[:, 0], synthetic.position_trend(1, 32, 1)[0, :, 0])
+
+
+def test_a_feature_that_owns_half_the_positions_carries_the_whole_entropy() -> None:
+    f = torch.zeros(400, 16, 1)
+    f[:, 8:] = 1.0
+    result = position_dependence(f)
+    assert abs(result.mutual_information.item() - math.log(2)) < 0.002
+    assert abs(result.mutual_information_share.item() - 1) < 0.002
+    assert result.profile_rate[:, 0].tolist() == [0.0] * 8 + [1.0] * 8
+
+
+def test_stationary_features_do_not_depend_on_position_however_long_their_memory() -> None:
+    g = seeded(1)
+    f = torch.cat(
+        [synthetic.ar1(4096, 32, 2, 0.95, g), synthetic.markov_runs(4096, 32, 2, 0.9, 0.9, g)], 2
+    )
+    result = position_dependence(f)
+    assert result.omega_squared.abs().max() < 0.002
+    assert result.mutual_information.abs().max() < 0.002
+
+
+def test_unbiased_twin_is_zero_on_average_where_the_plain_share_is_not() -> None:
+    f = synthetic.white_noise(8, 32, 4000, generator=seeded(2))
+    result = position_dependence(f)
+    assert abs(result.eta_squared.mean() - 31 / 255) < 0.002
+    assert abs(result.omega_squared.mean()) < 0.002
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 12), offset=st.sampled_from([0, 1e3]))
+def test_any_split_into_batches_and_any_merge_equals_all_at_once(
+    seed: int, n_parts: int, offset: float
+) -> None:
+    g = seeded(seed)
+    f = synthetic.token_local(12, 7, 3, 0.4, g) + offset
+    _, valid = synthetic.random_masks(12, 7, g)
+    expected = position_dependence(f, valid=valid)
+    sizes = synthetic.random_splits(12, n_parts, g)
+    whole, merged = PositionDependence(3, 7), PositionDependence(3, 7)
+    for features, mask in zip(f.split(sizes), valid.split(sizes), strict=True):
+        part = PositionDependence(3, 7)
+        part.update(features, valid=mask)
+        whole.update(features, valid=mask)
+        merged.merge(part)
+    for name, value in expected._asdict().items():
+        assert same(getattr(whole.compute(), name), value, 1e-6), name
+        assert same(getattr(merged.compute(), name), value, 1e-6), name
+
+
+def test_values_at_invalid_positions_change_nothing() -> None:
+    g = seeded(3)
+    f = synthetic.token_local(30, 9, 2, 0.4, g)
+    _, valid = synthetic.random_masks(30, 9, g)
+    valid[:, 0] = False
+    expected = position_dependence(f, valid=valid)
+    for garbage in (1e6, torch.nan):
+        spoiled = position_dependence(torch.where(valid[..., None], f, garbage), valid=valid)
+        assert all(same(a, b) for a, b in zip(spoiled, expected, strict=True))
+    assert expected.profile_rate[0].isnan().all(), "no token was valid at position 0"
+    assert expected.eta_squared.isfinite().all()
+
+
+def test_features_that_say_nothing_are_nan_and_never_infinite() -> None:
+    f = torch.zeros(20, 8, 3)
+    f[..., 1] = 0.7
+    f[..., 2] = torch.rand(20, 8, generator=seeded(4))
+    result = position_dependence(f)
+    assert result.eta_squared.isnan().tolist() == [True, True, False]
+    assert result.mutual_information.isnan().tolist() == [True, False, False]
+    assert result.mutual_information[1:].tolist() == [0.0, 0.0], "both always fire"
+    assert result.mutual_information_share.isnan().all()
+
+
+def test_a_single_context_says_nothing_about_positions() -> None:
+    result = position_dependence(torch.rand(1, 8, 3, generator=seeded(5)))
+    assert all(value.isnan().all() for value in result[:4])
+    assert result.profile_mean.isfinite().all()
+
+
+def test_resampling_every_block_once_gives_the_estimate() -> None:
+    f = synthetic.token_local(40, 9, 3, 0.3, seeded(6)) + synthetic.position_trend(40, 9, 3) - 1
+    accumulator = PositionDependence(3, 9, n_blocks=8)
+    for batch in f.split(7):
+        accumulator.update(batch)
+    drawn = accumulator.resample(torch.ones(2, 8))
+    for name, value in drawn.items():
+        expected = getattr(accumulator.compute(), name).expand(2, 3)
+        assert torch.allclose(value.double(), expected, atol=1e-5), name
+
+
+def test_sizes_that_do_not_fit_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="takes features"):
+        PositionDependence(3, 8).update(torch.zeros(2, 8, 4))
+    with pytest.raises(ValueError, match="different sizes"):
+        PositionDependence(3, 8).merge(PositionDependence(3, 9))
