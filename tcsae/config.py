@@ -196,7 +196,9 @@ class Config(StrictModel):
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        return -(-self.training.tokens // (self.training.batch_contexts * self.dataset.context_size))
+        return -(
+            -self.training.tokens // (self.training.batch_contexts * self.dataset.context_size)
+        )
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON-ready dict with the keys of conf/."""
@@ -218,7 +220,9 @@ def resolve_layer(layer: int | str | None, n_layers: int) -> int:
 def _one_line(error: ValidationError) -> str:
     parts = []
     for detail in error.errors():
-        keys = [str(k) for k in detail["loc"] if not str(k).startswith(("literal[", "constrained-"))]
+        keys = [
+            str(k) for k in detail["loc"] if not str(k).startswith(("literal[", "constrained-"))
+        ]
         keys = [k for k in keys if k not in ("int", "float", "str", "function-after")]
         key, message = ".".join(keys), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":

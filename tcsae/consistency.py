@@ -178,7 +178,9 @@ class _ScaleFree(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features_BTF: Tensor, matrix: Tensor, n_windows: Tensor, valid: Any) -> Any:
+    def forward(
+        ctx: Any, features_BTF: Tensor, matrix: Tensor, n_windows: Tensor, valid: Any
+    ) -> Any:
         centred, count = _centred(features_BTF.to(matrix.dtype), valid)
         smooth = (matrix @ centred) / n_windows
         s2_F = (centred * smooth).sum((0, 1))
@@ -220,9 +222,7 @@ def scale_free_window_variance(
     return _ScaleFree.apply(features, laplacian.matrix, count, valid)
 
 
-def permute_within_segments(
-    segments: Tensor, valid: Tensor, generator: torch.Generator
-) -> Tensor:
+def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
     """[B, T] indices that permute the valid positions of every segment among themselves.
 
     Invalid positions stay where they are, so windows and their number do not change: what is left
@@ -286,9 +286,7 @@ class Consistency(nn.Module):
             features_BTF = features_BTF.gather(1, order[..., None].expand_as(features_BTF))
         if self.form == "window_variance":
             return window_variance(features_BTF, self.window, segments=segments, valid=valid)
-        return scale_free_window_variance(
-            features_BTF, self.window, segments=segments, valid=valid
-        )
+        return scale_free_window_variance(features_BTF, self.window, segments=segments, valid=valid)
 
     def _batch_history(self, features_BTF: Tensor, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""

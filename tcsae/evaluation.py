@@ -19,7 +19,7 @@ from torch import Tensor
 from tcsae.config import Config, run_id
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches, Batch
-from tcsae.files import make_folder, write_json
+from tcsae.files import make_folder, save_tensors, write_json
 from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics, next_token_ce, score_forward
 from tcsae.metrics.saebench_json import (
     saebench_core_json,
@@ -39,15 +39,23 @@ MODEL_CONTEXTS = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`core`: the SAEBench document; `consistency`: {"summary", "per_feature"}; JSON-ready."""
+    """What a run's eval/ folder holds."""
 
     core: dict[str, Any]
+    """SAEBench's document (core.json)."""
     consistency: dict[str, Any]
+    """The suite's summary, and a list over features for every scalar (consistency.json)."""
+    per_feature: dict[str, Tensor]
+    """All of the suite's values by feature, curves too (per_feature.safetensors)."""
+    per_context: dict[str, Tensor]
+    """Sums of each held-out context, to pair runs by (per_context.safetensors)."""
 
     def write(self, folder: Path) -> None:
         make_folder(folder)
-        write_json(folder / "core.json", self.core)
+        save_tensors(folder / "per_feature.safetensors", self.per_feature, {})
+        save_tensors(folder / "per_context.safetensors", self.per_context, {})
         write_json(folder / "consistency.json", self.consistency)
+        write_json(folder / "core.json", self.core)
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -100,7 +108,6 @@ def evaluate(
     sae = sae.to(model.device).eval()
     reconstruction, suite = _on_activations(sae, config, batches, stop)
     behaviour = _on_the_model(sae, config, model, batches, stop)
-    summary = suite.summary()
     core = saebench_core_json(
         reconstruction=reconstruction.compute(),
         features=reconstruction.compute_features(),
@@ -114,8 +121,21 @@ def evaluate(
         intervals=reconstruction.compute_intervals(config.evaluation.bootstrap)
         | behaviour.compute_intervals(config.evaluation.bootstrap),
     )
-    per_feature = {name: _json_list(values) for name, values in suite.per_feature().items()}
-    return Evaluation(core, {"summary": summary, "per_feature": per_feature})
+    per_feature = suite.per_feature()
+    scalars = {k: _json_list(v) for k, v in per_feature.items() if v.ndim == 1}
+    return Evaluation(
+        core=core,
+        consistency={"summary": suite.summary(), "per_feature": scalars},
+        per_feature={k: v.float() if v.is_floating_point() else v for k, v in per_feature.items()},
+        per_context=_per_context(reconstruction, behaviour),
+    )
+
+
+def _per_context(
+    reconstruction: ReconstructionMetrics, behaviour: ModelMetrics
+) -> dict[str, Tensor]:
+    named = {"reconstruction": reconstruction, "model": behaviour}
+    return {f"{kind}.{k}": v for kind, m in named.items() for k, v in m.context_sums().items()}
 
 
 def _eval_config(config: Config, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
@@ -132,11 +152,9 @@ def _eval_config(config: Config, model: LanguageModel, n_contexts: int) -> dict[
 
 
 def _json_list(values: Tensor) -> Any:
-    """Nested lists with None for NaN, rounded to what float32 carries."""
-    if values.dtype == torch.bool or not values.is_floating_point():
+    """A list with None for NaN, rounded to what float32 carries."""
+    if not values.is_floating_point():
         return values.tolist()
-    if values.ndim > 1:
-        return [_json_list(row) for row in values]
     return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
 
 

@@ -49,7 +49,9 @@ def atomic(path: Path) -> Iterator[Path]:
     The rename happens after an fsync: a reader, also on another machine of a shared file system,
     sees the old file or the whole new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+    )
     with disk_errors(path):
         try:
             yield temporary

@@ -23,8 +23,8 @@ from tcsae.metrics.bootstrap import MIN_BLOCKS, interval, resampling_weights
 
 # Elements of one logits chunk in float32: 16 MB, which is 16 rows of Gemma's 262,144 tokens.
 _LOGITS_CHUNK = 2**22
-# A variance below this share of the mean square is float32 rounding of the activations.
-_VARIANCE_FLOOR = 1e-13
+# A variance below this share of the mean square is float64 rounding: the activations are constant.
+_VARIANCE_FLOOR = 1e-28
 # A quantity per token, then its mean over tokens.
 _TOKEN_MEANS = (
     "mse_sae_bench explained_variance_legacy cossim l2_norm_in l2_norm_out l2_ratio l0 l1"

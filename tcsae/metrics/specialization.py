@@ -1,8 +1,8 @@
 """Families of features: clusters of what fires together, and whether they are more than noise.
 
 phi coefficient of firing -> k-nearest-neighbour graph -> Leiden communities (Traag, Waltman and
-van Eck 2019), held against other seeds, the other half of the contexts, two kinds of chance, and
-the clusters of the decoder directions.
+van Eck 2019), held against other seeds, halves of the contexts, two kinds of chance, and the
+clusters of the decoder directions.
 
 Shapes: N counted positions, F features, V features in a graph (its vertices), E edges,
 k neighbours.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,58 +23,15 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tcsae.metrics.correlation import to_csr, top_partners
-from tcsae.metrics.masks import checked_masks, require_shape
+from tcsae.metrics.correlation import top_partners
+from tcsae.metrics.top_contexts import Firings
 
 if TYPE_CHECKING:
     import igraph
 
+# Largest p at which a clustering counts as more than chance.
+SIGNIFICANT = 0.01
 _BLOCK_ROWS = 1024
-
-
-class Firings(NamedTuple):
-    """Where features fire at the counted positions."""
-
-    pattern: sparse.csr_matrix
-    """[N, F], 1 where f > 0."""
-    context: np.ndarray
-    """[N], number of the context of each row."""
-
-
-class FiringPatterns:
-    """Collects f > 0 at the valid positions, one batch at a time (12 bytes a firing)."""
-
-    def __init__(self, n_features: int) -> None:
-        self.n_features = n_features
-        self.reset()
-
-    def reset(self) -> None:
-        self.n_contexts = 0
-        self._batches: list[Firings] = []
-
-    def update(
-        self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
-    ) -> None:
-        """Take in features [B, T, F] and valid [B, T]; `segments` make no difference here."""
-        require_shape(features, self.n_features)
-        _, valid = checked_masks(features, segments, valid)
-        rows = valid.flatten().nonzero().flatten()
-        pattern = to_csr(features.flatten(0, 1)[rows] > 0)
-        context = (rows // valid.shape[1]).cpu().numpy() + self.n_contexts
-        self._batches.append(Firings(pattern, context))
-        self.n_contexts += len(features)
-
-    def merge(self, other: FiringPatterns) -> None:
-        """Take in another accumulator of the same size, whose contexts follow on from these."""
-        self._batches += [b._replace(context=b.context + self.n_contexts) for b in other._batches]
-        self.n_contexts += other.n_contexts
-
-    def compute(self) -> Firings:
-        """All firings so far."""
-        empty = sparse.csr_matrix((0, self.n_features))
-        pattern = sparse.vstack([empty, *(b.pattern for b in self._batches)], format="csr")
-        contexts = [np.zeros(0, dtype=np.int64), *(b.context for b in self._batches)]
-        return Firings(pattern, np.concatenate(contexts))
 
 
 def phi_coefficient(both: Tensor, first: Tensor, second: Tensor, n: int) -> Tensor:
@@ -159,12 +117,243 @@ def _igraph_random(seed: int) -> Iterator[None]:
 def _communities(network: igraph.Graph, resolution: float, seed: int) -> np.ndarray:
     import leidenalg
 
+    if network.ecount() == 0:
+        return np.arange(network.vcount())
     partition = leidenalg.find_partition(
         network,
         leidenalg.RBConfigurationVertexPartition,
         weights="weight",
         resolution_parameter=resolution,
         seed=seed,
-        n_iterations=4,
     )
     return np.asarray(partition.membership, dtype=np.int64)
+
+
+def leiden(graph: FeatureGraph, resolution: float = 1.0, seed: int = 0) -> Tensor:
+    """Communities of the graph, [V] int64, by weighted modularity (Reichardt-Bornholdt).
+
+    The largest is 0; a vertex alone in its community gets -1.
+    """
+    return _by_size(_communities(_to_igraph(graph), resolution, seed))
+
+
+def _by_size(membership: np.ndarray) -> Tensor:
+    label, size = np.unique(membership, return_counts=True)
+    rank = np.full(len(label), -1)
+    large = np.flatnonzero(size > 1)
+    rank[large[np.argsort(-size[large], kind="stable")]] = np.arange(len(large))
+    return torch.from_numpy(rank[membership])
+
+
+def _modularity(network: igraph.Graph, resolution: float, seed: int) -> float:
+    membership = _communities(network, resolution, seed)
+    return float(network.modularity(membership, weights="weight", resolution=resolution))
+
+
+def _rewired(network: igraph.Graph, seed: int) -> igraph.Graph:
+    """Same degrees, edges swapped at random, weights dealt out anew."""
+    result = network.copy()
+    with _igraph_random(seed):
+        result.rewire()
+    weights = np.array(network.es["weight"])
+    result.es["weight"] = np.random.default_rng(seed).permutation(weights).tolist()
+    return result
+
+
+def shuffle_contexts(firings: Firings, seed: int) -> sparse.csr_matrix:
+    """Firing pattern [N, F] with the contexts of every feature permuted on their own.
+
+    Keeps what each feature does inside a context (rate, runs, position profile) and breaks what
+    features do together. A firing that would land on a position that does not count is lost.
+    """
+    entries = firings.pattern.tocoo()
+    n_contexts = int(firings.context.max()) + 1
+    row_of = np.full((n_contexts, int(firings.position.max()) + 1), -1)
+    row_of[firings.context, firings.position] = np.arange(len(firings.context))
+    order = np.tile(np.arange(n_contexts, dtype=np.int32), (firings.pattern.shape[1], 1))
+    order = np.random.default_rng(seed).permuted(order, axis=1)
+    context = order[entries.col, firings.context[entries.row]]
+    row = row_of[context, firings.position[entries.row]]
+    kept = row >= 0
+    return sparse.csr_matrix(
+        (entries.data[kept], (row[kept], entries.col[kept])), shape=firings.pattern.shape
+    )
+
+
+def _against(observed: float, null: list[float]) -> dict[str, Any]:
+    """The observed value against draws from a null, one-sided.
+
+    p is that of one further draw from a normal distribution of which the nulls are a sample
+    (Student's t, n - 1 degrees of freedom), so that few nulls are enough.
+    """
+    from scipy.stats import t
+
+    mean, sd = float(np.mean(null)), float(np.std(null, ddof=1))
+    z = (observed - mean) / max(sd, 1e-9)
+    p = float(t.sf(z / np.sqrt(1 + 1 / len(null)), df=len(null) - 1))
+    return {"mean": mean, "sd": sd, "z": float(z), "p": p, "n": len(null)}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """Clusters of features, and how much they can be trusted."""
+
+    labels: Tensor
+    """[F] int64, cluster by decreasing size from 0; -1: fires too seldom or has no partner."""
+    decoder_labels: Tensor
+    """[F] int64, the same for clusters of decoder directions; all -1 without a decoder."""
+    graph: FeatureGraph
+    """The neighbour graph the clusters were found in."""
+    summary: dict[str, Any]
+    """Figures for JSON: what could not be computed is None, with the reason beside it."""
+
+
+def _missing(name: str, reason: str) -> dict[str, Any]:
+    return {name: None, f"{name}_reason": reason}
+
+
+@dataclass(frozen=True)
+class _Clustering:
+    """The settings of one clustering, and the checks that repeat it."""
+
+    k: int
+    min_firings: int
+    resolution: float
+    seed: int
+
+    def seed_agreement(self, network: igraph.Graph, n_seeds: int) -> dict[str, Any]:
+        from sklearn.metrics import adjusted_rand_score
+
+        seeds = range(self.seed, self.seed + n_seeds)
+        runs = [_communities(network, self.resolution, seed) for seed in seeds]
+        scores = [adjusted_rand_score(a, b) for a, b in combinations(runs, 2)]
+        return {"ari_seeds": float(np.mean(scores)), "n_seeds": n_seeds}
+
+    def half_agreement(self, firings: Firings) -> dict[str, Any]:
+        from sklearn.metrics import adjusted_rand_score
+
+        name, contexts = "ari_halves", np.unique(firings.context)
+        if len(contexts) < 2:
+            return _missing(name, "there are fewer than two contexts to split")
+        np.random.default_rng(self.seed).shuffle(contexts)
+        first = np.isin(firings.context, contexts[: len(contexts) // 2])
+        found: list[dict[int, int]] = []
+        for half in (first, ~first):
+            graph = firing_graph(firings.pattern[half], self.k, self.min_firings)
+            labels = _communities(_to_igraph(graph), self.resolution, self.seed)
+            found.append(dict(zip(graph.features.tolist(), labels.tolist(), strict=True)))
+        shared = sorted(found[0].keys() & found[1].keys())
+        if len(shared) < 2:
+            return _missing(name, f"no two features fire {self.min_firings} times in both halves")
+        score = adjusted_rand_score(*([half[feature] for feature in shared] for half in found))
+        return {name: float(score), "n_features_halves": len(shared)}
+
+    def chance(
+        self, firings: Firings, graph: FeatureGraph, observed: float, n_nulls: int
+    ) -> dict[str, Any]:
+        """Modularity of rewired graphs and of graphs of shuffled contexts."""
+        seeds, network = range(self.seed, self.seed + n_nulls), _to_igraph(graph)
+        rewired = [_modularity(_rewired(network, seed), self.resolution, seed) for seed in seeds]
+        result: dict[str, Any] = {"null_rewired": _against(observed, rewired)}
+        if len(np.unique(firings.context)) < 2:
+            reason = "there are fewer than two contexts to shuffle"
+            shuffled = _missing("null_shuffled", reason)
+            return result | shuffled | _missing("significant", reason)
+        chosen = firings._replace(pattern=firings.pattern[:, graph.features.numpy()])
+        null: list[float] = []
+        for seed in seeds:
+            some = firing_graph(shuffle_contexts(chosen, seed), self.k, min_firings=1)
+            null.append(_modularity(_to_igraph(some), self.resolution, seed))
+        result["null_shuffled"] = _against(observed, null)
+        result["significant"] = max(n["p"] for n in result.values()) < SIGNIFICANT
+        return result
+
+
+def _nothing_to_cluster(graph: FeatureGraph, min_firings: int) -> dict[str, Any]:
+    reason = "no two features fire together more often than chance"
+    if len(graph.features) < 2:
+        reason = f"fewer than two features fire at least {min_firings} times"
+    summary: dict[str, Any] = {"n_clusters": 0, "cluster_sizes": []}
+    for name in ("modularity", "ari_seeds", "ari_halves", "null_rewired", "null_shuffled"):
+        summary |= _missing(name, reason)
+    return summary | _missing("significant", reason) | _missing("ami_decoder", reason)
+
+
+def cluster_features(
+    firings: Firings,
+    W_dec: Tensor | None = None,
+    *,
+    k: int = 20,
+    min_firings: int = 20,
+    resolution: float = 1.0,
+    seed: int = 0,
+    n_seeds: int = 4,
+    n_nulls: int = 5,
+) -> Specialization:
+    """Cluster features by what fires together, and check the clusters.
+
+    The summary gives, beside sizes and settings: `modularity`; `ari_seeds`, the mean adjusted Rand
+    index over pairs of seeds; `ari_halves`, that between clusterings of two halves of the contexts
+    (features that fire often enough in both); `null_rewired`, modularity of graphs with the same
+    degrees; `null_shuffled`, of graphs built after `shuffle_contexts`; `significant`, modularity
+    above both nulls at p < .01; `ami_decoder`, adjusted mutual information with clusters of
+    decoder directions. The rewired null alone is no proof: a neighbour graph of pure noise often
+    beats it, since similarity is nearly transitive and a rewired graph is not. Neither null tells
+    separate clusters from a continuum cut into pieces; `ari_seeds` and `ari_halves` do.
+
+    Args:
+        firings: of `FiringPatterns.compute`.
+        W_dec: decoder [F, d_in] for the comparison. None: left out.
+        k: neighbours per feature.
+        min_firings: features that fire less often get label -1.
+        resolution: of Leiden; 1 is modularity, larger values give more clusters.
+        n_seeds, n_nulls: how many, at least 2 each.
+
+    Raises:
+        ValueError: n_seeds or n_nulls is below 2.
+    """
+    if min(n_seeds, n_nulls) < 2:
+        raise ValueError(f"n_seeds and n_nulls must be at least 2, not {n_seeds} and {n_nulls}")
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    settings = _Clustering(k, min_firings, resolution, seed)
+    graph, n_features = firing_graph(firings.pattern, k, min_firings), firings.pattern.shape[1]
+    summary: dict[str, Any] = asdict(settings) | {"n_features": len(graph.features)}
+    nothing = torch.full((n_features,), -1)
+    if len(graph.edges) == 0:
+        summary |= _nothing_to_cluster(graph, min_firings)
+        return Specialization(nothing, nothing, graph, summary)
+    network = _to_igraph(graph)
+    membership = _communities(network, resolution, seed)
+    modularity = float(network.modularity(membership, weights="weight", resolution=resolution))
+    labels, by_direction = nothing.clone(), nothing.clone()
+    labels[graph.features] = _by_size(membership)
+    sizes = torch.bincount(labels[labels >= 0]).tolist()
+    summary |= {"n_clusters": len(sizes), "cluster_sizes": sizes, "modularity": modularity}
+    summary |= settings.seed_agreement(network, n_seeds) | settings.half_agreement(firings)
+    summary |= settings.chance(firings, graph, modularity, n_nulls)
+    if W_dec is None:
+        summary |= _missing("ami_decoder", "no decoder was given")
+    else:
+        directions = _to_igraph(direction_graph(W_dec, graph.features, k))
+        theirs = _communities(directions, resolution, seed)
+        by_direction[graph.features] = _by_size(theirs)
+        summary["ami_decoder"] = float(adjusted_mutual_info_score(membership, theirs))
+    return Specialization(labels, by_direction, graph, summary)
+
+
+def layout(graph: FeatureGraph, seed: int = 0, epochs: int = 50) -> tuple[Tensor, Tensor]:
+    """Places for a picture: features that have a neighbour [M] and their coordinates [M, 2].
+
+    UMAP (McInnes, Healy and Melville 2018) in igraph, on distance 1 - weight. Distances between
+    far points, areas and axes mean nothing.
+    """
+    network = _to_igraph(graph)
+    placed = [vertex for vertex, degree in enumerate(network.degree()) if degree > 0]
+    if not placed:
+        return graph.features[:0], torch.zeros(0, 2)
+    network = network.induced_subgraph(placed)
+    distance = (1 - np.array(network.es["weight"])).tolist()
+    with _igraph_random(seed):
+        points = network.layout_umap(dist=distance, epochs=epochs, min_dist=0.1)
+    return graph.features[placed], torch.tensor(points.coords)

@@ -1,7 +1,7 @@
-"""Where features fire: their top contexts, and the tokens they fire on.
+"""Where features fire: their top contexts, the positions, and the tokens they fire on.
 
-Shapes: B contexts, T positions, F features, V tokens of the vocabulary, k contexts per feature,
-P (feature, context) pairs, C clusters.
+Shapes: B contexts, T positions, N counted positions, F features, V tokens of the vocabulary,
+k contexts per feature, P (feature, context) pairs, C clusters.
 """
 
 from __future__ import annotations
@@ -121,6 +121,59 @@ def activation_rows(
     found = inside.nonzero().flatten()
     at = (context_ids[found] - first_context).to(features.device)
     return found, features.detach()[at, :, feature_ids[found].to(features.device)].cpu()
+
+
+class Firings(NamedTuple):
+    """Where features fire at the counted positions."""
+
+    pattern: sparse.csr_matrix
+    """[N, F], 1 where f > 0."""
+    context: np.ndarray
+    """[N] int64, number of the context of each row."""
+    position: np.ndarray
+    """[N] int64, position in the context."""
+
+
+class FiringPatterns:
+    """Collects f > 0 at the valid positions, one batch at a time (12 bytes a firing)."""
+
+    def __init__(self, n_features: int) -> None:
+        self.n_features = n_features
+        self.reset()
+
+    def reset(self) -> None:
+        self.n_contexts = 0
+        self._batches: list[Firings] = []
+
+    def update(
+        self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    ) -> None:
+        """Take in features [B, T, F] and valid [B, T]; `segments` make no difference here."""
+        require_shape(features, self.n_features)
+        _, valid = checked_masks(features, segments, valid)
+        rows = valid.flatten().nonzero().flatten()
+        pattern = to_csr(features.flatten(0, 1)[rows] > 0)
+        context, position = (
+            rows.cpu().numpy() // valid.shape[1],
+            rows.cpu().numpy() % valid.shape[1],
+        )
+        self._batches.append(Firings(pattern, context + self.n_contexts, position))
+        self.n_contexts += len(features)
+
+    def merge(self, other: FiringPatterns) -> None:
+        """Take in another accumulator of the same size, whose contexts follow on from these."""
+        self._batches += [b._replace(context=b.context + self.n_contexts) for b in other._batches]
+        self.n_contexts += other.n_contexts
+
+    def compute(self) -> Firings:
+        """All firings so far."""
+        empty = sparse.csr_matrix((0, self.n_features))
+        pattern = sparse.vstack([empty, *(b.pattern for b in self._batches)], format="csr")
+        none = np.zeros(0, dtype=np.int64)
+        context = np.concatenate([none, *(b.context for b in self._batches)])
+        return Firings(
+            pattern, context, np.concatenate([none, *(b.position for b in self._batches)])
+        )
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,7 @@ class Member:
         if self.average is not None:
             assert cfg.ema_decay is not None
             with torch.no_grad():
-                for mean, now in zip(
-                    self.average.parameters(), self.sae.parameters(), strict=True
-                ):
+                for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
                     mean.lerp_(now, 1 - cfg.ema_decay)
 
     @torch.no_grad()

@@ -69,7 +69,9 @@ def test_agrees_with_counting_token_by_token(
 
 
 @pytest.mark.parametrize(("on", "off"), [(5, 3), (1, 9), (20, 20)])
-def test_runs_of_known_length_are_measured_right_though_contexts_cut_them(on: int, off: int) -> None:
+def test_runs_of_known_length_are_measured_right_though_contexts_cut_them(
+    on: int, off: int
+) -> None:
     f = synthetic.periodic_runs(3000, 32, 3, on, off, seeded())
     result = measured(f)
     assert (result.run_length / on - 1).abs().max() < 0.03

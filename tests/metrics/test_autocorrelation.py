@@ -232,9 +232,7 @@ def test_variance_within_windows_is_the_share_that_consistency_leaves(window: in
     )
     accumulator = Autocorrelation(3, 64, 16)
     accumulator.update(f)
-    expected = accumulator.covariance()[0] * (
-        1 - window_consistency(accumulator.compute(), window)
-    )
+    expected = accumulator.covariance()[0] * (1 - window_consistency(accumulator.compute(), window))
     within = f.unfold(1, window, 1).var(-1).mean((0, 1))
     assert (within / expected - 1).abs().max() < 0.01
 

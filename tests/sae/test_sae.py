@@ -452,6 +452,17 @@ def test_resampling_more_features_than_tokens_or_all_of_them_works(name: str) ->
     assert n == D_SAE and all(p.isfinite().all() for p in sae.parameters())
 
 
+@every_architecture
+def test_resampling_gives_every_dead_feature_a_token_of_its_own_while_they_last(name: str) -> None:
+    sae = make(name)
+    x_ND = torch.randn(D_SAE - 1, D_IN)
+    dead_F = ~dead_at(0)
+    sae.revive(dead_F, torch.optim.Adam(sae.parameters()), x_ND)
+    direction_ND = torch.nn.functional.normalize(x_ND - sae.b_dec, dim=1)
+    drawn = (sae.W_dec[dead_F] @ direction_ND.T).argmax(1)
+    assert drawn.sort().values.tolist() == list(range(D_SAE - 1))
+
+
 # ---------------------------------------------------------------- b_dec, recovery
 
 

@@ -1,0 +1,173 @@
+"""conf/ and its schema: everything on the menu composes, every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcsae import numbers
+from tcsae.config import Config, parse, resolve_layer, run_id, run_name
+from tcsae.errors import UserError
+from tcsae.train import _to_config, conf_folder
+
+CONF = conf_folder()
+
+
+def config(*overrides: str) -> Config:
+    numbers.install()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return _to_config(compose("train", list(overrides)))
+
+
+def options() -> list[str]:
+    found = []
+    for file in sorted(CONF.glob("*/*.yaml")):
+        group, name = file.parent.name, file.stem
+        more = {"model/other": " model.name=x/y", "dataset/files": " dataset.path=x"}
+        prefix = "+" if group == "experiment" else ""
+        found.append(f"{prefix}{group}={name}{more.get(f'{group}/{name}', '')}")
+    return found
+
+
+@pytest.mark.parametrize("override", options())
+def test_every_option_of_every_group_composes_to_a_valid_config(override: str) -> None:
+    assert config(*override.split()).steps > 0
+
+
+def test_every_option_says_in_its_file_what_it_is() -> None:
+    bare = {"window", "lambda"}  # plain numbers say it themselves
+    for file in CONF.glob("*/*.yaml"):
+        if file.parent.name not in bare:
+            assert "# " in file.read_text().replace("# @package _global_", ""), file
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("window=16", "window", 16),
+        ("window=12", "window", 12),
+        ("window=document", "window", "document"),
+        ("lambda=0", "lambda_", 0),
+        ("lambda=1e-3", "lambda_", 0.001),
+        ("lambda=.25", "lambda_", 0.25),
+        ("lambda=0.05", "lambda_", 0.05),
+        ("layer=19", "layer", 19),
+        ("layer=0", "layer", 0),
+        ("layer=middle", "layer", "middle"),
+        ("layer=default", "layer", 15),
+    ],
+)
+def test_numbers_and_names_are_options_alike(override: str, key: str, value: Any) -> None:
+    assert getattr(config(override), key) == value
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(min_value=0, max_value=1e6))
+def test_any_finite_number_is_an_option_of_lambda(value: float) -> None:
+    assert config(f"lambda={value!r}").lambda_ == value
+
+
+def test_hydra_is_the_release_whose_private_class_is_wrapped() -> None:
+    import hydra
+    from hydra._internal import defaults_list
+
+    numbers.install()
+    numbers.install()
+    assert hydra.__version__.startswith("1.3.")
+    assert defaults_list.Overrides._tcsae_numbers
+
+
+def test_gemma_comes_with_the_settings_the_experiment_began_with() -> None:
+    cfg = config("model=gemma", "window=16", "lambda=0.2")
+    assert (cfg.model.name, cfg.layer) == ("google/gemma-2-2b", 19)
+    assert (cfg.sae.architecture, cfg.sae.d_sae) == ("standard", 2304)
+    assert cfg.sae.l1_coefficient == 0.04  # type: ignore[attr-defined]
+    assert cfg.training.lr == 3e-4
+    assert (cfg.window, cfg.lambda_) == (16, 0.2)
+
+
+def test_the_command_line_wins_over_what_a_model_brings() -> None:
+    cfg = config("model=gemma", "sae=topk", "training.lr=1e-2", "layer=3")
+    assert (cfg.sae.architecture, cfg.training.lr, cfg.layer) == ("topk", 1e-2, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("window=1", ["window = 1", "2 to 128", "document"]),
+        ("window=200", ["window = 200", "2 to 128"]),
+        ("window=8.5", ["window = 8.5", "whole number"]),
+        ("lambda=-1", ["lambda = -1", "greater than or equal to 0"]),
+        ("layer=99", ["layer = 99", "0 to 29"]),
+        ("layer=-1", ["layer = -1", "0 to 29"]),
+        ("sae.k=0", ["sae.k = 0"]),
+        ("sae.k=5000", ["5000", "2304"]),
+        ("sae.architecture=nosuch", ["sae", "standard", "topk"]),
+        ("training.lr=fast", ["training.lr = fast", "number"]),
+        ("training.tokens=0", ["training.tokens = 0"]),
+        ("training.tokens=1.5", ["training.tokens = 1.5", "integer"]),
+        ("tracking.mode=maybe", ["tracking.mode = maybe", "offline", "online", "disabled"]),
+        ("seed=-1", ["seed = -1"]),
+        ("+foo=1", ["foo = 1", "no such key"]),
+        ("+training.foo=1", ["training.foo = 1", "no such key"]),
+        ("evaluation.max_lag=128", ["evaluation.max_lag = 128", "below 128"]),
+        ("dataset.eval_fraction=1", ["dataset.eval_fraction = 1"]),
+        ("consistency.scale_by_window=true", ["scale_by_window"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(
+    override: str, words: list[str]
+) -> None:
+    if "scale_by_window" in override:
+        override = f"+{override}"
+    with pytest.raises(UserError) as raised:
+        config(override)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_several_mistakes_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"training.lr = -1.*seed = -2|seed = -2.*training.lr = -1"):
+        config("training.lr=-1", "seed=-2")
+
+
+def test_window_document_needs_a_loss_over_positions() -> None:
+    with pytest.raises(UserError, match="batch_history needs a number"):
+        config("consistency=batch_history", "window=document")
+
+
+@pytest.mark.parametrize(
+    ("layer", "index"), [("first", 0), ("quarter", 7), ("middle", 15), ("last", 29), (None, 15)]
+)
+def test_named_layers_are_where_they_say(layer: str | None, index: int) -> None:
+    assert resolve_layer(layer, 30) == index
+
+
+def test_identity_is_what_determines_the_result_and_nothing_else() -> None:
+    base = run_id(config())
+    for same in ("tracking=disabled", "store=stream", "name=mine", "rerun=true", "window=8"):
+        assert run_id(config(same)) == base, same
+    for other in ("seed=1", "window=9", "lambda=0.2", "layer=3", "training.tokens=7", "sae.k=31"):
+        assert run_id(config(other)) != base, other
+
+
+def test_a_config_survives_its_own_file() -> None:
+    cfg = config("consistency=batch_history", "window=4", "training.ema_decay=0.99")
+    assert parse(cfg.dump()) == cfg
+    assert run_name(parse(cfg.dump())) == run_name(cfg)
+
+
+def test_steps_cover_the_tokens_asked_for() -> None:
+    assert config("training.tokens=4096").steps == 1
+    assert config("training.tokens=4097").steps == 2
+
+
+def test_installed_conf_is_the_one_in_the_repository() -> None:
+    assert conf_folder() == Path(__file__).parent.parent / "conf"
