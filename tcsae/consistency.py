@@ -169,33 +169,62 @@ def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Ten
     return torch.where(mask, kept - mean, 0), count
 
 
-class _ScaleFree(torch.autograd.Function):
-    """Value sum_j s2_j; gradient 2 (Q f_j / windows - (s2_j / v_j) (f_j - mean_j) / N).
+def _column_sums(rows_NF: Tensor) -> Tensor:
+    """Sums over rows, [F]; a matrix product is the quickest pass over memory."""
+    return (rows_NF.new_ones(1, rows_NF.shape[0]) @ rows_NF)[0]
 
-    The gradient of sum_j sg(v_j) s2_j / v_j, with v_j the variance over the valid positions of the
-    batch: orthogonal to f_j - mean_j, so it cannot be lowered by shrinking a feature. Features with
-    v_j at or below `floor` get neither value nor gradient.
+
+class _WindowPenalty(torch.autograd.Function):
+    """sum_j s2_j of features that are zero at invalid positions, plain or scale-free.
+
+    Plain: gradient 2 Q f_j / windows. Scale-free: the gradient of sum_j sg(v_j) s2_j / v_j,
+    2 (Q f_j / windows - (s2_j / v_j) (f_j - mean_j) / N), with v_j the variance over the N valid
+    positions of the batch: it has no component along f_j - mean_j, so it cannot be lowered by
+    shrinking a feature. Features without variance get neither value nor gradient.
+
+    The product runs in the features' own dtype (bfloat16 where the SAE's products do), everything
+    else in float32: a handful of elementwise passes, forward and backward together.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features_BTF: Tensor, matrix: Tensor, n_windows: Tensor, valid: Any
-    ) -> Any:
-        centred, count = _centred(features_BTF.to(matrix.dtype), valid)
-        smooth = (matrix @ centred) / n_windows
-        s2_F = (centred * smooth).sum((0, 1))
-        v_F = (centred * centred).sum((0, 1)) / count
-        alive_F = v_F > torch.finfo(matrix.dtype).tiny ** 0.5
-        ratio_F = torch.where(alive_F, s2_F / torch.where(alive_F, v_F, 1), 0) / count
-        ctx.save_for_backward(centred, smooth, ratio_F, alive_F)
-        ctx.dtype = features_BTF.dtype
+        ctx: Any,
+        features_BTF: Tensor,
+        laplacian: Tensor,
+        n_windows: Tensor,
+        valid_BT: Tensor,
+        scale_free: bool,
+    ) -> Tensor:
+        wide = laplacian.dtype
+        smooth_BTF = (laplacian / n_windows).to(features_BTF.dtype) @ features_BTF
+        f_NF, smooth_NF = (x.flatten(0, 1).to(wide) for x in (features_BTF, smooth_BTF))
+        s2_F = _column_sums(f_NF * smooth_NF)
+        ctx.dtype, ctx.shape = features_BTF.dtype, features_BTF.shape
+        ctx.scale_free = scale_free
+        if not scale_free:
+            ctx.save_for_backward(smooth_NF)
+            return s2_F.sum()
+        n_valid = valid_BT.sum().clamp(min=1)
+        mean_F = _column_sums(f_NF) / n_valid
+        v_F = _column_sums(f_NF.square()) / n_valid - mean_F.square()
+        alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(wide).tiny
+        ratio_F = torch.where(alive_F, s2_F / v_F, 0) / n_valid
+        ctx.save_for_backward(smooth_NF, f_NF, mean_F, ratio_F, alive_F, valid_BT)
         return torch.where(alive_F, s2_F, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        centred, smooth, ratio_F, alive_F = ctx.saved_tensors
-        gradient = (smooth - ratio_F * centred) * (2 * grad * alive_F)
-        return gradient.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        smooth_NF, *rest = ctx.saved_tensors
+        if ctx.scale_free:
+            f_NF, mean_F, ratio_F, alive_F, valid_BT = rest
+            pull_F = 2 * grad * ratio_F
+            gradient_NF = smooth_NF * (2 * grad * alive_F)
+            gradient_NF.addcmul_(f_NF, pull_F, value=-1)
+            # (f - mean) is zero at invalid positions, where f itself is.
+            gradient_NF += valid_BT.reshape(-1, 1) * (pull_F * mean_F)
+        else:
+            gradient_NF = smooth_NF * (2 * grad)
+        return gradient_NF.to(ctx.dtype).view(ctx.shape), None, None, None, None
 
 
 def scale_free_window_variance(
@@ -210,16 +239,28 @@ def scale_free_window_variance(
     s2_j is the window variance of feature j over the batch and v_j its variance over the batch's
     valid positions (both as in `window_variance`; sg = stop-gradient). Arguments as there.
     """
+    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    valid = mask if valid is None else valid
+    # Dividing by v_j is blind to an offset: taking out the mean keeps float32 from cancelling.
+    centred, _ = _centred(features, valid)
+    return _window_penalty(centred, window, segments, valid, scale_free=True)
+
+
+def _window_penalty(
+    features_BTF: Tensor,
+    window: Window,
+    segments: Tensor | None,
+    valid: Tensor,
+    *,
+    scale_free: bool,
+) -> Tensor:
+    """`_WindowPenalty` on features that are zero at invalid positions."""
+    wide = torch.promote_types(features_BTF.dtype, torch.float32)
     laplacian = window_laplacian(
-        window,
-        features.shape[1],
-        segments=segments,
-        valid=valid,
-        device=features.device,
-        dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
+        window, features_BTF.shape[1], segments=segments, valid=valid, dtype=wide
     )
-    count = _expanded_count(laplacian, features.shape[0])
-    return _ScaleFree.apply(features, laplacian.matrix, count, valid)
+    count = _expanded_count(laplacian, features_BTF.shape[0])
+    return _WindowPenalty.apply(features_BTF, laplacian.matrix, count, valid, scale_free)
 
 
 def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
@@ -251,6 +292,9 @@ class Consistency(nn.Module):
         scale_by_window: batch_history's second version, divided by `window`.
     """
 
+    history: Tensor
+    filled: Tensor
+
     def __init__(
         self,
         form: str,
@@ -275,7 +319,10 @@ class Consistency(nn.Module):
         valid: Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The penalty, a scalar not yet multiplied by lambda."""
+        """The penalty, a scalar not yet multiplied by lambda.
+
+        `features_BTF` must be zero where `valid` is false, as an SAE's training pass gives them.
+        """
         if self.form == "none":
             return features_BTF.new_zeros((), dtype=torch.float32)
         if self.form == "batch_history":
@@ -284,9 +331,8 @@ class Consistency(nn.Module):
             assert generator is not None
             order = permute_within_segments(segments, valid, generator)
             features_BTF = features_BTF.gather(1, order[..., None].expand_as(features_BTF))
-        if self.form == "window_variance":
-            return window_variance(features_BTF, self.window, segments=segments, valid=valid)
-        return scale_free_window_variance(features_BTF, self.window, segments=segments, valid=valid)
+        scale_free = self.form == "scale_free"
+        return _window_penalty(features_BTF, self.window, segments, valid, scale_free=scale_free)
 
     def _batch_history(self, features_BTF: Tensor, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""

@@ -22,6 +22,7 @@ from tcsae.data.store import ActivationBatches, Batch
 from tcsae.files import make_folder, save_tensors, write_json
 from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics, next_token_ce, score_forward
 from tcsae.metrics.saebench_json import (
+    Provenance,
     saebench_core_json,
     saebench_eval_config,
     weight_statistics,
@@ -108,18 +109,20 @@ def evaluate(
     sae = sae.to(model.device).eval()
     reconstruction, suite = _on_activations(sae, config, batches, stop)
     behaviour = _on_the_model(sae, config, model, batches, stop)
+    n_boot = config.evaluation.bootstrap
     core = saebench_core_json(
-        reconstruction=reconstruction.compute(),
-        features=reconstruction.compute_features(),
-        model=behaviour.compute(),
-        weights=weight_statistics(sae.W_enc, sae.W_dec, sae.b_enc),
-        eval_config=_eval_config(config, model, len(batches)),
-        eval_id=str(uuid.uuid4()),
-        datetime_epoch_millis=int(time.time() * 1000),
-        sae_lens_release_id=f"tcsae/{run_id(config)}",
-        sae_cfg_dict=config.dump(),
-        intervals=reconstruction.compute_intervals(config.evaluation.bootstrap)
-        | behaviour.compute_intervals(config.evaluation.bootstrap),
+        reconstruction.compute(),
+        behaviour.compute(),
+        reconstruction.compute_features(),
+        weight_statistics(sae.W_enc, sae.W_dec, sae.b_enc),
+        Provenance(
+            eval_config=_eval_config(config, model, len(batches)),
+            eval_id=str(uuid.uuid4()),
+            datetime_epoch_millis=int(time.time() * 1000),
+            sae_cfg_dict=config.dump(),
+            sae_lens_release_id=f"tcsae/{run_id(config)}",
+        ),
+        intervals=reconstruction.compute_intervals(n_boot) | behaviour.compute_intervals(n_boot),
     )
     per_feature = suite.per_feature()
     scalars = {k: _json_list(v) for k, v in per_feature.items() if v.ndim == 1}

@@ -1,18 +1,23 @@
-"""Files that are whole or absent: atomic writes, checksums, and disk errors in one line."""
+"""Files that are whole or absent: atomic writes, locks, checksums, disk errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import hashlib
 import json
+import logging
 import os
-import uuid
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tcsae.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -23,49 +28,99 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _disk_reason(error)
+        reason = disk_reason(error)
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}") from error
 
 
-def _disk_reason(error: Exception) -> str | None:
+def disk_reason(error: BaseException) -> str | None:
+    """What is wrong with the disk, and what to do; None for an error of another kind."""
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
     # safetensors reports the operating system's number in its text only.
-    if number == errno.ENOSPC or "os error 28" in text:
+    if number == errno.ENOSPC or "os error 28)" in text:
         return "the disk is full; free some space and run the same command again, it goes on"
-    if number == errno.EDQUOT or "os error 122" in text:
+    if number == errno.EDQUOT or "os error 122)" in text:
         return "the disk quota is used up; free some space and run the same command again"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "os error 30" in text:
-        return "the folder is read-only or not yours; choose another one"
+    forbidden = (errno.EROFS, errno.EACCES, errno.EPERM)
+    if number in forbidden or any(f"os error {n})" in text for n in forbidden):
+        return (
+            "the folder is read-only or not yours; choose another one with hydra.run.dir (runs), "
+            "store.dir (activations) or TCSAE_CACHE (models)"
+        )
     return None
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well, else removed.
+    """A temporary path, renamed to `path` when the block ends well, else removed.
 
     The rename happens after an fsync: a reader, also on another machine of a shared file system,
-    sees the old file or the whole new one.
+    sees the old file or the whole new one. The temporary path is in a folder of its own beside
+    `path`, so that what a library leaves there when it is killed goes with it.
     """
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
-    )
     with disk_errors(path):
+        name = f".{path.name}."
+        folder = Path(tempfile.mkdtemp(prefix=name, suffix=TEMPORARY_SUFFIX, dir=path.parent))
         try:
+            temporary = folder / path.name
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left; call it only while holding the folder's lock."""
-    for left in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        left.unlink(missing_ok=True)
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left beside `name`; only while holding the lock they held."""
+    for left in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+class Lock(enum.Enum):
+    """What came of asking for a lock."""
+
+    HELD = enum.auto()
+    BUSY = enum.auto()
+    """Somebody else holds it."""
+    NONE = enum.auto()
+    """The file system has no locks."""
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Lock]:
+    """Holds the lock file `path` during the block if it can, and says whether it does.
+
+    Without `waiting`, BUSY at once if somebody else holds it. With it, waits, calling `waiting`
+    about once a second, which may raise. The lock ends with the process, however that ends.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    state = Lock.BUSY
+    with disk_errors(path):
+        while state is Lock.BUSY:
+            try:
+                lock.acquire(timeout=1 if waiting else 0)
+                state = Lock.HELD
+            except Timeout:
+                if waiting is None:
+                    break
+                waiting()
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                    raise
+                log.warning(f"{path.parent}: no file locks here; work may be done twice")
+                state = Lock.NONE
+    try:
+        yield state
+    finally:
+        lock.release()
 
 
 def make_folder(folder: Path) -> Path:
@@ -110,14 +165,24 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _stamp(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over everything that a file of tensors says."""
+    said = json.dumps([tensors_digest(tensors), metadata], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """An atomic safetensors file that carries the digest of its own content."""
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    stamped = {**metadata, "sha256": tensors_digest(whole)}
+    stamped = {**metadata, "sha256": _stamp(whole, metadata)}
     with atomic(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         save_file(whole, temporary, metadata=stamped)
+        # save_file makes a file that only its owner may read; stores are shared.
+        temporary.chmod(usual)
 
 
 def load_tensors(path: Path, advice: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -134,6 +199,6 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Any], dict[str, str
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); {advice}") from None
-    if metadata.pop("sha256", None) != tensors_digest(tensors):
+    if metadata.pop("sha256", None) != _stamp(tensors, metadata):
         raise UserError(f"{path} is damaged (its content does not match its checksum); {advice}")
     return tensors, metadata

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tcsae.config import Config, parse, run_id
 from tcsae.data.language_model import LanguageModel, bfloat16_is_native
 from tcsae.data.store import (
@@ -29,7 +27,15 @@ from tcsae.data.store import (
 )
 from tcsae.errors import UserError
 from tcsae.evaluation import Evaluation, evaluate
-from tcsae.files import disk_errors, make_folder, read_json, remove_temporaries, write_json
+from tcsae.files import (
+    Lock,
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
+from tcsae.memory import keep_large_blocks
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.saelens_format import load_saelens, save_saelens
 from tcsae.signals import StopRequest, stop_on_signal
@@ -52,10 +58,8 @@ class Stream:
 def open_stream(config: Config, stop: StopRequest) -> Stream:
     """Contexts packed, activations harvested (or streamed), masks and scale known."""
     model = LanguageModel(config.model, config.layer)
-    if config.sae.architecture == "topk" and config.sae.k > model.d_in * 64:  # pragma: no cover
-        log.warning("k is larger than the activations are wide")
     root = Path(config.store.dir).expanduser()
-    contexts = load_or_build_contexts(config.dataset, model, root)
+    contexts = load_or_build_contexts(config.dataset, model, root, stop)
     sources: list[Any] = []
     for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
         if config.store.mode == "stream":
@@ -77,17 +81,10 @@ def open_stream(config: Config, stop: StopRequest) -> Stream:
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
     """Only one process works in a run folder."""
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        with disk_errors(folder):
-            lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another process: wait for it, or stop it") from None
-    try:
+    with locked(make_folder(folder) / ".lock") as lock:
+        if lock is Lock.BUSY:
+            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
         yield
-    finally:
-        lock.release()
 
 
 def _claim(config: Config, folder: Path) -> None:
@@ -100,7 +97,8 @@ def _claim(config: Config, folder: Path) -> None:
                 f"{folder} holds another run ({other}, this is {run_id(config)}): choose another "
                 "folder or remove it"
             )
-    remove_temporaries(folder)
+    for part in (folder, folder / "sae", folder / "eval"):
+        remove_temporaries(part)
     write_json(own, config.dump())
 
 
@@ -115,18 +113,20 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     with _owned(folder):
         _claim(config, folder)
         finished = folder / "final_info.json"
-        if finished.is_file() and not config.rerun:
-            log.info(f"already finished: {folder} (rerun=true repeats it)")
-            return read_json(finished)
-        if config.rerun:
-            finished.unlink(missing_ok=True)
+        if finished.is_file():
+            if not config.rerun:
+                log.info(f"already finished: {folder} (rerun=true repeats it)")
+                return read_json(finished)
+            # Checkpoints first: a repetition that is interrupted must go on, not start again.
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            finished.unlink()
         with stop_on_signal() as stop:
             return _run_stages(config, folder, stop)
 
 
 def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
+    keep_large_blocks()
     stream = open_stream(config, stop)
     tracker = Tracker(config, folder)
     exit_code = 1

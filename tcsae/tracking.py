@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,9 @@ class JsonLines:
         write_text(self.path, "".join(kept))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+        # JSON has no NaN; a metric that has no value in this batch is null.
+        known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        line = json.dumps({"step": step, **known}, allow_nan=False) + "\n"
         with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
 

@@ -24,8 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tcsae import numbers
 from tcsae.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, Interrupted, UserError
+from tcsae.files import disk_reason
 
 log = logging.getLogger(__name__)
+
+KILLED_EXIT_CODE = 130  # as shells say it of SIGINT
 
 
 def conf_folder() -> Path:
@@ -38,7 +41,7 @@ def _to_config(composed: DictConfig) -> Any:
     """The checked Config of what Hydra composed (its own node left out)."""
     from tcsae.config import parse
 
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return parse(container)  # type: ignore[arg-type]
@@ -128,21 +131,36 @@ def _one_line(error: BaseException) -> str:
     return text
 
 
+def _for_the_user(error: Exception) -> str | None:
+    """One line for what a user can mend; None for a defect, which needs its traceback."""
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
+        return _one_line(error)
+    for cause in _causes(error):
+        # Hydra writes to the run folder before the job begins.
+        if (reason := disk_reason(cause)) is not None:
+            return f"cannot write {getattr(cause, 'filename', None) or 'the run folder'}: {reason}"
+        if isinstance(cause, OSError) and cause.filename is not None:
+            return f"{cause.filename}: {cause.strerror}"
+    return None
+
+
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and leave in one line
     numbers.install()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", _sweep_name, replace=True)
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)
+    logging.raiseExceptions = False  # a log that cannot be written must not drown the message
     try:
         app()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        _say(_one_line(error))
-        sys.exit(USER_ERROR_EXIT_CODE)
-    except OSError as error:
-        if error.filename is None:
+    except KeyboardInterrupt:
+        _say("stopped at once; the same command goes on from what was saved")
+        sys.exit(KILLED_EXIT_CODE)
+    except Exception as error:
+        line = _for_the_user(error)
+        if line is None:
             raise
-        _say(f"{error.filename}: {error.strerror}")
+        _say(line)
         sys.exit(USER_ERROR_EXIT_CODE)
 
 

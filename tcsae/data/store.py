@@ -11,7 +11,6 @@ at the first missing shard.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -22,16 +21,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tcsae.config import DatasetConfig
 from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
-from tcsae.data.corpora import open_corpus
+from tcsae.data.corpora import Corpus, open_corpus
 from tcsae.data.language_model import LanguageModel
+from tcsae.errors import UserError
 from tcsae.files import (
-    disk_errors,
+    Lock,
     load_tensors,
+    locked,
     make_folder,
     remove_temporaries,
     save_tensors,
@@ -43,32 +43,13 @@ from tcsae.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Part of every identity: files written in another way are not found, rather than misread."""
+
 
 def content_key(identity: Any) -> str:
     """Sixteen hex digits of the SHA-256 of a JSON-ready identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _lock(path: Path, blocking: bool) -> Iterator[bool]:
-    """Holds the lock (True), or not: False when somebody else does and `blocking` is off.
-
-    A file system without locks counts as holding it: writes are atomic anyway.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=blocking)
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as error:
-        log.warning(f"{path.parent}: no file locks here ({error}); work may be done twice")
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------------------------- contexts
@@ -85,15 +66,18 @@ def _load_contexts(path: Path) -> Contexts:
 
 
 def load_or_build_contexts(
-    cfg: DatasetConfig, model: LanguageModel, root: Path
+    cfg: DatasetConfig, model: LanguageModel, root: Path, stop: StopRequest
 ) -> tuple[Contexts, Contexts]:
     """Training and held-out contexts, from `root`/contexts if this text was packed before.
 
-    Raises UserError for text that cannot be read or is too little.
+    Raises:
+        UserError: text that cannot be read or is too little.
+        Interrupted: a signal came.
     """
     corpus = open_corpus(cfg)
     special: SpecialIds = model.special_ids
     identity = {
+        "format": FORMAT,
         "text": corpus.fingerprint(),
         "tokenizer": model.weights.identity,
         "special": [special.bos, sorted(special.boundaries), sorted(special.masked)],
@@ -104,15 +88,30 @@ def load_or_build_contexts(
     folder = root / "contexts" / content_key(identity)
     paths = folder / "train.safetensors", folder / "eval.safetensors"
     if not all(path.is_file() for path in paths):
-        log.info(f"packing contexts of {cfg.context_size} tokens from {corpus.describe()}")
-        train, evaluation = build_contexts(corpus, model.tokenizer, special, cfg)
-        make_folder(folder)
-        with disk_errors(folder), _lock(folder / ".lock", blocking=True):
-            remove_temporaries(folder)
-            _save_contexts(paths[0], train)
-            _save_contexts(paths[1], evaluation)
-            write_json(folder / "identity.json", identity)
+        with locked(make_folder(folder) / ".lock", stop.check) as lock:
+            if lock is Lock.HELD:
+                remove_temporaries(folder)
+            # Another process may have packed them while this one waited.
+            if not all(path.is_file() for path in paths):
+                both = _build_contexts(corpus, cfg, model, stop)
+                for path, contexts in zip(paths, both, strict=True):
+                    _save_contexts(path, contexts)
+                write_json(folder / "identity.json", identity)
     return _load_contexts(paths[0]), _load_contexts(paths[1])
+
+
+def _build_contexts(
+    corpus: Corpus, cfg: DatasetConfig, model: LanguageModel, stop: StopRequest
+) -> tuple[Contexts, Contexts]:
+    log.info(f"packing contexts of {cfg.context_size} tokens from {corpus.describe()}")
+    total = (cfg.n_contexts or 0) + cfg.n_eval_contexts
+    with Progress("pack", total, unit="contexts") as progress:
+
+        def report(so_far: int, _: int | None) -> None:
+            stop.check()
+            progress.update(so_far - progress.done)
+
+        return build_contexts(corpus, model.tokenizer, model.special_ids, cfg, progress=report)
 
 
 # -------------------------------------------------------------------------------- activations
@@ -153,6 +152,7 @@ class ActivationStore:
     ) -> None:
         self.model, self.contexts, self.shard_contexts = model, contexts, shard_contexts
         self.identity = {
+            "format": FORMAT,
             **model.identity,
             "d_in": model.d_in,
             "contexts": tensors_digest({"ids": contexts.ids}),
@@ -191,22 +191,22 @@ class ActivationStore:
         made = 0
         with Progress(what, total, done=done) as progress:
             # First round: leave shards that others hold to them. Second: wait for those.
-            for blocking in (False, True):
+            for wait in (False, True):
                 for shard in missing:
                     if not self.shard_path(shard).is_file():
-                        made += self._harvest_shard(shard, blocking, progress, stop)
+                        made += self._harvest_shard(shard, wait, progress, stop)
         return made
 
     def _harvest_shard(
-        self, shard: int, blocking: bool, progress: Progress, stop: StopRequest
+        self, shard: int, wait: bool, progress: Progress, stop: StopRequest
     ) -> int:
         path = self.shard_path(shard)
-        lock = self.folder / "locks" / f"{shard:05d}.lock"
-        with disk_errors(path), _lock(lock, blocking) as held:
-            if not held or path.is_file():
+        lock_path = self.folder / "locks" / f"{shard:05d}.lock"
+        with locked(lock_path, stop.check if wait else None) as lock:
+            if lock is Lock.BUSY or path.is_file():
                 return 0
-            for left in self.folder.glob(f".{path.name}.*"):
-                left.unlink(missing_ok=True)
+            if lock is Lock.HELD:
+                remove_temporaries(self.folder, path.name)
             rows = []
             for ids in self.contexts.ids[self._rows(shard)].split(self.model.cfg.forward_contexts):
                 stop.check()
@@ -258,12 +258,20 @@ CALIBRATION_CONTEXTS = 256
 
 
 def calibrate(source: ActivationSource, norm_filter: float) -> Calibration:
-    """Median norm and massive tokens of the first contexts (they are in random order already)."""
+    """Median norm and massive tokens of the first contexts (they are in random order already).
+
+    Raises UserError for activations without a scale: all zero, or not numbers.
+    """
     contexts = source.contexts
     indices = torch.arange(min(CALIBRATION_CONTEXTS, len(contexts.ids)))
     x = source.activations(indices).float()[contexts.valid[indices]]
     norms = x.norm(dim=-1)
-    median = norms.median().item()
+    median = norms.median().item() if len(norms) else 0.0
+    if not 0 < median < float("inf"):
+        raise UserError(
+            f"the median norm of the activations is {median:.4g}, so there is nothing to train on: "
+            "check the weights (model.path), model.hook and model.dtype"
+        )
     limit = norm_filter * median if norm_filter > 0 else float("inf")
     kept = norms <= limit
     return Calibration(median, limit, 1 - kept.float().mean().item(), x[kept])
@@ -283,9 +291,8 @@ class ActivationBatches:
         x = self.source.activations(indices).to(self.device)
         valid = contexts.valid[indices].to(self.device)
         valid = valid & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
-        return Batch(
-            x, contexts.ids[indices].to(self.device), contexts.segments[indices].to(self.device), valid
-        )
+        ids, segments = contexts.ids[indices], contexts.segments[indices]
+        return Batch(x, ids.to(self.device), segments.to(self.device), valid)
 
     def in_order(self, batch_contexts: int, n_contexts: int | None = None) -> Iterator[Batch]:
         n_contexts = len(self) if n_contexts is None else min(n_contexts, len(self))

@@ -23,8 +23,6 @@ from tcsae.metrics.bootstrap import MIN_BLOCKS, interval, resampling_weights
 
 # Elements of one logits chunk in float32: 16 MB, which is 16 rows of Gemma's 262,144 tokens.
 _LOGITS_CHUNK = 2**22
-# A variance below this share of the mean square is float64 rounding: the activations are constant.
-_VARIANCE_FLOOR = 1e-28
 # A quantity per token, then its mean over tokens.
 _TOKEN_MEANS = (
     "mse_sae_bench explained_variance_legacy cossim l2_norm_in l2_norm_out l2_ratio l0 l1"
@@ -217,9 +215,7 @@ class ReconstructionMetrics(_ContextAccumulator):
     def _ratios(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         n = sums["n_tokens"]
         shifted_mean_D = sums["shifted"] / n[..., None]
-        mean_square = (shifted_mean_D + self._shift_D).square().sum(dim=-1)
         variance = sums["shifted2"] / n - shifted_mean_D.square().sum(dim=-1)
-        variance = variance.where(variance > _VARIANCE_FLOOR * mean_square, math.nan)
         return {
             "mse": sums["error2"] / n / self.d_in,
             "explained_variance": 1 - sums["error2"] / n / variance,

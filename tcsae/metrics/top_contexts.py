@@ -287,7 +287,7 @@ def characteristic_tokens(
     shape = (len(labels), n_clusters)
     of_cluster = sparse.csr_matrix((np.ones(len(member)), (member, label)), shape=shape)
     weight = (statistics.weight @ of_cluster).tocsc()
-    background = statistics.token_counts.double().numpy() / max(1, statistics.token_counts.sum())
+    background = statistics.token_counts.numpy() / max(1, int(statistics.token_counts.sum()))
     names: list[list[tuple[int, float]]] = []
     for c in range(n_clusters):
         column = slice(weight.indptr[c], weight.indptr[c + 1])

@@ -242,6 +242,8 @@ class SparseAutoencoder(nn.Module, ABC):
         # Only the dead columns are computed: the cost follows their number, not d_sae.
         dead_J = dead_F.nonzero().squeeze(1)
         pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * valid_N1
+        silent_J = pre_NJ.detach().amax(0) <= 0
+        pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
         k_aux = self.cfg.k_aux or max(self.d_in // 2, 1)
         if k_aux < dead_J.numel():
             values, index = pre_NJ.topk(k_aux, dim=-1, sorted=False)

@@ -44,17 +44,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
     """The newest whole checkpoint of this run, or None.
 
-    A damaged file is passed over with a warning for the one before it. Raises UserError if the
-    newest belongs to another config.
+    A damaged file is removed with a warning, and the one before it taken. Raises UserError if the
+    newest whole one belongs to another config.
     """
     if not folder.is_dir():
         return None
     remove_temporaries(folder)
     for step, path in _files(folder):
         try:
-            tensors, metadata = load_tensors(path, "the checkpoint before it is used")
+            tensors, metadata = load_tensors(path, "removed; the checkpoint before it is used")
         except UserError as error:
             log.warning(str(error))
+            path.unlink()  # left there, it would count as one of the newest `KEPT`
             continue
         facts = json.loads(metadata["facts"])
         if facts["run_id"] != run_id:

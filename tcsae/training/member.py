@@ -131,10 +131,10 @@ class Member:
         self.tokens_seen += n_valid
 
     def _resample(self, batch: Batch, x_BTD: Tensor) -> None:
-        """Every `resample_every_tokens`, until the rate falls, dead features start anew."""
+        """Every `dead_after_tokens`, until the rate falls, dead features start anew."""
         if self.config.sae.revival != "resample":
             return
-        every = math.ceil(self.config.sae.resample_every_tokens / batch.valid.numel())
+        every = math.ceil(self.config.sae.dead_after_tokens / batch.valid.numel())
         last = self.config.steps * (1 - self.config.training.lr_decay)
         if self.step % every or self.step > last:
             return

@@ -25,7 +25,7 @@ def learning_rate(step: int, steps: int, cfg: TrainingConfig) -> float:
 def build_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.Adam:
     """Adam in its fused form (one pass over the parameters), on every device that has it."""
     return torch.optim.Adam(
-        module.parameters(), lr=cfg.lr, betas=tuple(cfg.adam_betas), fused=True
+        module.parameters(), lr=cfg.lr, betas=cfg.adam_betas, fused=True
     )
 
 

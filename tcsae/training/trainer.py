@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from tcsae.data.store import ActivationBatches, shuffled_indices
+from tcsae.errors import UserError
 from tcsae.progress import Progress
 from tcsae.signals import StopRequest
-from tcsae.training.checkpoint import load_checkpoint, save_checkpoint
+from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class Seat:
             return
         last = f"step {self.saved_step}, {self.checkpoints}" if self.saved_step >= 0 else "none yet"
         self.member.check_finite(last)
-        save_checkpoint(self.checkpoints, self.member.checkpoint({"seconds": self.seconds}))
+        checkpoint = self.member.checkpoint({"seconds": self.seconds})
+        _check_finite_weights(checkpoint, last)
+        save_checkpoint(self.checkpoints, checkpoint)
         self.saved_step = self.member.step
 
     def resume(self) -> None:
@@ -60,6 +63,18 @@ class Seat:
         self.saved_step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
         self.metrics.rewind(checkpoint.step)
         log.info(f"resuming at step {checkpoint.step} of {self.member.config.steps}")
+
+
+def _check_finite_weights(checkpoint: Checkpoint, last_good: str) -> None:
+    """A finite loss can have a gradient that is not: such weights must not become the last ones."""
+    for name, value in checkpoint.tensors.items():
+        is_weight = name.startswith(("sae.", "average.", "optimizer."))
+        if is_weight and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(
+                f"{name} is not finite after step {checkpoint.step - 1} (term: the gradient); the "
+                f"last good checkpoint is kept: {last_good}. Lower training.lr, lambda or the "
+                "weight of another term"
+            )
 
 
 def run_id_of(member: Member) -> str:

@@ -176,7 +176,7 @@ def test_values_at_invalid_positions_change_nothing() -> None:
 def test_smoothness_is_the_steepest_step_of_the_active_features_context_by_context() -> None:
     g = seeded(4)
     f, x = synthetic.token_local(12, 9, 4, 0.2, g), synthetic.white_noise(12, 9, 3, generator=g)
-    segments, valid = synthetic.random_masks(12, 9, g)
+    segments, valid = synthetic.random_masks(12, 9, g, invalid=0.6)
     contexts, steepest = [], [[] for _ in range(4)]
     for n in range(12):
         pairs = [

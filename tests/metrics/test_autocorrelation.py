@@ -169,7 +169,7 @@ def test_dead_constant_and_purely_positional_features_have_no_autocorrelation() 
     f = torch.cat(
         [
             torch.zeros(64, 32, 1, dtype=torch.float64),
-            torch.full((64, 32, 1), 0.1, dtype=torch.float64),
+            0.1 + 1e-10 * synthetic.white_noise(64, 32, 1, generator=g),
             synthetic.position_trend(64, 32, 1),
             synthetic.ar1(64, 32, 1, 0.5, g),
         ],
@@ -238,9 +238,11 @@ def test_variance_within_windows_is_the_share_that_consistency_leaves(window: in
 
 
 def test_integrated_time_is_the_windowed_sum_written_out() -> None:
-    rho = autocorrelation(synthetic.ar1(20, 40, 6, 0.6, seeded(11)), 10)
+    g = seeded(11)
+    f = torch.cat([synthetic.ar1(20, 40, 3, phi, g) for phi in (-0.4, 0.1, 0.3, 0.6, 0.9)], 2)
+    rho = autocorrelation(f, 20)
     for j, tau in enumerate(integrated_time(rho)):
-        for last in range(11):
+        for last in range(21):
             expected = 1 + 2 * rho[1 : last + 1, j].sum()
             if last >= 5 * expected:
                 break
@@ -281,9 +283,10 @@ def test_block_sums_are_exact_without_masks_and_add_up_with_them() -> None:
             expected = (mine[:, : 16 - lag] * mine[:, lag:]).sum((0, 1))
             assert torch.allclose(sums[block, lag].double(), expected, rtol=1e-4, atol=1e-4)
             assert pairs[block, lag] == 5 * (16 - lag)
-    segments, valid = synthetic.random_masks(20, 16, g)
+    segments, valid = synthetic.random_masks(20, 16, g, invalid=0.4, boundary=0.3)
     masked = Autocorrelation(3, 16, 5, n_blocks=4)
-    masked.update(f, segments=segments, valid=valid)
+    for n in range(20):
+        masked.update(f[n : n + 1], segments=segments[n : n + 1], valid=valid[n : n + 1])
     sums, pairs = masked.block_sums()
     covariance = sums.double().sum(0) / pairs.double().sum(0)[:, None]
     assert torch.allclose(covariance, masked.covariance(), rtol=1e-4, atol=1e-4)

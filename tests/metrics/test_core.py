@@ -93,9 +93,8 @@ def test_every_metric_of_a_batch_equals_its_formula() -> None:
 def test_predicting_the_mean_explains_nothing_at_any_input_scale(scale: float, mean: float) -> None:
     x, _, features, valid = activations(scale=scale, mean=mean, contexts=40)
     prediction = x[valid].mean(0).expand_as(x)
-    batches = [(slice(0, 3)), (slice(3, 40))]
     metrics = ReconstructionMetrics(D, F)
-    for rows in batches:
+    for rows in (slice(0, 3), slice(3, 40)):
         metrics.update(x[rows], prediction[rows], features[rows], valid=valid[rows])
     assert metrics.compute()["explained_variance"] == pytest.approx(0.0, abs=1e-9)
 
@@ -240,8 +239,9 @@ def test_a_zero_reconstruction_has_no_bias_and_no_direction() -> None:
 
 
 def test_constant_activations_have_no_explained_variance() -> None:
-    _, x_hat, features, valid = activations()
-    values = measured(torch.full_like(x_hat, 0.1), x_hat, features, valid).compute()
+    _, x_hat, features, valid = activations(contexts=50)
+    x = 1e3 / torch.arange(3, 3 + D, dtype=torch.float64).expand_as(x_hat)
+    values = measured(x, x_hat, features, valid).compute()
     assert math.isnan(values["explained_variance"])
     assert values["mse"] > 0
 

@@ -89,6 +89,25 @@ def test_intervals_hold_the_estimate_and_are_ordered() -> None:
     assert low < summary["smoothness"]["value"] < high
 
 
+def test_resamples_scatter_about_the_estimates() -> None:
+    g = seeded(12)
+    f = torch.cat([synthetic.ar1(300, 32, 4, 0.95, g) * 3, synthetic.ar1(300, 32, 8, 0.3, g)], 2)
+    segments, valid = synthetic.random_masks(300, 32, g, boundary=0.05)
+    suite = ConsistencySuite(12, 32, windows=(2, 8), n_boot=200)
+    suite.update(f[:100] + 12, segments=segments[:100], valid=valid[:100])
+    first = suite.draws()["C_8"]
+    suite.update(f[100:] + 12, segments=segments[100:], valid=valid[100:])
+    draws, summary = suite.draws(), suite.summary()
+    assert not torch.equal(draws["C_8"], first), "later contexts count"
+    for name in ("C_2", "C_8", "tau_int", "correlation_length"):
+        entry = summary["metrics"][name]
+        assert abs(entry["energy_weighted"] - entry["mean"]) > 0.1
+        weighted = draws[name][:, 0]
+        assert abs(weighted.mean() - entry["energy_weighted"]) < 0.5 * weighted.std(), name
+    curve = torch.tensor(summary["autocorrelation"]["rho"])
+    assert (draws["autocorrelation"].mean(0) - curve).abs().max() < 0.01
+
+
 def test_batches_and_merges_give_the_same_summary_as_all_at_once() -> None:
     g = seeded(4)
     f, x = mixed_features(50, g), synthetic.white_noise(50, 32, 3, generator=g)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tcsae.sae import architectures, config_class, sae_class
 from tcsae.sae.base import SAEConfig, SparseAutoencoder, TrainingOutput, geometric_median
 
-D_IN, D_SAE = 10, 24
+D_IN, D_SAE = 10, 64  # at k = 4 topk takes its sparse path
 OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 4}}
 
 every_architecture = pytest.mark.parametrize("name", architectures())
@@ -59,7 +59,7 @@ def train_pass(
     return output, {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}
 
 
-def sparse_data(n: int, seed: int, n_true: int = 16, active: float = 0.12) -> Tensor:
+def sparse_data(n: int, seed: int, n_true: int = 16, active: float = 0.125) -> Tensor:
     """[n, D_IN] tokens: sparse positive mixtures of `n_true` random directions."""
     generator = torch.Generator().manual_seed(1234)
     directions = torch.nn.functional.normalize(
@@ -71,14 +71,14 @@ def sparse_data(n: int, seed: int, n_true: int = 16, active: float = 0.12) -> Te
 
 
 def fit(
-    sae: SparseAutoencoder, steps: int, *, planted: int | None = None, lr: float = 1e-2
+    sae: SparseAutoencoder, steps: int, *, planted: int | None = None, n_true: int = 16
 ) -> set[int]:
     """Train on sparse_data; the steps at which feature `planted` fired."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     fired_at = set()
     dead_F = dead_at() if planted is None else dead_at(planted)
     for step in range(steps):
-        x_BTD = sparse_data(256, seed=step).view(16, 16, D_IN)
+        x_BTD = sparse_data(256, step, n_true, active=2 / n_true).view(16, 16, D_IN)
         valid_BT = torch.ones(16, 16, dtype=torch.bool)
         output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)
         optimizer.zero_grad()
@@ -337,7 +337,8 @@ def test_a_planted_dead_feature_fires_again(name: str, revival: str) -> None:
     with torch.no_grad():
         sae.b_enc[5] = -20.0 if revival == "resample" else -3.0
         sae.W_enc[:, 5] = 0.0
-    fired_at = fit(sae, 200, planted=5)
+    # More directions than features, so that there is always something left to stand for.
+    fired_at = fit(sae, 200, planted=5, n_true=2 * D_SAE)
     assert not fired_at & set(range(3)) and len(fired_at & set(range(150, 200))) > 25
 
 
@@ -347,7 +348,7 @@ def test_without_revival_a_planted_dead_feature_stays_dead(name: str) -> None:
     with torch.no_grad():
         sae.b_enc[5] = -3.0
         sae.W_enc[:, 5] = 0.0
-    assert fit(sae, 200, planted=5) == set()
+    assert fit(sae, 200, planted=5, n_true=2 * D_SAE) == set()
 
 
 @every_architecture

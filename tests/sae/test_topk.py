@@ -13,17 +13,20 @@ from tcsae.sae.topk import TopKConfig, TopKSAE
 D_IN = 12
 
 
-def random_sae(d_sae: int, k: int, seed: int = 0) -> TopKSAE:
+def random_sae(d_sae: int, k: int, seed: int = 0, shift: float = 0.0) -> TopKSAE:
+    """`shift` lowers every pre-activation, so that some of the k largest are negative."""
     generator = torch.Generator().manual_seed(seed)
     sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), D_IN, generator)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        sae.b_enc -= shift
     return sae
 
 
-def test_codes_are_the_k_largest_pre_activations_that_are_positive() -> None:
-    sae = random_sae(d_sae=20, k=5)
+@pytest.mark.parametrize("shift", [0.0, 6.0])
+def test_codes_are_the_k_largest_pre_activations_that_are_positive(shift: float) -> None:
+    sae = random_sae(d_sae=20, k=5, shift=shift)
     x_ND = torch.randn(40, D_IN)
     pre_NF = ((x_ND - sae.b_dec) @ sae.W_enc + sae.b_enc).tolist()
     for pre, found in zip(pre_NF, sae.encode(x_ND).tolist(), strict=True):
@@ -33,10 +36,8 @@ def test_codes_are_the_k_largest_pre_activations_that_are_positive() -> None:
 
 
 def test_never_more_than_k_fire_and_fewer_where_pre_activations_are_negative() -> None:
-    sae = random_sae(d_sae=20, k=5)
-    with torch.no_grad():
-        sae.b_enc -= 1.0
-    fired = (sae.encode(torch.randn(500, D_IN)) > 0).sum(-1)
+    sae = random_sae(d_sae=20, k=5, shift=6.0)
+    fired = (sae.encode(torch.randn(500, D_IN)) != 0).sum(-1)
     assert fired.max() <= 5 and fired.min() < 5
 
 
@@ -51,12 +52,13 @@ def test_a_k_that_does_not_fit_is_refused(k: int) -> None:
     k=st.integers(1, 6),
     d_sae=st.integers(96, 130),
     tokens=st.integers(1, 20),
+    shift=st.sampled_from([0.0, 8.0]),
 )
 @settings(max_examples=40, deadline=None)
 def test_the_sparse_path_has_the_values_and_gradients_of_the_plain_loss(
-    seed: int, k: int, d_sae: int, tokens: int
+    seed: int, k: int, d_sae: int, tokens: int, shift: float
 ) -> None:
-    sae, plain = random_sae(d_sae, k, seed), random_sae(d_sae, k, seed)
+    sae, plain = random_sae(d_sae, k, seed, shift), random_sae(d_sae, k, seed, shift)
     generator = torch.Generator().manual_seed(seed)
     x_BTD = torch.randn(2, tokens, D_IN, generator=generator)
     valid_BT = torch.rand(2, tokens, generator=generator) > 0.3

@@ -1,0 +1,25 @@
+"""Large blocks of memory that are kept instead of being returned and faulted in again."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_large_blocks() -> bool:
+    """Have glibc serve every allocation from its heap and never give the heap back.
+
+    A training step makes and drops [tokens, d_sae] tensors of tens of megabytes. By default glibc
+    maps each of them anew and the kernel fills it with zeroed pages, which on a CPU takes longer
+    than the arithmetic on it (scripts/bench_step.py --default-allocator shows it). Returns whether
+    it took effect: not on other C libraries, where nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
