@@ -34,8 +34,10 @@ from tcsae.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-ENCODE_CONTEXTS = 32
-MODEL_CONTEXTS = 8
+# SAEBench's batch, on which explained_variance_legacy and mse_sae_bench depend.
+ENCODE_CONTEXTS = 16
+# Elements of one logits tensor; two are held at a time.
+_LOGITS = 2**27
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ def evaluate(
     model: LanguageModel,
     batches: ActivationBatches,
     stop: StopRequest,
+    sae_cfg: dict[str, Any],
 ) -> Evaluation:
-    """Everything that is measured at the end of a run. Raises Interrupted if a signal comes."""
+    """Everything that is measured at the end of a run; `sae_cfg` is the exported cfg.json.
+
+    Raises Interrupted if a signal comes.
+    """
     sae = sae.to(model.device).eval()
     reconstruction, suite = _on_activations(sae, config, batches, stop)
     behaviour = _on_the_model(sae, config, model, batches, stop)
@@ -119,7 +125,7 @@ def evaluate(
             eval_config=_eval_config(config, model, len(batches)),
             eval_id=str(uuid.uuid4()),
             datetime_epoch_millis=int(time.time() * 1000),
-            sae_cfg_dict=config.dump(),
+            sae_cfg_dict=sae_cfg,
             sae_lens_release_id=f"tcsae/{run_id(config)}",
         ),
         intervals=reconstruction.compute_intervals(n_boot) | behaviour.compute_intervals(n_boot),
@@ -148,9 +154,9 @@ def _eval_config(config: Config, model: LanguageModel, n_contexts: int) -> dict[
         llm_dtype=str(model.dtype).removeprefix("torch."),
         dataset=config.dataset.path or config.dataset.name,
         context_size=config.dataset.context_size,
-        batch_size_prompts=MODEL_CONTEXTS,
-        n_eval_reconstruction_batches=-(-n_model // MODEL_CONTEXTS),
-        n_eval_sparsity_variance_batches=-(-n_contexts // MODEL_CONTEXTS),
+        batch_size_prompts=ENCODE_CONTEXTS,
+        n_eval_reconstruction_batches=-(-n_model // ENCODE_CONTEXTS),
+        n_eval_sparsity_variance_batches=-(-n_contexts // ENCODE_CONTEXTS),
     ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
 
 
@@ -190,8 +196,10 @@ def _on_the_model(
     """Cross-entropy and KL with the SAE spliced in, and with the hook's tensor set to zero."""
     metrics = ModelMetrics()
     n_contexts = min(config.evaluation.model_contexts, len(batches))
-    with Progress("evaluate model", n_contexts * config.dataset.context_size) as progress:
-        for batch in batches.in_order(MODEL_CONTEXTS, n_contexts):
+    size = config.dataset.context_size
+    at_once = max(1, min(ENCODE_CONTEXTS, _LOGITS // (size * model.vocabulary)))
+    with Progress("evaluate model", n_contexts * size) as progress:
+        for batch in batches.in_order(at_once, n_contexts):
             stop.check()
             keep = batch.valid
             clean = model.logits(batch.ids)

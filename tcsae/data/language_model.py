@@ -260,6 +260,7 @@ class LanguageModel:
         except ValueError as error:
             raise UserError(f"{error} for {cfg.name}") from None
         self.n_layers = n_layers
+        self.vocabulary = int(shape["vocab_size"])
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
 
     @property

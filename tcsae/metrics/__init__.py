@@ -1,29 +1,37 @@
-"""What is measured. Tensors in, numbers out; formulas and sources in each docstring."""
+"""What is measured. Tensors in, numbers out; formulas and sources in each docstring.
+
+The functions `autocorrelation`, ... below take precedence over the modules of the same name:
+`tcsae.metrics.autocorrelation(features, max_lag)` is the function.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from tcsae.metrics.activity import Activity, Smoothness
+from tcsae.metrics.autocorrelation import (
+    Autocorrelation,
+    autocorrelation,
+    correlation_length,
+    integrated_time,
+    window_consistency,
+)
+from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics
+from tcsae.metrics.correlation import FeatureCorrelation, feature_correlation
+from tcsae.metrics.position import PositionDependence, position_dependence
+from tcsae.metrics.suite import ConsistencySuite
 
-_HOMES = {
-    "autocorrelation": "autocorrelation",
-    "Autocorrelation": "autocorrelation",
-    "window_consistency": "autocorrelation",
-    "integrated_time": "autocorrelation",
-    "correlation_length": "autocorrelation",
-    "position_dependence": "position",
-    "PositionDependence": "position",
-    "Activity": "activity",
-    "ConsistencySuite": "suite",
-    "feature_correlation": "correlation",
-    "FeatureCorrelation": "correlation",
-    "ReconstructionMetrics": "core",
-    "ModelMetrics": "core",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tcsae.metrics' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tcsae.metrics.{_HOMES[name]}"), name)
+__all__ = [
+    "Activity",
+    "Autocorrelation",
+    "ConsistencySuite",
+    "FeatureCorrelation",
+    "ModelMetrics",
+    "PositionDependence",
+    "ReconstructionMetrics",
+    "Smoothness",
+    "autocorrelation",
+    "correlation_length",
+    "feature_correlation",
+    "integrated_time",
+    "position_dependence",
+    "window_consistency",
+]

@@ -6,7 +6,7 @@ Shapes: B contexts of a batch, T positions, F features, K = max_lag, G bootstrap
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -171,9 +171,9 @@ class Autocorrelation(Accumulator):
         share_GK = pairs_GK / pairs_GK.sum(0).clamp(min=1.0)
         return sums_GKF + (share_GK[..., None] * rest_KF).float(), pairs_GK
 
-    def _relative_to(self, origin: Tensor | None) -> dict[str, Tensor]:
+    def _relative_to(self, first: Self) -> dict[str, Tensor]:
         state = self._state
-        shift_TF = origin - state["origin"]
+        shift_TF = first._state["origin"] - state["origin"]
         moved = {
             "products": self._products_about(shift_TF),
             "ends": state["ends"] - shift_TF[:, None] * self._pair_ends()[..., None],
@@ -195,12 +195,11 @@ class Autocorrelation(Accumulator):
         sums_TF, counts_T1 = f_BTF.sum(0), valid.sum(0)[:, None].double()
         overall_F = sums_TF.sum(0) / counts_T1.sum().clamp(min=1.0)
         origin_TF = torch.where(counts_T1 > 0, sums_TF / counts_T1.clamp(min=1.0), overall_F)
-        exact = {"dtype": torch.float64, "device": device}
         self._state = {
             "origin": origin_TF,
-            "products": torch.zeros(lags, f, **exact),
-            "ends": torch.zeros(t, 2 * lags, f, **exact),
-            "pairs": torch.zeros(lags, t, **exact),
+            "products": origin_TF.new_zeros(lags, f),
+            "ends": origin_TF.new_zeros(t, 2 * lags, f),
+            "pairs": origin_TF.new_zeros(lags, t),
         }
         if self.n_blocks:
             blocks = self.n_blocks

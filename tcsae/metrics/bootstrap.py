@@ -48,13 +48,13 @@ class Accumulator:
         if other._state and not self._state:
             self._state = {name: value.clone() for name, value in other._state.items()}
         elif other._state:
-            for name, value in other._relative_to(self._state.get("origin")).items():
+            for name, value in other._relative_to(self).items():
                 blocks = name.startswith("block_")
                 self._state[name] += value.roll(self.n_contexts, 0) if blocks else value
         self.n_contexts += other.n_contexts
 
-    def _relative_to(self, origin: Tensor | None) -> dict[str, Tensor]:
-        """Every sum (all but `origin`) as if `origin` had been subtracted from the features."""
+    def _relative_to(self, first: Self) -> dict[str, Tensor]:
+        """Every sum (all but `origin`) as if the origin of `first` had been subtracted."""
         return self._state
 
     def _blocks_of(self, n_contexts: int, device: torch.device) -> Tensor:

@@ -88,11 +88,12 @@ class _Marginal:
 
 def to_csr(rows_NF: Tensor, valid_N: Tensor | None = None) -> sparse.csr_matrix:
     """Non-zeros of dense rows as a float64 CSR matrix; rows that are not valid become empty."""
-    active = rows_NF != 0 if valid_N is None else (rows_NF != 0) & valid_N[:, None]
-    row, column = active.nonzero(as_tuple=True)
+    row, column = rows_NF.detach().nonzero(as_tuple=True)
+    if valid_N is not None:
+        row, column = row[valid_N[row]], column[valid_N[row]]
     values = rows_NF.detach()[row, column].double().cpu().numpy()
     indptr = np.zeros(len(rows_NF) + 1, dtype=np.int64)
-    np.cumsum(active.sum(dim=1).cpu().numpy(), out=indptr[1:])
+    np.cumsum(torch.bincount(row, minlength=len(rows_NF)).cpu().numpy(), out=indptr[1:])
     indices = column.int().cpu().numpy()
     return sparse.csr_matrix((values, indices, indptr), shape=tuple(rows_NF.shape))
 

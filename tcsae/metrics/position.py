@@ -7,7 +7,7 @@ G bootstrap blocks, R resamples.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -155,27 +155,26 @@ class PositionDependence(Accumulator):
             "mutual_information_share": information / torch.where(entropy > 0, entropy, torch.nan),
         }
 
-    def _relative_to(self, origin: Tensor | None) -> dict[str, Tensor]:
+    def _relative_to(self, first: Self) -> dict[str, Tensor]:
         state = self._state
-        shift_F = origin - state["origin"]
+        shift_F = first._state["origin"] - state["origin"]
         moved = {"fires": state["fires"], "counts": state["counts"]}
         moved |= _shifted(state["sums"], state["squares"], state["counts"], shift_F, "")
         if self.n_blocks:
             moved |= {name: state[name] for name in ("block_fires", "block_counts")}
-            blocks = (state[f"block_{name}"] for name in ("sums", "squares", "counts"))
-            moved |= _shifted(*blocks, shift_F.float(), "block_")
+            sums, squares = state["block_sums"], state["block_squares"]
+            moved |= _shifted(sums, squares, state["block_counts"], shift_F.float(), "block_")
         return moved
 
     def _start(self, features: Tensor, valid: Tensor) -> None:
         t, f, blocks, device = self.n_positions, self.n_features, self.n_blocks, features.device
         f_BTF = torch.where(valid[..., None], features, 0.0).double()
-        exact = {"dtype": torch.float64, "device": device}
         self._state = {
             "origin": f_BTF.sum((0, 1)) / valid.sum().clamp(min=1),
-            "sums": torch.zeros(t, f, **exact),
-            "squares": torch.zeros(f, **exact),
-            "fires": torch.zeros(t, f, **exact),
-            "counts": torch.zeros(t, **exact),
+            "sums": f_BTF.new_zeros(t, f),
+            "squares": f_BTF.new_zeros(f),
+            "fires": f_BTF.new_zeros(t, f),
+            "counts": f_BTF.new_zeros(t),
         }
         if blocks:
             self._state |= {

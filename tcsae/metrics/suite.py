@@ -43,7 +43,7 @@ _WITHOUT_VALUE = {
 }
 
 # Resamples worked on at a time: each holds [T, F] sums.
-_RESAMPLES_AT_ONCE = 25
+_RESAMPLES_AT_ONCE = 10
 
 
 class ConsistencySuite:
@@ -297,20 +297,21 @@ class ConsistencySuite:
         """One entry of `metrics`."""
         known_F = live_F & values[name].isfinite()
         x, energy = values[name][known_F], values["c0"][known_F]
-        numbers = dict.fromkeys(("median", "q25", "q75", "mean", "energy_weighted"))
-        reason = None
+        found = _numbers(*[torch.nan] * 5)
+        weighted = middle = _numbers(torch.nan, torch.nan)
         if len(x):
             quartiles = x.quantile(x.new_tensor([0.25, 0.75]))
             estimate = torch.stack([weighted_mean(x, energy), median(x)])
-            found = (estimate[1], *quartiles, x.mean(), estimate[0])
-            numbers = dict(zip(numbers, map(_number, found), strict=True))
+            found = _numbers(estimate[1], *quartiles, x.mean(), estimate[0])
+            if draws_R2 is not None:
+                low, high = interval(draws_R2, estimate, level)
+                weighted, middle = _numbers(low[0], high[0]), _numbers(low[1], high[1])
+        names = ("median", "q25", "q75", "mean", "energy_weighted")
+        numbers = dict(zip(names, found, strict=True))
+        reason = None
         if numbers["energy_weighted"] is None:
             reason = self._reason(name, int(live_F.sum()), len(x))
-        weighted, middle = [None, None], [None, None]
-        if draws_R2 is not None and len(x):
-            low, high = interval(draws_R2, estimate, level)
-            weighted, middle = ([_number(low[i]), _number(high[i])] for i in (0, 1))
-        entry = {
+        entry: dict[str, Any] = {
             **numbers,
             "n": len(x),
             "energy_weighted_interval": weighted,
@@ -350,9 +351,9 @@ class ConsistencySuite:
             reason = "null at lags without a pair of valid tokens in one segment"
         return {
             "lags": list(range(self.max_lag + 1)),
-            "rho": [_number(x) for x in curve_K],
-            "low": [_number(x) for x in low_K],
-            "high": [_number(x) for x in high_K],
+            "rho": _numbers(*curve_K),
+            "low": _numbers(*low_K),
+            "high": _numbers(*high_K),
             "reason": reason,
         }
 
@@ -367,10 +368,9 @@ class ConsistencySuite:
         if not draws:
             return empty | {"value": float(value), "reason": None}
         low, high = interval(draws["smoothness"], value, level)
-        return {"value": float(value), "interval": [_number(low), _number(high)], "reason": None}
+        return {"value": float(value), "interval": _numbers(low, high), "reason": None}
 
 
-def _number(value: Tensor) -> float | None:
-    """A number that JSON can hold, or None."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _numbers(*values: Tensor | float) -> list[float | None]:
+    """Numbers that JSON can hold: None for what is not finite."""
+    return [number if math.isfinite(number) else None for number in map(float, values)]

@@ -1,0 +1,151 @@
+"""The default run, on the real embedded model and text, and what it must reach. The long tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tcsae
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with a cache and a store of its own."""
+    folder = tmp_path_factory.mktemp("embedded")
+    return {**os.environ, "TCSAE_STORE": str(folder / "store"), "HF_HUB_OFFLINE": "1"}
+
+
+def train(environment: dict[str, str], folder: Path, *overrides: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tcsae.train", f"hydra.run.dir={folder}", *overrides]
+    subprocess.run(command, env=environment, check=True, timeout=1500)
+    return json.loads((folder / "final_info.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def default_run(home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "default"
+    train(home, folder)
+    return folder
+
+
+SHORT = ("training.tokens=500000", "evaluation.model_contexts=16")
+
+
+@pytest.fixture(scope="session")
+def ablation(
+    home: dict[str, str], default_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """lambda 0, lambda 1 and its shuffled control, shorter, on the default run's activations."""
+    folder = tmp_path_factory.mktemp("ablation")
+    arms = {"0": ["lambda=0"], "1": ["lambda=1"], "control": ["lambda=1", "consistency=shuffled"]}
+    return {name: train(home, folder / name, *SHORT, *arm) for name, arm in arms.items()}
+
+
+def test_default_run_reaches_what_the_readme_promises(default_run: Path) -> None:
+    info = json.loads((default_run / "final_info.json").read_text())
+    groups = info["metrics"]
+    assert groups["reconstruction_quality"]["explained_variance"] >= 0.78
+    assert groups["misc_metrics"]["frac_alive"] >= 0.90
+    assert groups["model_performance_preservation"]["ce_loss_score"] >= 0.80
+    assert groups["sparsity"]["l0"] == pytest.approx(32, abs=0.5)
+    peak_kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak_kilobytes < 4 * 1024**2
+
+
+def test_steps_and_tokens_are_those_that_happened(default_run: Path) -> None:
+    run = tcsae.load_run(default_run)
+    assert run.final_info["training_steps"] == run.config.steps > 0
+    assert run.metrics[-1]["step"] == run.config.steps
+    seen = run.config.steps * run.config.training.batch_contexts * 128
+    assert 0.95 * seen < run.final_info["tokens"] < seen
+    assert run.metrics[-1]["loss/total"] == pytest.approx(run.final_info["final_loss"])
+
+
+def test_zero_ablation_leaves_uniform_logits(default_run: Path) -> None:
+    groups = tcsae.load_run(default_run).final_info["metrics"]
+    ablated = groups["model_performance_preservation"]["ce_loss_with_ablation"]
+    assert ablated == pytest.approx(math.log(49152), abs=2e-3)
+
+
+def test_the_model_predicts_real_prose(default_run: Path) -> None:
+    groups = tcsae.load_run(default_run).final_info["metrics"]
+    clean = groups["model_performance_preservation"]["ce_loss_without_sae"]
+    assert 3.0 < clean < 4.5  # Shakespeare; a wrongly packed or tokenised text gives 5 and more
+
+
+def test_massive_tokens_are_few_and_left_out(default_run: Path) -> None:
+    share = tcsae.load_run(default_run).final_info["massive_token_share"]
+    assert 0 < share < 0.01
+
+
+def test_saved_sae_gives_what_the_evaluation_measured(
+    default_run: Path, home: dict[str, str]
+) -> None:
+    """Reload everything from files and measure again, by other means."""
+    from tcsae.data.language_model import LanguageModel
+    from tcsae.data.store import (
+        ActivationBatches,
+        ActivationStore,
+        calibrate,
+        load_or_build_contexts,
+    )
+
+    run = tcsae.load_run(default_run)
+    root = Path(home["TCSAE_STORE"])
+    model = LanguageModel(run.config.model, run.config.layer)
+    train_contexts, held_out = load_or_build_contexts(run.config.dataset, model, root)
+    shards = run.config.store.shard_contexts
+    store = ActivationStore(root, model, held_out, shards)
+    assert store.missing() == []
+    calibration = calibrate(ActivationStore(root, model, train_contexts, shards), 10)
+    batch = ActivationBatches(store, calibration, "cpu").batch(torch.arange(len(held_out.ids)))
+    x = batch.x[batch.valid].double()
+    error = x - tcsae.load_sae(default_run)(x.float()).double()
+    explained = 1 - error.square().sum() / (x - x.mean(0)).square().sum()
+    measured = run.final_info["metrics"]["reconstruction_quality"]["explained_variance"]
+    assert explained.item() == pytest.approx(measured, abs=1e-4)
+
+
+def test_training_and_held_out_plays_are_disjoint(default_run: Path, home: dict[str, str]) -> None:
+    from tcsae.data.language_model import LanguageModel
+    from tcsae.data.store import load_or_build_contexts
+
+    run = tcsae.load_run(default_run)
+    model = LanguageModel(run.config.model, run.config.layer)
+    parts = load_or_build_contexts(run.config.dataset, model, Path(home["TCSAE_STORE"]))
+    assert parts[0].groups and parts[1].groups
+    assert not set(parts[0].groups) & set(parts[1].groups)
+
+
+def consistency_8(info: dict[str, Any]) -> tuple[float, float, float]:
+    entry = info["consistency"]["metrics"]["C_8"]
+    return entry["energy_weighted"], *entry["energy_weighted_interval"]
+
+
+def test_lambda_1_doubles_consistency_at_little_cost(ablation: dict[str, dict[str, Any]]) -> None:
+    none, strong = ablation["0"], ablation["1"]
+    value_0, _, high_0 = consistency_8(none)
+    value_1, low_1, _ = consistency_8(strong)
+    assert value_1 >= 2 * value_0
+    assert low_1 > high_0, "the intervals are apart"
+    for group, key in (("reconstruction_quality", "explained_variance"), ("shrinkage", "l2_ratio")):
+        assert strong["metrics"][group][key] >= none["metrics"][group][key] - 0.03, key
+
+
+def test_the_shuffled_control_does_not(ablation: dict[str, dict[str, Any]]) -> None:
+    assert consistency_8(ablation["control"])[0] < 0.75 * consistency_8(ablation["1"])[0]
+
+
+def test_the_store_was_filled_once(ablation: dict[str, dict[str, Any]], home: Any) -> None:
+    assert len(list((Path(home["TCSAE_STORE"]) / "activations").iterdir())) == 2  # train, held-out
