@@ -24,11 +24,12 @@ _LOG_LINE = re.compile(r"^(\d\d:\d\d:\d\d|\[\d{4}-\d\d-\d\d) ")
 # ------------------------------------------------------------------------------ tiny models
 
 
-WORDS = (
-    "the a of and in river stone morning walked quietly under old light she he they saw found "
-    "bridge letter winter garden answer question small dark bright never always because while "
-    "machine feature window number seven eleven crossing harbour table bread voice silence"
-).split()
+TEXT = """
+the a of and in river stone morning walked quietly under old light she he they saw found
+bridge letter winter garden answer question small dark bright never always because while
+machine feature window number seven eleven crossing harbour table bread voice silence
+"""
+WORDS = TEXT.split()
 
 
 def tiny_tokenizer() -> Any:
@@ -137,12 +138,12 @@ SMALL = {
 """Overrides for a job of 12 steps on 48 contexts of 16 tokens in 6 shards."""
 
 
-def small_job(model: Path, texts: Path, folder: Path | str, **changes: str) -> list[str]:
+def small_job(weights: Path, texts: Path, folder: Path | str, **changes: str) -> list[str]:
     """Arguments of a small job; keys of `changes` are written with __ for the dot."""
     chosen = {
         "model": "other",
         "model.name": "test/tiny",
-        "model.path": str(model),
+        "model.path": str(weights),
         "dataset": "files",
         "dataset.path": str(texts),
         "hydra.run.dir": str(folder),
@@ -155,7 +156,7 @@ def small_job(model: Path, texts: Path, folder: Path | str, **changes: str) -> l
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
-def small_config(model: Path, texts: Path, **changes: str) -> Any:
+def small_config(weights: Path, texts: Path, **changes: str) -> Any:
     """The checked Config of `small_job`."""
     from hydra import compose, initialize_config_dir
 
@@ -163,7 +164,7 @@ def small_config(model: Path, texts: Path, **changes: str) -> Any:
     from tcsae.train import _to_config, conf_folder
 
     numbers.install()
-    arguments = [a for a in small_job(model, texts, "unused", **changes) if "hydra." not in a]
+    arguments = [a for a in small_job(weights, texts, "unused", **changes) if "hydra." not in a]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return _to_config(compose("train", arguments))
 

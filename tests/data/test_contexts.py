@@ -25,7 +25,8 @@ from tcsae.data.contexts import (
     segments_of,
     valid_of,
 )
-from tcsae.data.corpora import Document, open_corpus
+from tcsae.data.corpora import open_corpus
+from tcsae.data.documents import Document
 from tcsae.errors import UserError
 
 BOS = 0

@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcsae.data.corpora import Document, PlaysCorpus, open_corpus, play_scenes
+from tcsae.data.corpora import open_corpus
+from tcsae.data.documents import Document
+from tcsae.data.plays import PlaysCorpus, play_scenes
 from tcsae.errors import UserError
 
 ROOT = Path(__file__).parents[2]

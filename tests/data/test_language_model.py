@@ -83,10 +83,14 @@ def test_resid_post_is_the_hidden_state_after_the_block(folder: Path) -> None:
         assert (x_BTD - hidden[layer]).abs().max() > 0.1
 
 
+def blocks_of(model: Any) -> Any:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
 def block_tensors(folder: Path, layer: int) -> dict[str, Tensor]:
     """What enters and leaves the parts of a block of transformers' own model."""
     model = hf_model(folder)
-    block = model.transformer.h[layer] if hasattr(model, "transformer") else model.model.layers[layer]
+    block = blocks_of(model)[layer]
     # Gemma 2 adds what comes out of a norm after attention and MLP to the residual stream.
     attention = getattr(block, "attn", None) or block.self_attn
     parts = {"resid_post": block, "attn_out": attention, "mlp_out": block.mlp}
@@ -128,10 +132,8 @@ def test_parts_of_a_block_add_up_to_the_residual_stream(folder: Path) -> None:
 
 def test_the_forward_pass_stops_at_the_layer(folder: Path) -> None:
     model = tiny(folder, layer=0)
-    inner = model.bridge.original_model
-    blocks = inner.transformer.h if hasattr(inner, "transformer") else inner.model.layers
     ran: list[int] = []
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(blocks_of(model.bridge.original_model)):
         block.register_forward_hook(lambda *_, n=number: ran.append(n))
     model.activations(IDS)
     assert ran == [0]

@@ -1,0 +1,48 @@
+"""What a corpus is: documents with a name and a group, and an identity of their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is tokenised whole and never shares a segment with another one."""
+
+    id: str
+    """Unique in its corpus."""
+    text: str
+    group: str
+    """What stays together on one side of the train/evaluation split: a play, a file, a row."""
+
+
+class Corpus(Protocol):
+    """Documents, and what identifies them."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether `documents` ends, and gives the same order every time."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every document that holds any text. Raises UserError where the text cannot be had."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what determines the documents."""
+
+    def describe(self) -> str:
+        """A few words for a log."""
+
+
+def parts_digest(parts: Iterator[str | bytes]) -> str:
+    """SHA-256 of the parts, each preceded by its length so that no two lists can be confused."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()

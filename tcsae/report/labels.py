@@ -1,0 +1,134 @@
+"""What metrics are called, what they mean in a line, and how numbers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Label(NamedTuple):
+    """How people read a metric."""
+
+    name: str
+    meaning: str
+
+
+LABELS: dict[str, Label] = {
+    "explained_variance": Label("Explained variance", "1 - squared error / variance of the input"),
+    "explained_variance_legacy": Label(
+        "Explained variance, per token", "SAEBench's older form: mean over tokens"
+    ),
+    "mse": Label("Squared error", "mean over tokens and dimensions"),
+    "cossim": Label("Cosine", "of input and reconstruction, mean over tokens"),
+    "l0": Label("L0", "features on per token"),
+    "l1": Label("L1", "sum of activations per token"),
+    "l2_ratio": Label("L2 ratio", "norm of the reconstruction / norm of the input; below 1: shrunk"),
+    "l2_norm_in": Label("Norm of the input", "mean over tokens"),
+    "l2_norm_out": Label("Norm of the reconstruction", "mean over tokens"),
+    "relative_reconstruction_bias": Label(
+        "Reconstruction bias", "E|xhat|^2 / E<x, xhat>; 1: none"
+    ),
+    "frac_alive": Label("Live features", "share that fired at least once on held-out text"),
+    "ce_loss_score": Label(
+        "CE loss score", "share of the cross-entropy lost by ablation that the SAE wins back"
+    ),
+    "ce_loss_with_sae": Label("Cross-entropy with the SAE", "nats per token"),
+    "ce_loss_without_sae": Label("Cross-entropy of the model", "nats per token"),
+    "ce_loss_with_ablation": Label("Cross-entropy with zeros", "nats per token"),
+    "kl_div_score": Label("KL score", "the same for the divergence from the model's predictions"),
+    "kl_div_with_sae": Label("KL with the SAE", "nats per token"),
+    "kl_div_with_ablation": Label("KL with zeros", "nats per token"),
+    "freq_over_1_percent": Label("Features on above 1 %", "share of features, by density"),
+    "freq_over_10_percent": Label("Features on above 10 %", "share of features, by density"),
+    "normalized_freq_over_1_percent": Label("Firings of those above 1 %", "share of all firings"),
+    "normalized_freq_over_10_percent": Label(
+        "Firings of those above 10 %", "share of all firings"
+    ),
+    "average_max_encoder_cosine_sim": Label(
+        "Nearest encoder direction", "mean over features of the largest cosine with another"
+    ),
+    "average_max_decoder_cosine_sim": Label(
+        "Nearest decoder direction", "mean over features of the largest cosine with another"
+    ),
+    "total_tokens_eval_reconstruction": Label("Tokens behind CE and KL", "valid tokens"),
+    "total_tokens_eval_sparsity_variance": Label("Tokens behind the rest", "valid tokens"),
+    "rho_1": Label("Autocorrelation rho_1", "of a feature with itself one token later"),
+    "correlation_length": Label("Correlation length", "first lag with rho below 1/e, tokens"),
+    "tau_int": Label("Correlation time", "1 + 2 sum of rho_k, tokens; 1: no memory"),
+    "eta_squared": Label("Position share eta^2", "variance explained by position; biased upwards"),
+    "omega_squared": Label(
+        "Position share omega^2", "variance explained by position; 0: position-invariant"
+    ),
+    "mutual_information": Label("Position information", "of firing and position, nats"),
+    "mutual_information_share": Label(
+        "Position information, share", "divided by the entropy of firing"
+    ),
+    "persistence": Label(
+        "Persistence", "P(on | on a token ago) - P(on | off a token ago)"
+    ),
+    "run_length": Label("Run length", "mean number of tokens a feature stays on"),
+    "density": Label("Density", "share of tokens on which a feature is on"),
+    "mean_activation": Label("Mean activation", "where the feature is on"),
+    "amplitude_cv": Label("Amplitude CV", "standard deviation / mean, where the feature is on"),
+    "smoothness": Label("Smoothness (T-SAE)", "depends on scale; for that paper's tables only"),
+    "token_entropy": Label("Token entropy", "of the tokens a feature fires on, nats"),
+    "log_density": Label("log10 density", "share of tokens on which a feature is on"),
+    "c0": Label("Energy", "variance of a feature about its position means"),
+    "redundant_share": Label("Redundant share", "live features that copy another one"),
+    "twinned_share": Label(
+        "Features with a position twin", "same direction, different positions"
+    ),
+    "effective_rank": Label("Effective rank", "of the feature correlation matrix"),
+    "modularity": Label("Modularity", "of the clusters of features that fire together"),
+    "modularity_excess": Label(
+        "Modularity above chance", "less that of features with shuffled contexts"
+    ),
+    "ari_seeds": Label("Agreement over seeds", "adjusted Rand index; 1: the same clusters"),
+    "ari_halves": Label("Agreement of halves", "adjusted Rand index of two halves of the text"),
+    "ami_decoder": Label(
+        "Agreement with directions", "adjusted mutual information with decoder clusters"
+    ),
+}
+
+HEADLINE = (
+    "explained_variance",
+    "l0",
+    "frac_alive",
+    "l2_ratio",
+    "ce_loss_score",
+    "kl_div_score",
+)
+"""Of SAEBench's core metrics, what people look at first."""
+
+
+def label(name: str) -> Label:
+    """Label of a metric, `C_W` included; an unknown name stands for itself."""
+    if name.startswith("C_") and name[2:].isdigit():
+        meaning = f"how far a feature keeps its value over {name[2:]} tokens; 1: wholly, 0: chance"
+        return Label(f"Window consistency {name}", meaning)
+    return LABELS.get(name, Label(name, ""))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as people write it: 3 decimals near 1, fewer for large ones; n/a for None."""
+    if value is None or value != value:
+        return "n/a"
+    if float(value).is_integer() and abs(value) >= 10:
+        return f"{value:,.0f}"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 100:
+        return f"{value:.1f}"
+    if size >= 10:
+        return f"{value:.2f}"
+    if 0 < size < 10.0**-digits:
+        return f"{value:.2g}"
+    return f"{value:.{digits}f}"
+
+
+def interval_text(interval: Sequence[float | None] | None) -> str:
+    """"[0.041, 0.052]", or nothing."""
+    if not interval or interval[0] is None or interval[1] is None:
+        return ""
+    return f"[{number(interval[0])}, {number(interval[1])}]"
