@@ -6,6 +6,7 @@ norms as in Conerly et al. 2024 (Anthropic's April update).
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -22,11 +23,17 @@ class StandardConfig(SAEConfig):
     revival: Literal["auxk", "resample", "none"] = "resample"
     """As SAEConfig.revival; the paper of this architecture resamples."""
     l1_coefficient: float = Field(default=0.04, ge=0)
-    """Weight of the sparsity term, against a squared error summed over d_in."""
+    """Weight of the sparsity term for inputs of norm 1, as dictionary_learning counts it."""
 
 
 class StandardSAE(SparseAutoencoder):
-    """f = ReLU(pre); sparsity = l1 * warmup * mean over valid tokens of sum_j f_j |W_dec_j|."""
+    """f = ReLU(pre), with the sparsity term
+
+    l1_coefficient * sqrt(d_in) * warmup * mean over valid tokens of sum_j f_j |W_dec_j|.
+
+    The factor makes the coefficient mean the same at any width: training inputs have norm
+    sqrt(d_in), so activations grow with it and the squared error with its square.
+    """
 
     config_class: ClassVar[type[SAEConfig]] = StandardConfig
     cfg: StandardConfig
@@ -40,4 +47,5 @@ class StandardSAE(SparseAutoencoder):
         # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
         total_F = codes.features_NF.sum(0, dtype=torch.float32)
         l1 = total_F @ self.W_dec.norm(dim=1) / n_valid
-        return {"sparsity": self.cfg.l1_coefficient * sparsity_warmup * l1}
+        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
+        return {"sparsity": weight * l1}

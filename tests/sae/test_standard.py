@@ -44,7 +44,7 @@ def test_sparsity_is_the_decoder_weighted_l1_of_valid_tokens_times_the_warmup(
     for token in x_BTD[valid_BT]:
         features = sae.encode(token)
         total += sum(features[j].item() * sae.W_dec[j].norm().item() for j in range(D_SAE))
-    wanted = 0.7 * warmup * total / valid_BT.sum().item()
+    wanted = 0.7 * D_IN**0.5 * warmup * total / valid_BT.sum().item()
     found = run(sae, x_BTD, valid_BT, warmup)["sparsity"].item()
     assert found == pytest.approx(wanted, rel=1e-5)
 
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_plain_loss_also_on_b_dec() -> None:
     x_ND = x_BTD[valid_BT]
     features = plain.encode(x_ND)
     squared = (plain.decode(features) - x_ND).square().sum(-1).mean()
-    (squared + 0.3 * (features * plain.W_dec.norm(dim=1)).sum(-1).mean()).backward()
+    (squared + 0.3 * D_IN**0.5 * (features * plain.W_dec.norm(dim=1)).sum(-1).mean()).backward()
     for (name, ours), theirs in zip(sae.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
