@@ -52,11 +52,14 @@ class Evaluation:
     """All of the suite's values by feature, curves too (per_feature.safetensors)."""
     per_context: dict[str, Tensor]
     """Sums of each held-out context, to pair runs by (per_context.safetensors)."""
+    draws: dict[str, Tensor]
+    """The suite's bootstrap resamples, for the same purpose (draws.safetensors)."""
 
     def write(self, folder: Path) -> None:
         make_folder(folder)
         save_tensors(folder / "per_feature.safetensors", self.per_feature, {})
         save_tensors(folder / "per_context.safetensors", self.per_context, {})
+        save_tensors(folder / "draws.safetensors", self.draws, {})
         write_json(folder / "consistency.json", self.consistency)
         write_json(folder / "core.json", self.core)
 
@@ -137,6 +140,7 @@ def evaluate(
         consistency={"summary": suite.summary(), "per_feature": scalars},
         per_feature={k: v.float() if v.is_floating_point() else v for k, v in per_feature.items()},
         per_context=_per_context(reconstruction, behaviour),
+        draws={name: value.float() for name, value in suite.draws().items()},
     )
 
 

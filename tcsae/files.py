@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -89,6 +90,11 @@ class Lock(enum.Enum):
     """The file system has no locks."""
 
 
+@functools.cache
+def _warn_of_no_locks(folder: Path) -> None:
+    log.warning(f"{folder}: no file locks here; work may be done twice")
+
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -115,7 +121,7 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Lo
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
                     raise
-                log.warning(f"{path.parent}: no file locks here; work may be done twice")
+                _warn_of_no_locks(path.parent)
                 state = Lock.NONE
     try:
         yield state
@@ -165,10 +171,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over everything that a file of tensors says."""
+def _described(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with the SHA-256 of everything that the file says.
+
+    As one entry: safetensors writes several in any order, and the same content must be the same
+    bytes.
+    """
     said = json.dumps([tensors_digest(tensors), metadata], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+    stamped = {**metadata, "sha256": hashlib.sha256(said.encode()).hexdigest()}
+    return {"tcsae": json.dumps(stamped, sort_keys=True)}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -176,11 +187,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, 
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    stamped = {**metadata, "sha256": _stamp(whole, metadata)}
     with atomic(path) as temporary:
         temporary.touch()
         usual = temporary.stat().st_mode
-        save_file(whole, temporary, metadata=stamped)
+        save_file(whole, temporary, metadata=_described(whole, metadata))
         # save_file makes a file that only its owner may read; stores are shared.
         temporary.chmod(usual)
 
@@ -195,10 +205,12 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Any], dict[str, str
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            described = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = json.loads(described.get("tcsae", "{}"))
     except (SafetensorError, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); {advice}") from None
-    if metadata.pop("sha256", None) != _stamp(tensors, metadata):
+    metadata.pop("sha256", None)
+    if described != _described(tensors, metadata):
         raise UserError(f"{path} is damaged (its content does not match its checksum); {advice}")
     return tensors, metadata

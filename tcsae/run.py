@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tcsae.config import Config, parse, run_id
 from tcsae.data.language_model import LanguageModel, bfloat16_is_native
 from tcsae.data.store import (
@@ -128,6 +130,7 @@ def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, An
     started = time.monotonic()
     keep_large_blocks()
     stream = open_stream(config, stop)
+    torch.manual_seed(config.seed)
     tracker = Tracker(config, folder)
     exit_code = 1
     try:

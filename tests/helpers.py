@@ -289,3 +289,46 @@ def metric_lines(folder: Path) -> list[dict[str, Any]]:
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files and folders under `folder`."""
     return [path for path in folder.rglob(".*") if "tmp" in path.name]
+
+
+# -------------------------------------------------------------------------------- two at once
+
+
+def harvest_together(
+    weights: str, texts: str, roots: list[str], barrier: Any, answers: Any
+) -> None:
+    """Opens the stream of one job in every root, at the same moment as another process.
+
+    Puts (root, number of forward passes, digest of all that it reads) on `answers`.
+    """
+    import pytest
+    import torch
+
+    from tcsae.data.language_model import LanguageModel
+    from tcsae.files import tensors_digest
+    from tcsae.run import open_stream
+    from tcsae.signals import StopRequest
+
+    with pytest.MonkeyPatch.context() as patch:
+        passes = count_calls(LanguageModel, "activations", patch)
+        for root in roots:
+            config = small_config(Path(weights), Path(texts), store__dir=root, layer="1")
+            passes.clear()
+            barrier.wait(timeout=120)
+            stream = open_stream(config, StopRequest())
+            parts = (stream.train, stream.evaluation)
+            read = {str(i): part.batch(torch.arange(len(part))).x for i, part in enumerate(parts)}
+            answers.put((root, len(passes), tensors_digest(read)))
+
+
+def count_calls(owner: type, name: str, monkeypatch: Any) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a method from now on; the method works as before."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, name)
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls

@@ -61,9 +61,16 @@ def bfloat16_is_native(device: str) -> bool:
 
 
 def choose_device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that `wanted` names; auto: a GPU if there is one. UserError if it is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(
+            f"model.device = {wanted}: not usable here ({_first_line(error)}): take auto or cpu"
+        ) from None
+    return wanted
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
@@ -221,6 +228,9 @@ def _quiet() -> Iterator[None]:
         lens.setLevel(lens_before)
 
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
 class _Shape(NamedTuple):
     n_layers: int
     d_in: int
@@ -284,12 +294,16 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        folder = self.weights.folder
+        if not any((folder / name).is_file() for name in _VOCABULARIES):
+            # transformers makes an empty tokenizer then, and says nothing.
+            raise UserError(f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)})")
         try:
             with _quiet():
-                return AutoTokenizer.from_pretrained(self.weights.folder)
+                return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"no tokenizer can be loaded from {self.weights.folder}: {_first_line(error)}"
+                f"no tokenizer can be loaded from {folder}: {_first_line(error)}"
             ) from None
 
     @cached_property

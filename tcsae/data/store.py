@@ -44,7 +44,7 @@ from tcsae.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of every identity: files written in another way are not found, rather than misread."""
 
 

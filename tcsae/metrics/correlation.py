@@ -55,10 +55,9 @@ class TopPartners(NamedTuple):
 
 def _pair_rows(segments: Tensor, valid: Tensor, lag: int) -> tuple[Tensor, Tensor]:
     """Rows b * T + t and b * T + t + lag of the counted pairs, each [P]."""
-    n_positions = valid.shape[1]
-    counted = pair_mask(segments, valid, min(lag, n_positions))
-    context, position = counted.nonzero(as_tuple=True)
-    heads = context * n_positions + position
+    lag = min(lag, valid.shape[1])
+    context, position = pair_mask(segments, valid, lag).nonzero(as_tuple=True)
+    heads = context * valid.shape[1] + position
     return heads, heads + lag
 
 
@@ -94,8 +93,8 @@ def to_csr(rows_NF: Tensor, valid_N: Tensor | None = None) -> sparse.csr_matrix:
     values = rows_NF.detach()[row, column].double().cpu().numpy()
     indptr = np.zeros(len(rows_NF) + 1, dtype=np.int64)
     np.cumsum(torch.bincount(row, minlength=len(rows_NF)).cpu().numpy(), out=indptr[1:])
-    indices = column.int().cpu().numpy()
-    return sparse.csr_matrix((values, indices, indptr), shape=tuple(rows_NF.shape))
+    entries = (values, column.int().cpu().numpy(), indptr)
+    return sparse.csr_matrix(entries, shape=tuple(rows_NF.shape))
 
 
 def _products(heads_FP: sparse.csr_matrix, tails_PF: sparse.csr_matrix) -> Tensor:
@@ -112,10 +111,8 @@ def _products(heads_FP: sparse.csr_matrix, tails_PF: sparse.csr_matrix) -> Tenso
 
 @dataclass
 class _LagMoments:
-    """Centred sums over the counted pairs of one lag, merged as Chan, Golub and LeVeque (1979).
-
-    Centring before the product keeps float32 right for features with a large mean.
-    """
+    """Sums over the counted pairs of one lag, centred batch by batch and merged as Chan, Golub
+    and LeVeque (1979): float32 stays right for features with a large mean."""
 
     product_FF: Tensor
     head: _Marginal
@@ -147,14 +144,13 @@ class _LagMoments:
             rows = (wide - mean.to(wide.dtype)).to(dtype)
             return rows, _Marginal(mean, rows.square().sum(dim=0, dtype=torch.float64))
 
-        heads, head = centred(heads_PF)
-        tails, tail = (heads, head) if heads_PF is tails_PF else centred(tails_PF)
+        (heads, head), (tails, tail) = centred(heads_PF), centred(tails_PF)
         self.absorb(len(heads), head, tail)
         self.product_FF.addmm_(heads.T, tails)
 
     def add_sparse(self, heads_PF: sparse.csr_matrix, tails_PF: sparse.csr_matrix) -> None:
         n, heads_FP = heads_PF.shape[0], heads_PF.T.tocsr()
-        head, tail = _Marginal.of_csr(heads_PF), _Marginal.of_csr(tails_PF)
+        head, tail = map(_Marginal.of_csr, (heads_PF, tails_PF))
         self.absorb(n, head, tail)
         for rows in _blocks(len(self.product_FF)):
             product = _products(heads_FP[rows], tails_PF)
@@ -173,9 +169,8 @@ class _LagMoments:
 class FeatureCorrelation:
     """Pearson correlation of all pairs of features over lags -K..K, one batch at a time.
 
-    Holds one [F, F] product matrix per lag 0..K in `dtype`: 191 MB for 2304 features and K = 8 in
-    float32, 1.07 GB a lag for 16k. Where they do not fit, make several passes with `min_lag` and
-    join the results by `larger_of`. Batches under 3 % non-zeros go through sparse products.
+    Holds an [F, F] matrix per lag 0..K in `dtype` (float32: 191 MB for 2304 features and K = 8,
+    1.07 GB a lag for 16k). Too much: several passes with `min_lag`, joined by `larger_of`.
     """
 
     def __init__(
@@ -188,7 +183,7 @@ class FeatureCorrelation:
         device: torch.device | str = "cpu",
     ) -> None:
         if not 0 <= min_lag <= max_lag:
-            raise ValueError(f"need 0 <= min_lag <= max_lag; got {min_lag} and {max_lag}")
+            raise ValueError(f"need 0 <= min_lag <= max_lag, not {min_lag} and {max_lag}")
         self.n_features, self.dtype, self.device = n_features, dtype, torch.device(device)
         self.lags = range(min_lag, max_lag + 1)
         self.reset()
@@ -214,8 +209,7 @@ class FeatureCorrelation:
             if codes is not None:
                 moments.add_sparse(codes[heads.numpy()], codes[tails.numpy()])
             else:
-                heads_PF = rows_NF[heads]
-                moments.add_dense(heads_PF, heads_PF if lag == 0 else rows_NF[tails])
+                moments.add_dense(rows_NF[heads], rows_NF[tails])
 
     def merge(self, other: FeatureCorrelation) -> None:
         """Take in what another accumulator of the same size and lags has seen."""
@@ -228,9 +222,8 @@ class FeatureCorrelation:
     def compute(self, max_lag: int | None = None) -> LaggedCorrelation:
         """Largest coefficient over the lags up to `max_lag` (default: all), with its lag.
 
-        Of equal coefficients the one at the smaller distance counts. The diagonal of a feature
-        that varies is 1 at lag 0. Fewer than two counted pairs at every lag, or a dead or
-        constant feature, give NaN and lag 0.
+        Of equal ones the one at the smaller distance. The diagonal of a feature that varies is 1
+        at lag 0. Dead and constant features, and fewer than two pairs, give NaN at lag 0.
         """
         shape = (self.n_features, self.n_features)
         values = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
@@ -247,20 +240,25 @@ class FeatureCorrelation:
             values.diagonal().masked_fill_(values.diagonal() > -torch.inf, 1.0)
             lags.fill_diagonal_(0)
         values.masked_fill_(values == -torch.inf, torch.nan)
-        return LaggedCorrelation(_mirror(values, 1), _mirror(lags, -1))
+        return LaggedCorrelation(_mirrored(values, 1), _mirrored(lags, -1))
 
 
-def _mirror(matrix: Tensor, sign: int) -> Tensor:
+def _mirrored(matrix: Tensor, sign: int) -> Tensor:
     """Overwrite the lower triangle with the upper one, so that ties and rounding agree."""
-    upper = matrix.triu(1)
-    return matrix.triu_().add_(upper.T, alpha=sign)
+    for rows in _blocks(len(matrix)):
+        block = matrix[rows, rows]
+        matrix[rows, rows] = block.triu() + sign * block.triu(1).T
+        matrix[rows.stop :, rows] = sign * matrix[rows, rows.stop :].T
+    return matrix
 
 
 def larger_of(first: LaggedCorrelation, second: LaggedCorrelation) -> LaggedCorrelation:
-    """Entry by entry the larger of two results; `first` wins a tie. Overwrites `first`."""
-    better = (second.values > first.values) | (first.values.isnan() & ~second.values.isnan())
-    first.values.copy_(torch.where(better, second.values, first.values))
-    first.lags.copy_(torch.where(better, second.lags, first.lags))
+    """Entry by entry the larger of two results; `first` wins a tie, and is overwritten."""
+    for rows in _blocks(len(first.values)):
+        old, new = first.values[rows], second.values[rows]
+        better = (new > old) | (old.isnan() & ~new.isnan())
+        old.copy_(torch.where(better, new, old))
+        first.lags[rows] = torch.where(better, second.lags[rows], first.lags[rows])
     return first
 
 
@@ -298,31 +296,34 @@ def feature_correlation(
     return reduce(larger_of, map(of_lags, range(0, max(max_lag, 0) + 1, at_once)))
 
 
-def top_partners(
-    heads_PF: sparse.csr_matrix, tails_PF: sparse.csr_matrix, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The top_k largest Pearson coefficients of each head column with the other tail columns.
+def _without_gaps(partners: Tensor, values: Tensor, lags: Tensor) -> TopPartners:
+    gap = values == -torch.inf
+    lags = lags.masked_fill(gap, 0)
+    return TopPartners(partners.masked_fill(gap, -1), values.masked_fill(gap, torch.nan), lags)
 
-    Row p of the two float64 matrices is one counted pair. On 0/1 columns this is phi.
-    Returns partners [F, k] (-1 for none) and values [F, k] float32 (NaN for none), k <= F - 1.
+
+def top_partners(
+    heads_PF: sparse.csr_matrix, tails_PF: sparse.csr_matrix, top_k: int, lag: int = 0
+) -> TopPartners:
+    """The top_k (at most F - 1) largest Pearson coefficients of each head column with the others.
+
+    Row p of the two float64 matrices is one counted pair, the tail `lag` positions after the
+    head. On 0/1 columns this is the phi coefficient.
     """
     n, n_features = heads_PF.shape
     top_k = max(0, min(top_k, n_features - 1))
     partners = torch.full((n_features, top_k), -1)
-    values = torch.full((n_features, top_k), torch.nan)
-    if n < 2 or top_k == 0:
-        return partners, values
-    heads_FP = heads_PF.T.tocsr()
-    head, tail = _Marginal.of_csr(heads_PF), _Marginal.of_csr(tails_PF)
-    head_scale, tail_scale = head.inverse_scale(n), tail.inverse_scale(n)
-    for rows in _blocks(n_features):
-        r = _products(heads_FP[rows], tails_PF).addr_(head.mean[rows], tail.mean, alpha=-n)
-        r = r.mul_(head_scale[rows, None]).mul_(tail_scale).float().clamp_(-1, 1)
-        r.nan_to_num_(nan=-torch.inf)
-        r[torch.arange(len(r)), torch.arange(rows.start, rows.stop)] = -torch.inf
-        values[rows], partners[rows] = r.topk(top_k)
-    missing = values == -torch.inf
-    return partners.masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan)
+    values = torch.full((n_features, top_k), -torch.inf)
+    if n > 1 and top_k > 0:
+        heads_FP, head, tail = heads_PF.T.tocsr(), *map(_Marginal.of_csr, (heads_PF, tails_PF))
+        head_scale, tail_scale = head.inverse_scale(n), tail.inverse_scale(n)
+        for rows in _blocks(n_features):
+            r = _products(heads_FP[rows], tails_PF).addr_(head.mean[rows], tail.mean, alpha=-n)
+            r = r.mul_(head_scale[rows, None]).mul_(tail_scale).float().clamp_(-1, 1)
+            r.nan_to_num_(nan=-torch.inf)
+            r[torch.arange(len(r)), torch.arange(rows.start, rows.stop)] = -torch.inf
+            values[rows], partners[rows] = r.topk(top_k)
+    return _without_gaps(partners, values, torch.full_like(partners, lag, dtype=torch.int16))
 
 
 def _larger_partners(parts: list[TopPartners]) -> TopPartners:
@@ -336,21 +337,15 @@ def _larger_partners(parts: list[TopPartners]) -> TopPartners:
     repeated = torch.zeros_like(partners, dtype=torch.bool)
     repeated[:, 1:] = partners[:, 1:] == partners[:, :-1]
     values, best = values.masked_fill(repeated, -torch.inf).topk(parts[0].values.shape[1], dim=1)
-    missing = values == -torch.inf
-    return TopPartners(
-        partners.gather(1, best).masked_fill(missing, -1),
-        values.masked_fill(missing, torch.nan),
-        lags.gather(1, best).masked_fill(missing, 0),
-    )
+    return _without_gaps(partners.gather(1, best), values, lags.gather(1, best))
 
 
 class SparseFeatureCorrelation:
     """The same coefficients for dictionaries too wide for an [F, F] matrix (above 16k features).
 
-    Keeps the non-zero codes of the valid positions (12 bytes each), multiplies them in blocks of
-    rows, and returns only each feature's `top_k` best partners. What is dropped: every pair in
-    which neither feature is among the other's top_k. Within the top_k the values are exact,
-    negative ones included; a group of more than top_k + 1 near-copies loses some of its links.
+    Keeps the non-zero codes (12 bytes each), multiplies them in blocks of rows, and returns each
+    feature's `top_k` best partners, with exact values, negative ones included. Dropped: the pairs
+    in which neither is in the other's top_k, so a group of more than top_k + 1 loses some links.
     """
 
     def __init__(self, n_features: int, max_lag: int = 0) -> None:
@@ -378,8 +373,6 @@ class SparseFeatureCorrelation:
         empty = sparse.csr_matrix((0, self.n_features))
         rows = [(codes, *_pair_rows(segs, valid, lag)) for codes, segs, valid in self._batches]
         heads = sparse.vstack([empty, *(codes[h.numpy()] for codes, h, _ in rows)], format="csr")
-        if lag == 0:
-            return heads, heads
         tails = sparse.vstack([empty, *(codes[t.numpy()] for codes, _, t in rows)], format="csr")
         return heads, tails
 
@@ -390,20 +383,17 @@ class SparseFeatureCorrelation:
             heads, tails = self._ends(lag)
             for sign in (1, -1) if lag else (1,):
                 ends = (heads, tails) if sign == 1 else (tails, heads)
-                partners, values = top_partners(*ends, top_k)
-                lags = torch.where(partners >= 0, sign * lag, 0).to(torch.int16)
-                parts = [_larger_partners([*parts, TopPartners(partners, values, lags)])]
+                parts = [_larger_partners([*parts, top_partners(*ends, top_k, sign * lag)])]
         return parts[0]
 
     def of_pairs(self, first: Tensor, second: Tensor) -> Tensor:
         """Exact zero-lag coefficients of chosen pairs, [P] float32; NaN where undefined."""
         codes_NF = self._ends(0)[0]
-        n, marginal = codes_NF.shape[0], _Marginal.of_csr(codes_NF)
-        scale = marginal.inverse_scale(n)
-        codes_FN = codes_NF.T.tocsr()
+        n, marginal, codes_FN = codes_NF.shape[0], _Marginal.of_csr(codes_NF), codes_NF.T.tocsr()
         product = torch.zeros(len(first), dtype=torch.float64)
         for some in _blocks(len(first), 4096):
             both = codes_FN[first[some].numpy()].multiply(codes_FN[second[some].numpy()])
             product[some] = torch.from_numpy(np.ravel(both.sum(axis=1)))
         centred = product - n * marginal.mean[first] * marginal.mean[second]
+        scale = marginal.inverse_scale(n)
         return (centred * scale[first] * scale[second]).float().clamp_(-1, 1)

@@ -80,7 +80,8 @@ def firing_graph(pattern: sparse.csr_matrix, k: int = 20, min_firings: int = 20)
     firings = torch.from_numpy(np.ravel(pattern.sum(axis=0)))
     features = (firings >= min_firings).nonzero().flatten()
     chosen = pattern[:, features.numpy()]
-    return _neighbour_graph(features, *top_partners(chosen, chosen, k))
+    neighbours = top_partners(chosen, chosen, k)
+    return _neighbour_graph(features, neighbours.partners, neighbours.values)
 
 
 def direction_graph(W_dec: Tensor, features: Tensor, k: int = 20) -> FeatureGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,9 @@ LABELS: dict[str, Label] = {
     "ce_loss_with_sae": Label("Cross-entropy with the SAE", "nats per token"),
     "ce_loss_without_sae": Label("Cross-entropy of the model", "nats per token"),
     "ce_loss_with_ablation": Label("Cross-entropy with zeros", "nats per token"),
-    "kl_div_score": Label("KL score", "the same for the divergence from the model's predictions"),
+    "kl_div_score": Label(
+        "KL score", "share of the divergence caused by ablation that the SAE wins back"
+    ),
     "kl_div_with_sae": Label("KL with the SAE", "nats per token"),
     "kl_div_with_ablation": Label("KL with zeros", "nats per token"),
     "freq_over_1_percent": Label("Features on above 1 %", "share of features, by density"),
@@ -55,9 +58,9 @@ LABELS: dict[str, Label] = {
     "rho_1": Label("Autocorrelation rho_1", "of a feature with itself one token later"),
     "correlation_length": Label("Correlation length", "first lag with rho below 1/e, tokens"),
     "tau_int": Label("Correlation time", "1 + 2 sum of rho_k, tokens; 1: no memory"),
-    "eta_squared": Label("Position share eta^2", "variance explained by position; biased upwards"),
+    "eta_squared": Label("Position share eta²", "variance explained by position; biased upwards"),
     "omega_squared": Label(
-        "Position share omega^2", "variance explained by position; 0: position-invariant"
+        "Position share omega²", "variance explained by position; 0: position-invariant"
     ),
     "mutual_information": Label("Position information", "of firing and position, nats"),
     "mutual_information_share": Label(
@@ -132,3 +135,32 @@ def interval_text(interval: Sequence[float | None] | None) -> str:
     if not interval or interval[0] is None or interval[1] is None:
         return ""
     return f"[{number(interval[0])}, {number(interval[1])}]"
+
+
+def decimals(low: float | None, high: float | None) -> int:
+    """Decimals that show an interval's width with two digits, and on which side of 0 it ends;
+    3 at least, 7 at most."""
+    if low is None or high is None or high <= low:
+        return 3
+    digits = 1 - math.floor(math.log10(high - low))
+    nearest = min(abs(low), abs(high))
+    if 0 < nearest < 0.5 * 10.0**-digits:
+        digits = -math.floor(math.log10(nearest))
+    return min(7, max(3, digits))
+
+
+def difference_text(value: float | None, low: float | None, high: float | None) -> str:
+    """"-0.0101 [-0.0112, -0.0095]", as many decimals as the interval is worth."""
+    if value is None:
+        return "n/a"
+    if low is None or high is None:
+        return f"{value:+.2g}" if value else "0"
+    digits = decimals(low, high)
+    return f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def listed(names: Sequence[str]) -> str:
+    """"a, b and c"."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"

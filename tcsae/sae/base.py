@@ -234,15 +234,15 @@ class SparseAutoencoder(nn.Module, ABC):
         coefficient * var(x) * mean |e_hat - e|^2 / var(e), e = x - x_hat, e_hat from the top
         k_aux dead pre-activations. OpenAI's code divides this term by var(e) and the
         reconstruction by var(x); ours keeps the reconstruction as it is, hence the factor var(x).
-        The pre-activations go in without ReLU, as in SAELens and sparsify: a dead ReLU feature
-        has none above zero and would get no gradient.
+        The pre-activations pass a ReLU, as in OpenAI's code; those of a feature that has none
+        above zero in the batch go in as they are, or it would get no gradient.
         """
         if not dead_F.any():
             return residual_ND.new_zeros(())
         # Only the dead columns are computed: the cost follows their number, not d_sae.
         dead_J = dead_F.nonzero().squeeze(1)
         pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * valid_N1
-        silent_J = pre_NJ.detach().amax(0) <= 0
+        silent_J = pre_NJ.amax(0) <= 0
         pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
         k_aux = self.cfg.k_aux or max(self.d_in // 2, 1)
         if k_aux < dead_J.numel():

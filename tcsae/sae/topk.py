@@ -15,8 +15,8 @@ from torch.nn.functional import embedding_bag
 
 from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
 
-# Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet at d_sae / k = 16 in bfloat16
-# (in float32 at 4).
+# Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet near d_sae / k = 16 in bfloat16
+# (near 4 in float32).
 SPARSE_FROM_RATIO = 16
 
 
@@ -42,7 +42,7 @@ class TopKSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
-    # At 0.2, as for ReLU, a resampled feature never gets among the k largest.
+    # At 0.2, as for ReLU, a resampled feature hardly gets among the k largest.
     resampled_encoder_norm: ClassVar[float] = 1.0
     cfg: TopKConfig
 

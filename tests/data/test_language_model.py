@@ -240,19 +240,25 @@ def test_missing_weights_are_not_replaced_by_random_ones(tiny_gpt2: Path, tmp_pa
     assert f"it has no weights for {lost}" in complaint(tiny(copy))
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(
-    tiny_gpt2: Path, tmp_path: Path
-) -> None:
-    copy = broken(tiny_gpt2, tmp_path, without="tokenizer.json")
-    (copy / "tokenizer_config.json").unlink()
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    copy = broken(folder, tmp_path, without="tokenizer.json")
+    with pytest.raises(UserError, match=r"has no tokenizer \(none of tokenizer.json") as raised:
+        assert tiny(copy).tokenizer
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_tokenizer_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    copy = broken(folder, tmp_path, tokenizer=b'{"version": ')
     with pytest.raises(UserError, match=r"no tokenizer can be loaded from") as raised:
         assert tiny(copy).tokenizer
     assert "\n" not in str(raised.value)
 
 
-def test_a_device_that_is_not_there_is_refused_in_one_line(tiny_gpt2: Path) -> None:
-    line = complaint(tiny(tiny_gpt2, device="cuda:7"))
-    assert "does not load as a model" in line and "cuda:7" in line
+@pytest.mark.parametrize("device", ["cuda:7", "nosuch"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(tiny_gpt2: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"model.device = {device}: not usable here") as raised:
+        tiny(tiny_gpt2, device=device)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("package", ["no_such_package_at_all", "json", "no.such", "pytest"])

@@ -84,6 +84,14 @@ def test_sparse_partners_give_the_same_pairs() -> None:
     assert by_number[0] == by_number[1]
 
 
+def test_a_pair_known_from_its_second_feature_only_has_its_lag_turned() -> None:
+    values = torch.tensor([[0.1], [0.2], [0.3], [0.95]])
+    partners = torch.tensor([[1], [0], [0], [1]])
+    lags = torch.tensor([[0], [0], [0], [-2]], dtype=torch.int16)
+    pairs = redundant_pairs(values, torch.ones(4, 2), lags=lags, partners=partners)
+    assert (pairs.first.item(), pairs.second.item(), pairs.lag.item()) == (1, 3, 2)
+
+
 def test_redundant_share_is_what_could_go() -> None:
     f_BTF, W_dec = family()
     f_BTF[..., 8] = 0
@@ -139,6 +147,12 @@ def test_position_twins_of_a_sparse_accumulator() -> None:
     accumulator.update(f_BTF)
     pairs = position_twins(accumulator.of_pairs, W_dec, profiles)
     assert (pairs.first.tolist(), pairs.second.tolist()) == ([0], [1])
+
+
+def test_features_that_fire_together_are_no_position_twins() -> None:
+    _, W_dec, profiles = twins_family()
+    pairs = position_twins(lambda first, _: torch.full((len(first),), 0.5), W_dec, profiles)
+    assert len(pairs.first) == 0
 
 
 def test_profile_overlap_runs_from_disjoint_to_same() -> None:

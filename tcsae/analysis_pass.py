@@ -1,0 +1,106 @@
+"""The one pass over the held-out contexts that `analysis` reads everything from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tcsae.data.language_model import LanguageModel
+from tcsae.metrics.correlation import FeatureCorrelation, SparseFeatureCorrelation
+from tcsae.metrics.redundancy import PositionCorrelation
+from tcsae.metrics.top_contexts import FeatureTokens, FiringPatterns, TopContexts
+
+TOP_K = 8
+POSITION_FEATURES = 8
+MIN_FIRINGS = 20
+"""Features that fire less often are in no cluster, and have no position-by-position correlation."""
+DENSE_ENTRIES = 2**28
+"""Largest number of product sums, (max_lag + 1) F^2, that are kept dense (1 GB)."""
+CLOSE_FEATURES = 8192
+"""Features that get clusters, a place in the picture and top contexts."""
+ROW_ENTRIES = 2**26
+"""Largest number of activations kept for top contexts (256 MB)."""
+LONGEST_POSITIONS = 512
+"""Longest context whose T x T correlations are worked out."""
+
+
+class Pass:
+    """The accumulators of the one pass, made for what is known of the features beforehand."""
+
+    def __init__(
+        self,
+        n_features: int,
+        n_positions: int,
+        n_contexts: int,
+        model: LanguageModel,
+        known: Mapping[str, Tensor],
+        max_lag: int,
+    ) -> None:
+        self.n_features, self.max_lag = n_features, max_lag
+        self.live = known["density"] > 0
+        n_close = min(CLOSE_FEATURES, max(1, ROW_ENTRIES // (TOP_K * n_positions)))
+        self.close = _most_energetic(known, n_close)
+        self.left_out = None
+        if len(self.close) < n_features:
+            self.left_out = (
+                f"of {n_features} features the {len(self.close)} with the most energy are shown"
+            )
+        self.lagged: FeatureCorrelation | SparseFeatureCorrelation
+        if (max_lag + 1) * n_features**2 <= DENSE_ENTRIES:
+            self.lagged = FeatureCorrelation(n_features, max_lag, device=model.device)
+        else:
+            self.lagged = SparseFeatureCorrelation(n_features, max_lag)
+        # The matrix of the picture: lag 0 of the first if that is dense and has every feature.
+        self._at_once: FeatureCorrelation | None = None
+        if self.left_out or isinstance(self.lagged, SparseFeatureCorrelation):
+            self._at_once = FeatureCorrelation(len(self.close), device=model.device)
+        bound: list[int] = []
+        if n_positions <= LONGEST_POSITIONS:
+            bound = _most_position_bound(known, MIN_FIRINGS / (n_contexts * n_positions))
+        self.by_position = PositionCorrelation(bound, n_positions)
+        self.firings = FiringPatterns(len(self.close))
+        self.top = TopContexts(len(self.close), TOP_K, n_positions)
+        self.tokens = FeatureTokens(n_features, model.vocabulary)
+        self._ids: list[Tensor] = []
+        self._valid: list[Tensor] = []
+
+    def update(self, f_BTF: Tensor, ids: Tensor, segments: Tensor, valid: Tensor) -> None:
+        masks = {"segments": segments, "valid": valid}
+        close_BTS = f_BTF[..., self.close.to(f_BTF.device)] if self.left_out else f_BTF
+        self.lagged.update(f_BTF, **masks)
+        if self._at_once is not None:
+            self._at_once.update(close_BTS, **masks)
+        if len(self.by_position.feature_ids):
+            self.by_position.update(f_BTF, **masks)
+        self.firings.update(close_BTS, **masks)
+        self.top.update(close_BTS, **masks)
+        self.tokens.update(f_BTF, ids, **masks)
+        self._ids.append(ids.cpu().int())
+        self._valid.append(valid.cpu())
+
+    @cached_property
+    def zero_lag_SS(self) -> Tensor:
+        """Pearson coefficients of the features looked at closely."""
+        accumulator = self._at_once or self.lagged
+        assert isinstance(accumulator, FeatureCorrelation)
+        return accumulator.compute(max_lag=0).values.cpu()
+
+    def contexts(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """ids and valid [C, T] of the chosen contexts."""
+        return torch.cat(self._ids)[chosen], torch.cat(self._valid)[chosen]
+
+
+def _most_energetic(known: Mapping[str, Tensor], n: int) -> Tensor:
+    """Numbers of the features to look at closely, ascending: all, if there are no more than n."""
+    energy = torch.where(known["density"] > 0, known["c0"].nan_to_num(nan=0.0), -1.0)
+    return energy.argsort(descending=True, stable=True)[:n].sort().values
+
+
+def _most_position_bound(known: Mapping[str, Tensor], least_density: float) -> list[int]:
+    often = known["density"] >= least_density
+    bound = torch.where(often, known["omega_squared"].nan_to_num(nan=0.0), 0.0)
+    best = bound.argsort(descending=True, stable=True)[:POSITION_FEATURES]
+    return [int(j) for j in best if bound[j] > 0]

@@ -1,0 +1,68 @@
+"""`python -m tcsae.compare DIR [DIR ...]`: runs and sweeps side by side.
+
+Writes comparison.json, comparison.csv, comparison.md, report.html and notes.txt, and prints the
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tcsae.errors import USER_ERROR_EXIT_CODE, UserError
+
+FOLDER = "comparison"
+
+
+def default_output(folders: Sequence[Path]) -> Path:
+    """`comparison/` in the folder that all have in common: the sweep's own, if it is one sweep."""
+    common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    if (common / "config.json").is_file():
+        common = common.parent
+    return common / FOLDER
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tcsae.compare",
+        description="Lay runs and sweeps side by side: tables, a page, notes.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run or a sweep")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where to write (default: {FOLDER}/ in the folder that all DIRs have in common)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"tcsae: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _arguments(arguments)
+    try:
+        from tcsae.report.comparison import compare_runs
+
+        comparison = compare_runs(given.folders)
+        output = given.output or default_output(given.folders)
+        comparison.write(output)
+    except UserError as error:
+        _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}")
+    print(comparison.markdown())
+    print(f"page: {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""`report.html` of a comparison: every stream by itself, each variant beside its baseline."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tcsae.report import plots
+from tcsae.report.labels import difference_text, interval_text, label, number
+from tcsae.report.notes import density_verdict, stream_words, verdicts
+from tcsae.report.page import write_page
+from tcsae.report.plots import Curve, Point
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from tcsae.report.comparison import Comparison
+
+Group = Mapping[str, Any]
+
+MAX_CURVES = 12
+"""Curves in one figure; with more settings, those with the largest C_W and the baselines."""
+
+
+def write_compare_report(comparison: Comparison, path: Path) -> Path:
+    """Write the page of a comparison into the file `path`."""
+    content = comparison.to_json()
+    figures: dict[str, Figure] = {}
+    streams = []
+    for stream in content["streams"]:
+        groups = [g for g in content["groups"] if g["stream"] == stream["id"]]
+        grids = [g for g in content["grids"] if g["stream"] == stream["id"]]
+        drawn = _figures(groups, grids, content)
+        figures |= {f"s{stream['id']}-{name}": figure for name, figure in drawn.items()}
+        streams.append(_stream_context(stream, groups, grids, content))
+    context = {"content": content, "streams": streams, "command": _command(content)}
+    n_used = sum(run["status"] == "used" for run in content["runs"])
+    title = f"{n_used} runs compared"
+    return write_page(path, "compare.html.j2", title, context, figures, {})
+
+
+def _command(content: Mapping[str, Any]) -> str:
+    folders = [run["folder"] for run in content["runs"]]
+    return shlex.join(["python", "-m", "tcsae.compare", *folders])
+
+
+def _headline(content: Mapping[str, Any]) -> list[str]:
+    """The narrow table's metrics but for L0, which is what is matched."""
+    return [name for name in content["headline"] if name != "l0"]
+
+
+def _window_metric(content: Mapping[str, Any]) -> str | None:
+    window = content["headline_window"]
+    return None if window is None else f"C_{window}"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _figures(
+    groups: Sequence[Group], grids: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
+) -> dict[str, Figure]:
+    figures = _planes(groups, _window_metric(content)) | _curves(groups, content)
+    for name in _headline(content):
+        if (forest := _forest(groups, name)) is not None:
+            figures[f"delta-{name}"] = forest
+    for index, grid in enumerate(grids):
+        for name in _headline(content):
+            figures[f"grid-{index}-{name}"] = _grid(grid, name)
+    return figures
+
+
+def _point(group: Group, x: str, y: str, colour: str | None) -> Point | None:
+    metrics = group["metrics"]
+    across, up = metrics.get(x), metrics.get(y)
+    if across is None or up is None or across["value"] is None or up["value"] is None:
+        return None
+    shade = metrics.get(colour, {}).get("value") if colour else None
+    return Point(
+        group["label"],
+        across["value"],
+        up["value"],
+        (across["low"], across["high"]),
+        (up["low"], up["high"]),
+        shade,
+        group=str(group["arm"]),
+    )
+
+
+def _planes(groups: Sequence[Group], window: str | None) -> dict[str, Figure]:
+    """L0 against explained variance against C_W, as two planes."""
+    figures = {}
+    wanted = [("pareto", "l0", "explained_variance", window)]
+    if window is not None:
+        wanted.append(("trade", "explained_variance", window, "l0"))
+    for name, x, y, colour in wanted:
+        found = (_point(group, x, y, colour) for group in groups)
+        points = [point for point in found if point is not None]
+        if points:
+            shade = label(colour).name if colour else ""
+            titles = (label(x).name, label(y).name)
+            figures[name] = plots.plane(
+                points, *titles, colour_title=shade, labels=True, joined=name == "pareto"
+            )
+    return figures
+
+
+def _few(groups: Sequence[Group], content: Mapping[str, Any]) -> list[Group]:
+    """The groups whose curves are drawn."""
+    window = _window_metric(content)
+
+    def rank(group: Group) -> tuple[bool, float]:
+        value = group["metrics"].get(window, {}).get("value")
+        return not group["is_baseline"], -(value or 0.0)
+
+    chosen = sorted(groups, key=rank)[:MAX_CURVES]
+    return [group for group in groups if group in chosen]
+
+
+def _curves(groups: Sequence[Group], content: Mapping[str, Any]) -> dict[str, Figure]:
+    figures = {}
+    few = _few(groups, content)
+    rho = [
+        Curve(g["label"], c["lags"], c["rho"], c["low"], c["high"])
+        for g in few
+        if (c := g["curve"])["rho"]
+    ]
+    if rho:
+        figures["autocorrelation"] = plots.autocorrelation(rho)
+    rate = [Curve(g["label"], p["positions"], p["rate"]) for g in few if (p := g["profile"])]
+    if rate:
+        figures["profile"] = plots.lines(rate, "position", "firing rate / its mean", height=360)
+    edges = np.array(few[0]["density"]["edges"])
+    middle = ((edges[:-1] + edges[1:]) / 2).tolist()
+    used = [i for i in range(len(middle)) if any(g["density"]["share"][i] for g in few)]
+    if used:
+        x = [middle[i] for i in range(min(used), max(used) + 1)]
+        part = slice(min(used), max(used) + 1)
+        share = [Curve(g["label"], x, g["density"]["share"][part]) for g in few]
+        figures["density"] = plots.lines(share, "log10 density", "share of live features")
+        window = _window_metric(content)
+        by_density = [Curve(g["label"], x, g["density"]["C"][part]) for g in few]
+        if window and any(v is not None for curve in by_density for v in curve.y):
+            figures["by-density"] = plots.lines(
+                by_density, "log10 density", label(window).name, markers=True
+            )
+    return figures
+
+
+def _forest(groups: Sequence[Group], name: str) -> Figure | None:
+    rows = [
+        Point(g["label"], entry["value"], 0.0, (entry["low"], entry["high"]))
+        for g in groups
+        if (entry := g["deltas"].get(name)) and entry["value"] is not None
+    ]
+    return plots.forest(rows, "difference from the baseline") if rows else None
+
+
+def _grid(grid: Mapping[str, Any], name: str) -> Figure:
+    values = grid["metrics"][name]
+    text = [
+        [
+            "" if value is None else number(value) + _change(delta)
+            for value, delta in zip(row, deltas, strict=True)
+        ]
+        for row, deltas in zip(values, grid["deltas"][name], strict=True)
+    ]
+    z = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float32)
+    return plots.heat_map(
+        z,
+        [f"{value:g}" for value in grid["lambdas"]],
+        [str(window) for window in grid["windows"]],
+        "lambda",
+        "window",
+        text=text,
+        height=130 + 44 * len(values),
+        xaxis={"type": "category", "title": {"text": "lambda"}},
+        yaxis={"type": "category", "title": {"text": "window"}},
+    )
+
+
+def _change(delta: float | None) -> str:
+    return "" if delta is None else f"<br>{difference_text(delta, None, None)}"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _stream_context(
+    stream: Mapping[str, Any],
+    groups: Sequence[Group],
+    grids: Sequence[Mapping[str, Any]],
+    content: Mapping[str, Any],
+) -> dict[str, Any]:
+    variants = [group for group in groups if not group["is_baseline"]]
+    return {
+        "prefix": f"s{stream['id']}-",
+        "words": stream_words(stream),
+        "groups": groups,
+        "values": [
+            {"group": g, "cells": [_value(g, name) for name in content["headline"]]} for g in groups
+        ],
+        "every": [
+            {"name": label(name), "cells": [_value(g, name) for g in groups]}
+            for name in content["metrics"]
+        ],
+        "deltas": [
+            {"group": g, "cells": [_cell(g["deltas"].get(n), "value") for n in _headline(content)]}
+            for g in variants
+            if g["deltas"]
+        ],
+        "density": [
+            {"group": g, "name": label(name).name, "entry": entry, "cell": _cell(entry, "delta")}
+            for g in variants
+            for name, entry in g["density_matched"].items()
+        ],
+        "verdicts": [{"group": g, "sentences": _sentences(g, content)} for g in variants],
+        "delta_metrics": _headline(content),
+        "grids": grids,
+        "curves_left_out": max(0, len(groups) - MAX_CURVES),
+    }
+
+
+def _sentences(group: Group, content: Mapping[str, Any]) -> list[str]:
+    window = _window_metric(content)
+    at_density = density_verdict(group, window) if window else ""
+    return [*verdicts(group, content["headline"]), *filter(None, [at_density])]
+
+
+def _value(group: Group, name: str) -> dict[str, str]:
+    entry = group["metrics"].get(name)
+    if entry is None or entry["value"] is None:
+        return {"value": "n/a", "interval": "", "reason": (entry or {}).get("reason") or ""}
+    band = interval_text((entry["low"], entry["high"]))
+    return {"value": number(entry["value"]), "interval": band, "reason": entry["reason"] or ""}
+
+
+def _cell(entry: Mapping[str, Any] | None, key: str) -> dict[str, str]:
+    """A difference: its number, its interval, and what it comes to in a word."""
+    if entry is None or entry[key] is None:
+        word = (entry or {}).get("reason") or "not measured"
+        return {"value": "n/a", "interval": "", "kind": "noise", "word": word}
+    kinds = {True: ("noise", "within noise"), False: ("clear", ""), None: ("noise", "no interval")}
+    kind, word = kinds[entry["within_noise"]]
+    text = difference_text(entry[key], entry["low"], entry["high"])
+    value, _, band = text.partition(" ")
+    return {"value": value, "interval": band, "kind": kind, "word": word}

@@ -1,0 +1,349 @@
+"""Runs laid side by side: settings with their seeds pooled, each against the baseline without loss.
+
+`compare_runs(folders)` -> `Comparison`, which `write(folder)` turns into
+
+    comparison.json   `Comparison.to_json()`, everything below
+    comparison.md     a table
+    comparison.csv    a row per group: settings, every metric with its interval, every difference
+    report.html, notes.txt
+
+A *stream* is one model, hook and set of held-out contexts; only runs of one stream are compared. A
+*group* is one setting with all its seeds. An *arm* is a setting but for its sparsity (sae.k,
+sae.l1_coefficient), so that the groups of an arm lie on one curve of L0 against quality. The
+*baseline* of an arm is the arm without temporal loss (lambda 0 or consistency=none) and everything
+else equal.
+
+Fields, all of them JSON:
+
+runs      [{name, folder, status, reason, group, stream, seed, tokens}]; status "used", or with a
+          reason: "unfinished", "damaged", "duplicate" (group, stream, seed, tokens are then null)
+streams   [{id, model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens}]
+metrics   names in the order of columns: core (explained_variance, l0, ...) and consistency (C_2,
+          ..., rho_1, tau_int, omega_squared, ...; energy-weighted means over live features).
+          Labels are in tcsae.report.labels
+headline  the few of them for a narrow table; headline_window: the W of its C_W (null: none)
+groups    [{
+    id, stream, arm, label ("lambda=1 window=8": what sets it apart in this comparison),
+    settings {architecture, d_sae, k or l1_coefficient, consistency ("none", "scale_free", ...,
+        "shuffled"; "shuffled window_variance"), window (null for a baseline), lambda, tokens},
+    differs {dotted config key: value}, the keys that are not the same in all groups,
+    is_baseline, seeds [..], runs [names],
+    metrics {name: {value, low, high, reason}}, low and high null where there is no interval,
+    medians {name: value}, the median over features of consistency metrics (mean over seeds),
+    match {kind, groups [ids], weights [..], l0, words}: what it is compared with at its own L0;
+        kind "single", "interpolated", "none" (words say why, with the nearest), "self" (baseline)
+    deltas {name: {value, baseline, low, high, within_noise, reason}}: value minus that of the
+        baseline at matched L0, paired interval; {} if kind is none or self; within_noise: true if
+        the interval holds 0, null if there is no interval (reason says why)
+    density_matched {name: {value, baseline, delta, low, high, within_noise, overlap, reason}}:
+        the same after weighting both arms to one distribution of density (see `matching`), for
+        C_W, rho_1, omega_squared; {} like deltas
+    curve {lags, rho, low, high, reason}: energy-weighted autocorrelation, mean over seeds
+    profile {positions, rate}: firing rate by position over its mean, mean over live features
+    density {edges, share, C}: log10 density bins: edges [n + 1], share of live features [n],
+        energy-weighted C_{headline_window} in the bin [n], null where empty
+  }]
+arms      [{id, stream, label, is_baseline, baseline (arm id or null), groups [ids by L0],
+          front [ids: no other group of the arm has less L0 and more explained variance]}]
+grids     [{stream, label, windows [..], lambdas [..], groups [[id or null]], metrics {name:
+          [[value or null]]}, deltas {name: [[value or null]]}}], rows windows, columns lambdas;
+          lambda 0 is the baseline in every row; only if two windows or two lambdas were run
+notices   [text]: what a reader must know: left-out runs, streams that are not compared, one seed,
+          several comparisons at 95 % each
+level     0.95
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from tcsae.errors import UserError
+from tcsae.files import make_folder, write_json, write_text
+from tcsae.report.groups import Entries, Group, make_groups, sort_streams
+from tcsae.report.labels import interval_text, label, number
+from tcsae.report.paired import LEVEL
+from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, is_finished, read_run
+
+log = logging.getLogger(__name__)
+
+_HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
+_HEADLINE_MEMORY = ("rho_1", "tau_int", "omega_squared", "density")
+_DEFAULT_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side; the fields are described at the top of this file."""
+
+    runs: list[dict[str, Any]]
+    streams: list[dict[str, Any]]
+    metrics: list[str]
+    headline: list[str]
+    headline_window: int | None
+    groups: list[dict[str, Any]]
+    arms: list[dict[str, Any]]
+    grids: list[dict[str, Any]]
+    notices: list[str]
+    level: float = LEVEL
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Raises UserError for a document that is no comparison."""
+        try:
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (KeyError, TypeError):
+            raise UserError("not a comparison.json: run python -m tcsae.compare again") from None
+
+    def write(self, folder: Path) -> None:
+        """All five files. Raises UserError where `folder` cannot be written."""
+        from tcsae.report.compare_page import write_compare_report
+        from tcsae.report.notes import comparison_notes
+
+        make_folder(folder)
+        write_json(folder / "comparison.json", self.to_json())
+        write_text(folder / "comparison.csv", self.csv())
+        write_text(folder / "comparison.md", self.markdown())
+        write_text(folder / "notes.txt", comparison_notes(self))
+        write_compare_report(self, folder / "report.html")
+
+    def markdown(self) -> str:
+        """Two tables, what was measured and what differs from the baseline, and the notices."""
+        parts = [_values_table(self), _differences_table(self)]
+        parts.append("\n".join(f"- {notice}" for notice in self.notices))
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def csv(self) -> str:
+        """A row per group, numbers unrounded, empty where there is none."""
+        rows = [_csv_row(self, group) for group in self.groups]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def compare_runs(folders: Sequence[str | Path]) -> Comparison:
+    """Lay runs side by side.
+
+    Args:
+        folders: run folders, sweep folders, or folders that hold any of them.
+
+    Raises:
+        UserError: a folder without runs, or not one run that can be used.
+    """
+    used: list[Run] = []
+    records: list[dict[str, Any]] = []
+    for folder in find_runs(folders):
+        record = dict.fromkeys(("name", "folder", "status", "reason", "group", "stream", "seed"))
+        record |= {"name": folder.resolve().name, "folder": str(folder), "tokens": None}
+        records.append(record)
+        try:
+            run = read_run(folder)
+        except UserError as error:
+            record["status"] = "damaged" if is_finished(folder) else "unfinished"
+            record["reason"] = str(error)
+            continue
+        used.append(run)
+    if not used:
+        raise UserError(_nothing_to_compare(records))
+    streams = sort_streams(used)
+    groups, repeated = make_groups(streams)
+    by_folder = {record["folder"]: record for record in records}
+    for run, first in repeated:
+        reason = f"same settings and seed as {first.name}"
+        by_folder[str(run.folder)] |= {"status": "duplicate", "reason": reason}
+    for group in groups:
+        for run in group.runs:
+            by_folder[str(run.folder)] |= {
+                "status": "used",
+                "group": group.id,
+                "stream": group.stream,
+                "seed": run.seed,
+                "tokens": run.config.training.tokens,
+            }
+    window = _headline_window(groups)
+    metrics = _metrics(used)
+    entries = Entries(groups, metrics, window)
+    rows = [entries.group(group) for group in groups]
+    chosen = (*_HEADLINE, f"C_{window}", *_HEADLINE_MEMORY)
+    return Comparison(
+        runs=records,
+        streams=[{"id": i, **stream[0].place} for i, stream in enumerate(streams)],
+        metrics=metrics,
+        headline=[name for name in chosen if name in metrics],
+        headline_window=window,
+        groups=rows,
+        arms=entries.arms(),
+        grids=entries.grids(rows),
+        notices=_notices(records, streams, groups, rows),
+    )
+
+
+def _nothing_to_compare(records: Sequence[dict[str, Any]]) -> str:
+    if len(records) == 1:
+        return records[0]["reason"]
+    return f"none of the {len(records)} runs can be used; the first: {records[0]['reason']}"
+
+
+def _headline_window(groups: Sequence[Group]) -> int | None:
+    """The window most variants were trained with, if its C_W was measured everywhere."""
+    names = [set(run.features) for group in groups for run in group.runs]
+    measured = sorted(int(n[2:]) for n in set.intersection(*names) if n.startswith("C_"))
+    trained = Counter(g.settings["window"] for g in groups if not g.is_baseline)
+    wanted = [w for w, _ in sorted(trained.items(), key=lambda item: (-item[1], str(item[0])))]
+    known = [w for w in [*wanted, _DEFAULT_WINDOW] if w in measured]
+    return (known or measured or [None])[0]
+
+
+def _metrics(runs: Sequence[Run]) -> list[str]:
+    """Every metric that has a value somewhere: core, then consistency, then analysis."""
+    named = dict.fromkeys(name for run in runs for name in run.values)
+    memory = [n for n in named if n not in (*CORE, *FROM_ANALYSIS, "autocorrelation")]
+    windows = sorted((n for n in memory if n.startswith("C_")), key=lambda n: int(n[2:]))
+    ordered = [*CORE, *windows, *(n for n in memory if n not in windows), *FROM_ANALYSIS]
+
+    def has_value(name: str) -> bool:
+        return any(name in run.values and run.values[name].isfinite() for run in runs)
+
+    return [name for name in ordered if has_value(name)]
+
+
+# ---------------------------------------------------------------------------------- notices
+
+
+def _notices(
+    records: Sequence[dict[str, Any]],
+    streams: Sequence[Sequence[Run]],
+    groups: Sequence[Group],
+    rows: Sequence[dict[str, Any]],
+) -> list[str]:
+    notices = [
+        f"left out: {record['name']} ({record['status']}): {record['reason']}"
+        for record in records
+        if record["status"] != "used"
+    ]
+    if len(streams) > 1:
+        places = "; ".join(_place_said(stream[0].place) for stream in streams)
+        notices.append(
+            f"the runs were measured on {len(streams)} different sets of activations ({places}): "
+            "each variant is compared with baselines of its own set only, and values of two sets "
+            "are not to be compared"
+        )
+    for row in rows:
+        if row["match"]["kind"] == "none":
+            notices.append(f"{row['label']}: no difference is given, {row['match']['words']}")
+    alone = [row["label"] for row in rows if len(row["seeds"]) == 1]
+    if alone:
+        which = "every setting" if len(alone) == len(rows) else ", ".join(alone)
+        notices.append(
+            f"one seed: {which}. The interval is about these SAEs on other contexts; how much "
+            "training again would change is not known"
+        )
+    n = sum(e["within_noise"] is not None for row in rows for e in row["deltas"].values())
+    if n:
+        notices.append(
+            f"{n} differences, each with a 95 % interval of its own: where nothing differs, about "
+            "one in 20 lies outside its interval by chance"
+        )
+    if any(row["density_matched"] for row in rows):
+        notices.append(
+            "at matched density, intervals are over features; all others are over contexts (and "
+            "seeds where there are several)"
+        )
+    reasons = {e["reason"] for row in rows for e in row["metrics"].values() if e["low"] is None}
+    if all(e["low"] is None for row in rows for e in row["metrics"].values()):
+        notices.append(f"no intervals: {'; '.join(sorted(r for r in reasons if r))}")
+    return notices
+
+
+def _place_said(place: dict[str, Any]) -> str:
+    return (
+        f"{place['model']} {place['hook_name']}, {place['n_contexts']} contexts of "
+        f"{place['context_size']} tokens of {place['dataset']}"
+    )
+
+
+# ----------------------------------------------------------------------------------- tables
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _with_interval(entry: dict[str, Any], signed: bool = False, key: str = "value") -> str:
+    value = entry[key]
+    if value is None:
+        return "n/a"
+    text = ("+" if signed and value >= 0 else "") + number(value)
+    return f"{text} {interval_text((entry['low'], entry['high']))}".rstrip()
+
+
+def _values_table(comparison: Comparison) -> str:
+    names = comparison.headline
+    rows = [
+        [
+            group["label"],
+            ", ".join(map(str, group["seeds"])),
+            *(_with_interval(group["metrics"][name]) for name in names),
+        ]
+        for group in comparison.groups
+    ]
+    return _table(["setting", "seeds", *(label(name).name for name in names)], rows)
+
+
+def _differences_table(comparison: Comparison) -> str:
+    """Differences at matched L0, and of C_W at matched density; "~": within noise."""
+    names = [name for name in comparison.headline if name != "l0"]
+    window = f"C_{comparison.headline_window}"
+    rows = []
+    for group in comparison.groups:
+        if not group["deltas"]:
+            continue
+        cells = [_difference(group["deltas"][name]) for name in names]
+        if window in comparison.metrics:
+            matched = group["density_matched"].get(window)
+            cells.append(_difference(matched, "delta") if matched else "n/a")
+        rows.append([group["label"], group["match"]["words"], *cells])
+    if not rows:
+        return ""
+    header = ["minus the baseline", "at", *(label(name).name for name in names)]
+    if window in comparison.metrics:
+        header.append(f"{window} at matched density")
+    return _table(header, rows) + "\n\n~ within noise: the 95 % interval holds 0"
+
+
+def _difference(entry: dict[str, Any], key: str = "value") -> str:
+    text = _with_interval(entry, signed=True, key=key)
+    return f"~ {text}" if entry["within_noise"] else text
+
+
+def _csv_row(comparison: Comparison, group: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: group[name] for name in ("id", "label", "stream", "arm")}
+    row |= group["settings"] | {key: value for key, value in group["differs"].items()}
+    row["seeds"] = " ".join(map(str, group["seeds"]))
+    for name in comparison.metrics:
+        entry = group["metrics"][name]
+        row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+    row["baseline"] = " ".join(map(str, group["match"]["groups"]))
+    row["matched_at"] = group["match"]["words"]
+    for kind, key in (("deltas", "value"), ("density_matched", "delta")):
+        for name, entry in group[kind].items():
+            column = f"{name}_delta" if kind == "deltas" else f"{name}_density_matched_delta"
+            row |= {column: entry[key], f"{column}_low": entry["low"]}
+            row |= {
+                f"{column}_high": entry["high"],
+                f"{column}_within_noise": entry["within_noise"],
+            }
+    return row

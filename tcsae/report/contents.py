@@ -1,0 +1,342 @@
+"""What a run folder holds, in the form that its page and its notes need.
+
+Shapes: F = d_sae features, K lags, T positions, R rows of the page's table of features, k top
+contexts per feature, C contexts shown.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from tcsae.files import load_tensors
+from tcsae.report.labels import label
+from tcsae.report.page import packed, rounded
+
+if TYPE_CHECKING:
+    from tcsae.analysis import Analysis
+    from tcsae.run import LoadedRun
+
+MAX_ROWS = 4096
+"""Features on the page: with more than these, those with the most energy."""
+MAX_BINS = 128
+"""Places along the context in a feature's profile; longer contexts are averaged down."""
+MAX_ACTIVATIONS = 2_000_000
+"""Activations in top contexts, 4 bytes each in the page."""
+MISSING = -32768
+
+NO_ANALYSIS = "not there: this run has no analysis/ folder"
+
+_COLUMNS = (
+    "density",
+    "rho_1",
+    "tau_int",
+    "run_length",
+    "persistence",
+    "omega_squared",
+    "mutual_information_share",
+    "token_entropy",
+    "amplitude_cv",
+    "mean_activation",
+    "c0",
+    "max_decoder_cosine_sim",
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A finished run with its curves and, if it was made, its analysis."""
+
+    run: LoadedRun
+    values: dict[str, np.ndarray]
+    """Per feature: scalars [F], `rho` [K + 1, F], `profile_rate` and `profile_mean` [T, F]."""
+    analysis: Analysis | None
+
+    @classmethod
+    def of(cls, run: LoadedRun) -> Contents:
+        """Raises UserError if a file of the run is damaged."""
+        from tcsae.analysis import Analysis
+
+        advice = "run its command again with rerun=true"
+        tensors, _ = load_tensors(run.folder / "eval" / "per_feature.safetensors", advice)
+        folder = run.folder / "analysis"
+        analysis = Analysis.read(folder) if (folder / "specialization.json").is_file() else None
+        return cls(run, {name: value.numpy() for name, value in tensors.items()}, analysis)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.run.consistency["summary"]
+
+    @property
+    def core(self) -> dict[str, float | None]:
+        """All of SAEBench's metrics by name."""
+        groups = self.run.core["eval_result_metrics"].values()
+        return {name: value for group in groups for name, value in group.items()}
+
+    @property
+    def intervals(self) -> dict[str, list[float | None]]:
+        return self.run.core["eval_result_unstructured"]["intervals"]
+
+    def core_reason(self, name: str) -> str:
+        """Why a core metric is null."""
+        missing = self.run.core["eval_result_unstructured"]["missing"]
+        found = (why for path, why in missing.items() if path.endswith(f".{name}"))
+        return next(found, "no reason was recorded")
+
+    @property
+    def window_metric(self) -> str | None:
+        """The C_W to put first: that of the loss's window if it was measured, else of 8 or less."""
+        measured = self.summary["windows"]
+        window = self.run.config.window
+        if window in measured:
+            return f"C_{window}"
+        fitting = [w for w in measured if w <= 8] or measured[:1]
+        return f"C_{max(fitting)}" if fitting else None
+
+    @property
+    def live(self) -> np.ndarray:
+        return self.values["density"] > 0
+
+    def features_shown(self) -> np.ndarray:
+        """Numbers of the features on the page, ascending, [R]."""
+        energy = np.where(self.live, np.nan_to_num(self.values["c0"]), -1.0)
+        return np.sort(np.argsort(-energy, kind="stable")[:MAX_ROWS])
+
+    def command(self) -> str:
+        """The command that repeats the run."""
+        return shlex.join(["python", "-m", "tcsae.train", *self._overrides()])
+
+    def _overrides(self) -> list[str]:
+        recorded = self.run.folder / ".hydra" / "overrides.yaml"
+        if recorded.is_file():
+            return yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
+        # A run that was not started by the command: every key, in groups that set no others.
+        config = self.run.config.dump()
+        groups = {"model": "other", "dataset": "files", "sae": config["sae"]["architecture"]}
+        groups |= {"consistency": config["consistency"]["form"]}
+        return [f"{k}={v}" for k, v in groups.items()] + [
+            f"{key}={_override_value(value)}" for key, value in flat(config)
+        ]
+
+    def missing(self) -> list[str]:
+        """What this run has no value for, each with its reason."""
+        found = [f"{label(n).name}: {self.core_reason(n)}" for n, v in self.core.items() if v is None]
+        for name, entry in self.summary["metrics"].items():
+            if entry["reason"]:
+                found.append(f"{label(name).name}: {entry['reason']}")
+        for window, reason in self.summary["windows_left_out"].items():
+            found.append(f"{label(f'C_{window}').name}: {reason}")
+        for part, entry in (
+            ("Intervals of the consistency metrics", self.summary["interval_reason"]),
+            ("Autocorrelation", self.summary["autocorrelation"]["reason"]),
+            ("Smoothness", self.summary["smoothness"]["reason"]),
+        ):
+            if entry:
+                found.append(f"{part}: {entry}")
+        if self.analysis is None:
+            return [*found, f"Redundancy, clusters and top contexts: {NO_ANALYSIS}"]
+        return found + [f"{label(n).name}: {why}" for n, why in _reasons(self.analysis)]
+
+
+def _reasons(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    """(name, reason) of everything in the analysis that is null."""
+    redundancy = analysis.redundancy
+    parts = (redundancy, redundancy["redundant"], redundancy["twins"])
+    for part in (*parts, analysis.specialization["summary"]):
+        for name, reason in part.items():
+            if name.endswith("_reason") and reason:
+                yield name.removesuffix("_reason"), reason
+    if analysis.top_tokens["features_reason"]:
+        yield "Top contexts", analysis.top_tokens["features_reason"]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _override_value(value: Any) -> str:
+    """A value as Hydra's grammar reads it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_override_value, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return repr(value)
+
+
+# ---------------------------------------------------------------- the table of features
+
+
+def feature_data(contents: Contents) -> dict[str, Any]:
+    """What the page's script needs for the table, and for one feature at a time."""
+    ids = contents.features_shown()
+    specialization = contents.analysis and contents.analysis.specialization
+    columns = specialization["features"] if specialization else {}
+    clusters = specialization["clusters"] if specialization else []
+    values = _scalars(contents, ids)
+    text = [("id", "Feature", "number in the dictionary")]
+    if specialization:
+        text += [
+            ("tokens", "Tokens", "that set the feature apart, best first"),
+            ("cluster", "Cluster", "of features that fire together"),
+        ]
+    shown = [{"key": k, "name": n, "meaning": m, "text": True} for k, n, m in text]
+    for name in values:
+        shown.append({"key": name, "name": _column_name(name), "meaning": label(name).meaning})
+    window = contents.window_metric
+    return {
+        "ids": ids,
+        "live": contents.live[ids],
+        "columns": shown,
+        "first_sort": window if window in values else "density",
+        "values": values,
+        "tokens": _chosen(columns.get("top_tokens"), ids, []),
+        "cluster": _chosen(columns.get("cluster"), ids, -1),
+        "cluster_names": [c["name"] for c in clusters],
+        "curves": _curves(contents, ids),
+        "pairs": _pairs(contents.analysis),
+        **_top(contents.analysis, ids),
+    }
+
+
+def _column_name(name: str) -> str:
+    short = {
+        "mutual_information_share": "pos. info",
+        "omega_squared": "omega²",
+        "token_entropy": "token entropy",
+        "amplitude_cv": "amplitude CV",
+        "mean_activation": "mean act.",
+        "c0": "energy",
+        "max_decoder_cosine_sim": "nearest cos",
+        "run_length": "run length",
+    }
+    return short.get(name, name)
+
+
+def _chosen(column: list[Any] | None, ids: np.ndarray, default: Any) -> list[Any]:
+    return [default] * len(ids) if column is None else [column[i] for i in ids.tolist()]
+
+
+def _scalars(contents: Contents, ids: np.ndarray) -> dict[str, list[float | None]]:
+    """Columns of numbers, those there are, for the features shown."""
+    rows = contents.run.core["eval_result_details"]
+    of_run: dict[str, Any] = dict(contents.values)
+    of_run["max_decoder_cosine_sim"] = [row["max_decoder_cosine_sim"] for row in rows]
+    if contents.analysis is not None:
+        of_run["token_entropy"] = contents.analysis.specialization["features"]["token_entropy"]
+    first = [contents.window_metric] if contents.window_metric else []
+    names = [*first, *_COLUMNS]
+    return {n: rounded(_chosen(list(of_run[n]), ids, None)) for n in names if n in of_run}
+
+
+def binned(profile: np.ndarray, n_bins: int = MAX_BINS) -> tuple[np.ndarray, np.ndarray]:
+    """Middle of each bin [at most n_bins] and mean over its positions, of a profile [T, F].
+
+    NaN (a position that never counts) is left out; a bin of nothing else is NaN.
+    """
+    n_positions = len(profile)
+    if n_positions <= n_bins:
+        return np.arange(n_positions), profile
+    edges = np.linspace(0, n_positions, n_bins + 1).round().astype(int)
+    known = np.isfinite(profile)
+    sums = np.add.reduceat(np.where(known, profile, 0.0), edges[:-1])
+    with np.errstate(invalid="ignore"):
+        means = sums / np.add.reduceat(known.astype(float), edges[:-1])
+    return (edges[:-1] + edges[1:] - 1) / 2, means
+
+
+def _curves(contents: Contents, ids: np.ndarray) -> dict[str, Any]:
+    """rho in ten thousandths as int16, firing rate in 255ths of the feature's largest as uint8."""
+    rho_RK = contents.values["rho"][:, ids].T
+    coded = np.where(np.isfinite(rho_RK), np.nan_to_num(rho_RK) * 10000, MISSING).round()
+    positions, rate = binned(contents.values["profile_rate"][:, ids])
+    rate_RT = np.nan_to_num(rate.T)
+    top_R = rate_RT.max(axis=1, initial=0.0)
+    levels = rate_RT / np.where(top_R > 0, top_R, 1.0)[:, None]
+    return {
+        "rho": packed(coded.clip(-32768, 32767).astype(np.int16)) | {"missing": MISSING},
+        "rate": packed((levels * 255).round().astype(np.uint8)) | {"missing": None},
+        "rate_scale": rounded(top_R.tolist()),
+        "positions": positions,
+    }
+
+
+def _pairs(analysis: Analysis | None) -> list[dict[str, Any]]:
+    """Redundant pairs and position twins: rows of [first, second, correlation, cosine, lag]."""
+    if analysis is None:
+        return []
+    tensors = analysis.correlation
+    none = tensors["twins"].new_zeros(len(tensors["twins"]))
+    kinds = (
+        ("Redundant with", "pairs", "pair", tensors["pair_lag"]),
+        ("Position twin of", "twins", "twin", none),
+    )
+    found = []
+    for name, pairs, prefix, lag in kinds:
+        columns = zip(
+            tensors[pairs].tolist(),
+            rounded(tensors[f"{prefix}_correlation"].tolist()),
+            rounded(tensors[f"{prefix}_cosine"].tolist()),
+            lag.tolist(),
+            strict=True,
+        )
+        rows = [[i, j, r, cosine, k] for (i, j), r, cosine, k in columns]
+        found.append({"name": name, "rows": rows[:MAX_ROWS]})
+    return found
+
+
+def _fewer_contexts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first few contexts of every feature: as many as MAX_ACTIVATIONS leaves room for."""
+    totals = (tensors["rows"] > 0).sum(axis=(0, 2)).cumsum()
+    k = max(1, int((totals <= MAX_ACTIVATIONS).sum()))
+    return {name: tensors[name][:, :k] for name in ("context", "position", "value", "rows")}
+
+
+def _top(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any]:
+    """Top contexts: every context once as numbers of texts, activations sparse in 255ths.
+
+    `count` [R', k] says how many of `at` (position) and `level` belong to each (feature, context).
+    """
+    if analysis is None:
+        return {"top": None, "top_reason": f"Top contexts: {NO_ANALYSIS}.", "top_row": []}
+    tensors = {name: value.numpy() for name, value in analysis.top_contexts.items()}
+    known = np.flatnonzero(np.isin(tensors["features"], ids))
+    row_of = dict(zip(tensors["features"][known].tolist(), range(len(known)), strict=True))
+    tensors |= _fewer_contexts(tensors)
+    rows_RkT = tensors["rows"][known].astype(np.float32)
+    peak_R = tensors["value"][known].max(axis=1, initial=0.0)
+    level_RkT = (rows_RkT / np.where(peak_R > 0, peak_R, 1.0)[:, None, None] * 255).round()
+    # What fired, however weakly, is shown.
+    level_RkT = np.where(rows_RkT > 0, level_RkT.clip(1, 255), 0).astype(np.uint8)
+    used, inverse = np.unique(tensors["ids"], return_inverse=True)
+    texts = analysis.top_tokens["tokens"]
+    reason = analysis.top_tokens["features_reason"]
+    return {
+        "top_row": [row_of.get(i, -1) for i in ids.tolist()],
+        "top_reason": reason or "It never fired on held-out text.",
+        "top": {
+            "vocabulary": [texts[str(token)] for token in used.tolist()],
+            "ids": packed(inverse.reshape(tensors["ids"].shape).astype(np.int32)),
+            "valid": packed(tensors["valid"].astype(np.uint8)),
+            "numbers": tensors["number"],
+            "context": packed(tensors["context"][known].astype(np.int32)),
+            "position": packed(tensors["position"][known].astype(np.int32)),
+            "value": packed(tensors["value"][known].astype(np.float32)),
+            "count": packed((level_RkT > 0).sum(axis=2).astype(np.int32)),
+            "at": packed(level_RkT.nonzero()[2].astype(np.uint16)),
+            "level": packed(level_RkT[level_RkT > 0]),
+        },
+    }

@@ -1,0 +1,367 @@
+"""From runs to the entries of a comparison: streams, groups, arms, differences, grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.report.matching import (
+    Match,
+    Point,
+    density_histogram,
+    density_matched,
+    live_features,
+    match_l0,
+    pareto_front,
+)
+from tcsae.report.paired import Estimate, Term, combine
+from tcsae.report.runs import (
+    SPARSITY_KEYS,
+    TEMPORAL_KEYS,
+    Run,
+    key_of,
+    same_stream,
+    settings_of,
+)
+
+_SETTINGS = {
+    "architecture": "sae.architecture",
+    "d_sae": "sae.d_sae",
+    "k": "sae.k",
+    "l1_coefficient": "sae.l1_coefficient",
+    "consistency": "consistency",
+    "window": "window",
+    "lambda": "lambda",
+    "tokens": "training.tokens",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One setting of one stream with all its seeds."""
+
+    id: int
+    stream: int
+    settings: dict[str, Any]
+    runs: tuple[Run, ...]
+    """By seed."""
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.settings["consistency"] == "none"
+
+    @property
+    def arm_key(self) -> str:
+        return f"{self.stream} {key_of(self.settings, SPARSITY_KEYS)}"
+
+    @property
+    def base_key(self) -> str:
+        """Of the arm this one is compared with; its own for a baseline."""
+        without = (*SPARSITY_KEYS, *TEMPORAL_KEYS)
+        return f"{self.stream} {key_of(self.settings, without)}"
+
+    @cached_property
+    def point(self) -> Point | None:
+        """Where the group lies; None if it has no L0 or no explained variance."""
+        found = [combine(name, [self.term()]).value for name in ("l0", "explained_variance")]
+        if found[0] is None or found[1] is None:
+            return None
+        return Point(self.id, float(found[0]), float(found[1]))
+
+    def term(self, weight: float = 1.0) -> Term:
+        return Term(weight, self.runs)
+
+
+def sort_streams(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one model, hook and set of held-out contexts together, in the order given."""
+    streams: list[list[Run]] = []
+    for run in runs:
+        own = next((stream for stream in streams if same_stream(stream[0], run)), None)
+        if own is None:
+            streams.append([run])
+        else:
+            own.append(run)
+    return streams
+
+
+def make_groups(streams: Sequence[Sequence[Run]]) -> tuple[list[Group], list[tuple[Run, Run]]]:
+    """Groups (of a stream: baselines first), and the runs left out with what they repeat."""
+    found: dict[tuple[int, str], dict[int, Run]] = {}
+    repeated = []
+    for number, stream in enumerate(streams):
+        for run in stream:
+            seeds = found.setdefault((number, key_of(settings_of(run.config))), {})
+            if run.seed in seeds:
+                repeated.append((run, seeds[run.seed]))
+            else:
+                seeds[run.seed] = run
+    unsorted = [
+        (number, settings_of(next(iter(seeds.values())).config), seeds)
+        for (number, _), seeds in found.items()
+    ]
+    unsorted.sort(key=lambda entry: (entry[0], _rank(entry[1])))
+    groups = [
+        Group(i, number, settings, tuple(seeds[s] for s in sorted(seeds)))
+        for i, (number, settings, seeds) in enumerate(unsorted)
+    ]
+    return groups, repeated
+
+
+def _rank(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    window = settings.get("window", 0)
+    long = math.inf if window == "document" else window
+    sparsity = [settings.get(key) or 0 for key in SPARSITY_KEYS]
+    consistency = settings["consistency"]
+    shown = (settings["sae.architecture"], consistency != "none", consistency)
+    return (*shown, long, settings["lambda"], *sparsity, key_of(settings))
+
+
+# ----------------------------------------------------------------------------------- labels
+
+
+def differing(groups: Sequence[Group]) -> list[str]:
+    """Settings that are not the same in all groups; of the temporal ones, in all variants."""
+    keys = dict.fromkeys(key for group in groups for key in group.settings)
+    found = []
+    for key in keys:
+        among = [g for g in groups if not (g.is_baseline and key in TEMPORAL_KEYS)]
+        if len({repr(g.settings.get(key)) for g in among}) > 1:
+            found.append(key)
+    return found
+
+
+def label_of(group: Group, differs: Sequence[str], without: Sequence[str] = ()) -> str:
+    """What sets the group apart: "lambda=1 window=8"."""
+    shown = [key for key in differs if key not in without and key in group.settings]
+    if group.is_baseline:
+        shown = [key for key in shown if key not in TEMPORAL_KEYS]
+        return " ".join(["baseline", *(_said(group, key) for key in shown)])
+    first = [key for key in ("lambda",) if key not in without]
+    shown = [*first, *(key for key in shown if key != "lambda")]
+    return " ".join(_said(group, key) for key in shown) or group.settings["consistency"]
+
+
+def _said(group: Group, key: str) -> str:
+    value = group.settings[key]
+    return f"{key.split('.')[-1]}={f'{value:g}' if isinstance(value, float) else value}"
+
+
+# ---------------------------------------------------------------------------------- entries
+
+
+def numbers(value: Tensor | None) -> Any:
+    """Plain numbers, None for what is none."""
+    if value is None:
+        return None
+    if value.ndim:
+        return [numbers(x) for x in value]
+    return float(value) if value.isfinite() else None
+
+
+def _entry(estimate: Estimate) -> dict[str, Any]:
+    named = ("value", "low", "high")
+    return {n: numbers(getattr(estimate, n)) for n in named} | {"reason": estimate.reason}
+
+
+class Entries:
+    """Makes the entries of all groups of a comparison.
+
+    Args:
+        groups: of `make_groups`.
+        metrics: the columns.
+        window: W of the C_W in the density histogram. None: none.
+    """
+
+    def __init__(self, groups: Sequence[Group], metrics: Sequence[str], window: int | None) -> None:
+        self.groups, self.metrics = list(groups), list(metrics)
+        self.window_metric = None if window is None else f"C_{window}"
+        self.differs = differing(groups)
+        self.arm_keys = list(dict.fromkeys(group.arm_key for group in groups))
+
+    def baseline_groups(self, group: Group) -> list[Group]:
+        return [g for g in self.groups if g.is_baseline and g.base_key == group.base_key]
+
+    def group(self, group: Group) -> dict[str, Any]:
+        match = self._match(group)
+        compared = []
+        if not group.is_baseline:
+            weighted = zip(match.groups, match.weights, strict=True)
+            compared = [self.groups[i].term(weight) for i, weight in weighted]
+        settings = {k: group.settings.get(v) for k, v in _SETTINGS.items()}
+        return {
+            "id": group.id,
+            "stream": group.stream,
+            "arm": self.arm_keys.index(group.arm_key),
+            "label": label_of(group, self.differs),
+            "settings": {k: v for k, v in settings.items() if v is not None or k == "window"},
+            "differs": {key: group.settings.get(key) for key in self.differs},
+            "is_baseline": group.is_baseline,
+            "seeds": [run.seed for run in group.runs],
+            "runs": [run.name for run in group.runs],
+            "metrics": {name: _entry(combine(name, [group.term()])) for name in self.metrics},
+            "medians": self._medians(group),
+            "match": match._asdict(),
+            "deltas": self._deltas(group, compared),
+            "density_matched": self._density_matched(group, compared),
+            "curve": self._curve(group),
+            "profile": _profile(group.runs),
+            "density": self._density(group),
+        }
+
+    def _density(self, group: Group) -> dict[str, Any]:
+        name = self.window_metric
+        if not all(name in run.features for run in group.runs):
+            name = None
+        features = live_features([group.term()], [] if name is None else [name])
+        return density_histogram(features, name)
+
+    def _match(self, group: Group) -> Match:
+        point = group.point
+        if group.is_baseline:
+            l0 = None if point is None else point.l0
+            return Match("self", [group.id], [1.0], l0, "it is the baseline")
+        if point is None:
+            return Match("none", [], [], None, "it has no L0 or no explained variance")
+        others = [g.point for g in self.baseline_groups(group)]
+        match = match_l0(point.l0, [p for p in others if p is not None])
+        near = [g for g in self.groups if g.is_baseline and g.stream == group.stream]
+        if match.kind == "none" and not others and near:
+            other = _difference(group, near[0])
+            return match._replace(words=f"{match.words}; the one there is differs in {other}")
+        return match
+
+    def _medians(self, group: Group) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for name in self.metrics:
+            values = [run.medians.get(name) for run in group.runs]
+            known = [v for v in values if v is not None]
+            if len(known) == len(values):
+                found[name] = sum(known) / len(known)
+        return found
+
+    def _deltas(self, group: Group, baseline: Sequence[Term]) -> dict[str, Any]:
+        if not baseline:
+            return {}
+        minus = [Term(-term.weight, term.runs) for term in baseline]
+        found = {}
+        for name in self.metrics:
+            entry = _entry(combine(name, [group.term(), *minus]))
+            low, high = entry["low"], entry["high"]
+            entry["baseline"] = numbers(combine(name, baseline).value)
+            entry["within_noise"] = None if low is None else low <= 0 <= high
+            found[name] = entry
+        return found
+
+    def _density_matched(self, group: Group, baseline: Sequence[Term]) -> dict[str, Any]:
+        names = [
+            name
+            for name in self.metrics
+            if (name.startswith("C_") or name in ("rho_1", "omega_squared"))
+            and all(name in run.features for t in [group.term(), *baseline] for run in t.runs)
+        ]
+        if not baseline or not names:
+            return {}
+        arms = [live_features(terms, names) for terms in ([group.term()], baseline)]
+        if arms[0] is None or arms[1] is None:
+            return {}
+        return {name: density_matched(arms[0], arms[1], name) for name in names}
+
+    def _curve(self, group: Group) -> dict[str, Any]:
+        estimate = combine("autocorrelation", [group.term()])
+        rho = numbers(estimate.value)
+        bands = {k: numbers(getattr(estimate, k)) for k in ("low", "high")}
+        lags = list(range(len(rho))) if rho else []
+        return {"lags": lags, "rho": rho or [], **bands, "reason": estimate.reason}
+
+    # ------------------------------------------------------------------------- arms, grids
+
+    def arms(self) -> list[dict[str, Any]]:
+        found = []
+        for i, key in enumerate(self.arm_keys):
+            groups = [g for g in self.groups if g.arm_key == key]
+            points = sorted((g.point for g in groups if g.point), key=lambda p: p.l0)
+            without = [g.id for g in groups if g.point is None]
+            baseline = [g.arm_key for g in self.baseline_groups(groups[0])]
+            first = groups[0]
+            arm_of = self.arm_keys.index(baseline[0]) if baseline else None
+            found.append(
+                {
+                    "id": i,
+                    "stream": first.stream,
+                    "label": label_of(first, self.differs, without=SPARSITY_KEYS),
+                    "is_baseline": first.is_baseline,
+                    "baseline": None if first.is_baseline else arm_of,
+                    "groups": [p.group for p in points] + without,
+                    "front": [p.group for p in pareto_front(points)],
+                }
+            )
+        return found
+
+    def grids(self, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Window x lambda, for everything else equal."""
+        tables: dict[str, list[Group]] = {}
+        for group in self.groups:
+            if not group.is_baseline:
+                key = key_of(group.settings, ("window", "lambda"))
+                tables.setdefault(f"{group.stream} {key}", []).append(group)
+        return [self._grid(groups, entries) for groups in tables.values() if len(groups) > 1]
+
+    def _grid(
+        self, groups: Sequence[Group], entries: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        windows = sorted({g.settings["window"] for g in groups}, key=_length)
+        lambdas = sorted({g.settings["lambda"] for g in groups})
+        cells: list[list[int | None]] = [[None] * len(lambdas) for _ in windows]
+        for g in groups:
+            row, column = windows.index(g.settings["window"]), lambdas.index(g.settings["lambda"])
+            cells[row][column] = g.id
+        same = key_of(groups[0].settings, TEMPORAL_KEYS)
+        zero = [
+            g.id
+            for g in self.baseline_groups(groups[0])
+            if key_of(g.settings, TEMPORAL_KEYS) == same
+        ]
+        if zero:
+            lambdas, cells = [0.0, *lambdas], [[zero[0], *row] for row in cells]
+
+        def table(kind: str, name: str) -> list[list[float | None]]:
+            def value(cell: int | None) -> float | None:
+                return None if cell is None else entries[cell][kind].get(name, {}).get("value")
+
+            return [[value(cell) for cell in row] for row in cells]
+
+        return {
+            "stream": groups[0].stream,
+            "label": label_of(groups[0], self.differs, without=("window", "lambda")),
+            "windows": windows,
+            "lambdas": lambdas,
+            "groups": cells,
+            "metrics": {name: table("metrics", name) for name in self.metrics},
+            "deltas": {name: table("deltas", name) for name in self.metrics},
+        }
+
+
+def _length(window: int | str) -> float:
+    return math.inf if isinstance(window, str) else window
+
+
+def _difference(first: Group, second: Group) -> str:
+    keys = [k for k in {**first.settings, **second.settings} if k not in TEMPORAL_KEYS]
+    different = [k for k in keys if first.settings.get(k) != second.settings.get(k)]
+    return ", ".join(different)
+
+
+def _profile(runs: Sequence[Run]) -> dict[str, Any]:
+    """Firing rate by position over the feature's mean rate, mean over live features and seeds."""
+    curves = []
+    for run in runs:
+        rate_TF = run.features["profile_rate"][:, run.features["density"] > 0]
+        curves.append((rate_TF / rate_TF.nanmean(0)).nanmean(1))
+    rate = torch.stack(curves).mean(0)
+    return {"positions": list(range(len(rate))), "rate": numbers(rate)}

@@ -1,0 +1,376 @@
+"""`notes.txt`: what was run and what came out, in words, for whoever writes it up later.
+
+Nothing is said here that the numbers of the run or of the comparison do not carry.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tcsae.files import write_text
+from tcsae.report.contents import NO_ANALYSIS, Contents
+from tcsae.report.labels import (
+    decimals,
+    difference_text,
+    interval_text,
+    label,
+    listed,
+    number,
+)
+
+if TYPE_CHECKING:
+    from tcsae.report.comparison import Comparison
+    from tcsae.run import LoadedRun
+
+_WIDTH = 96
+_LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def write_run_notes(folder: Path) -> Path:
+    """Write `<run>/notes.txt`. Raises UserError for what is not a finished run."""
+    from tcsae.run import load_run
+
+    folder = Path(folder)
+    write_text(folder / "notes.txt", run_notes(load_run(folder)))
+    return folder / "notes.txt"
+
+
+def _heading(text: str, rule: str = "-") -> list[str]:
+    return ["", text, rule * len(text)]
+
+
+def _paragraph(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=" " * len(indent),
+        break_on_hyphens=False,
+    )
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Cells in columns, each as wide as its widest."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run_notes(run: LoadedRun) -> str:
+    """The notes of a run, from what its folder holds."""
+    contents = Contents.of(run)
+    name = run.folder.resolve().name
+    lines = [f"Notes on the run {name}", "=" * (len(name) + 17)]
+    lines += [*_what_was_run(contents), *_core_results(contents), *_consistency(contents)]
+    lines += [*_analysis_lines(contents), *_missing(contents), *_reading(contents)]
+    return "\n".join(lines) + "\n"
+
+
+def _what_was_run(contents: Contents) -> list[str]:
+    config, info = contents.run.config, contents.run.final_info
+    consistency = config.consistency.form
+    if config.consistency.shuffle_positions:
+        consistency += ", on positions shuffled within their document (the control)"
+    sparsity = f"k {config.sae.k}" if hasattr(config.sae, "k") else ""
+    if info["sparsity_penalty"] is not None:
+        sparsity = f"L1 coefficient {info['sparsity_penalty']:g}"
+    data = config.dataset
+    rows = [
+        ("model", f"{config.model.name}, block {info['layer']}, {config.model.hook}"),
+        ("text", f"{data.name}{f' ({data.path})' if data.path else ''}, contexts of "
+         f"{data.context_size} tokens"),
+        ("SAE", f"{config.sae.architecture}, {info['dict_size']:,} features, {sparsity}"),
+        ("temporal loss", f"{consistency}; window {config.window}; lambda {config.lambda_:g}"),
+        ("training", f"{info['training_steps']:,} steps, {info['tokens']:,} tokens, learning rate "
+         f"{config.training.lr:g}, seed {config.seed}"),
+        ("last loss", number(info["final_loss"])),
+        ("time", f"{info['training_seconds']:.0f} s of training, "
+         f"{info['tokens_per_second']:,.0f} tokens/s; {info['wall_seconds']:.0f} s in all"),
+        ("massive tokens", f"{100 * info['massive_token_share']:.2f} % of the tokens, left out"),
+        ("identity", info["unique_id"]),
+    ]
+    repeat = ["", "To repeat it (the whole config is in config.json):", f"  {contents.command()}"]
+    return [*_heading("What was run"), *_columns(rows), *repeat]
+
+
+def _core_results(contents: Contents) -> list[str]:
+    summary = contents.summary
+    level = f"{100 * summary['level']:g} %"
+    said = (
+        f"{summary['n_valid_tokens']:,} tokens in {summary['n_contexts']:,} held-out contexts. "
+        f"Brackets: {level} interval, bootstrap over contexts."
+    )
+    rows = [
+        (label(name).name, number(value), interval_text(contents.intervals.get(name)),
+         label(name).meaning)
+        for name, value in contents.core.items()
+        if value is not None
+    ]
+    return [*_heading("Reconstruction, sparsity, behaviour"), *_paragraph(said), "",
+            *_columns([("metric", "value", "interval", "meaning"), *rows])]
+
+
+def _consistency(contents: Contents) -> list[str]:
+    summary = contents.summary
+    said = (
+        f"Over the {summary['n_live']:,} live features of {summary['n_features']:,}. The weighted "
+        "mean weighs a feature by its variance about its position means."
+    )
+    rows = [("metric", "weighted mean", "interval", "median", "interval", "meaning")]
+    for name, entry in summary["metrics"].items():
+        if not entry["n"]:
+            continue
+        rows.append(
+            (
+                label(name).name,
+                number(entry["energy_weighted"]),
+                interval_text(entry["energy_weighted_interval"]),
+                number(entry["median"]),
+                interval_text(entry["median_interval"]),
+                label(name).meaning,
+            )
+        )
+    lines = [*_heading("Consistency"), *_paragraph(said), "", *_columns(rows)]
+    curve = summary["autocorrelation"]
+    known = [k for k in _LAGS if k < len(curve["rho"]) and curve["rho"][k] is not None]
+    if known:
+        pairs = [
+            (f"{k}", number(curve["rho"][k]), interval_text((curve["low"][k], curve["high"][k])))
+            for k in known
+        ]
+        lines += ["", "Energy-weighted autocorrelation:", *_columns([("lag", "rho", ""), *pairs])]
+    smooth = summary["smoothness"]
+    if smooth["value"] is not None:
+        band = interval_text(smooth["interval"])
+        lines += ["", f"{label('smoothness').name}: {number(smooth['value'])} {band} "
+                  f"({label('smoothness').meaning})"]
+    return lines
+
+
+def _analysis_lines(contents: Contents) -> list[str]:
+    if contents.analysis is None:
+        return []
+    redundancy = contents.analysis.redundancy
+    limits, near, twins = (redundancy[key] for key in ("thresholds", "redundant", "twins"))
+    lines = _heading("Redundancy")
+    lines += _paragraph(
+        f"{near['n_pairs']} pairs of near-copies in {near['n_groups']} groups (correlation above "
+        f"{limits['correlation']} at a lag of at most {redundancy['max_lag']}, decoder cosine "
+        f"above {limits['cosine']}): {near['n_redundant']} of {near['n_live']} live features "
+        f"could go, a share of {number(near['redundant_share'])}."
+    )
+    lines += _paragraph(
+        f"{twins['n_pairs']} pairs of position twins (decoder cosine above {limits['cosine']}, "
+        f"correlation below {limits['twin_correlation']}, overlap of positions below "
+        f"{limits['twin_overlap']}); a share of {number(twins['twinned_share'])} of the live "
+        f"features has one. Effective rank of the correlations: "
+        f"{number(redundancy['effective_rank'])}."
+    )
+    return lines + _cluster_lines(contents.analysis.specialization)
+
+
+def _cluster_lines(specialization: Mapping[str, Any]) -> list[str]:
+    summary = specialization["summary"]
+    checks = ("modularity", "modularity_excess", "ari_seeds", "ari_halves", "ami_decoder")
+    lines = _heading("Clusters of features that fire together")
+    chance = {
+        True: "stronger than in rewired graphs and with shuffled contexts (p < 0.01)",
+        False: "not stronger than chance (p < 0.01 was asked)",
+        None: f"not tested against chance: {summary.get('significant_reason')}",
+    }[summary["significant"]]
+    lines += _paragraph(f"{summary['n_clusters']} clusters, {chance}.")
+    rows = [(label(n).name, number(summary[n]), label(n).meaning) for n in checks]
+    lines += [*_columns(rows), ""]
+    names = [f"{c['name']} ({c['size']})" for c in specialization["clusters"][:12]]
+    return lines + (_paragraph(f"Largest: {'; '.join(names)}.") if names else [])
+
+
+def _missing(contents: Contents) -> list[str]:
+    missing = contents.missing()
+    if not missing:
+        return []
+    return [*_heading("Not measured"), *(p for m in missing for p in _paragraph(m, "- "))]
+
+
+def _reading(contents: Contents) -> list[str]:
+    """What to keep in mind, as far as this run's own numbers call for it."""
+    said = [
+        "One run, one seed: the intervals are about the choice of held-out contexts, not about "
+        "another seed or another text.",
+    ]
+    config = contents.run.config
+    if config.lambda_ and config.consistency.form != "none":
+        said.append(
+            "Whether the temporal loss changed anything is not in these numbers: compare with a "
+            "run of lambda=0 and otherwise the same settings (python -m tcsae.compare), and with "
+            "consistency=shuffled, which keeps the loss and takes away the order."
+        )
+    ratio = contents.core["l2_ratio"]
+    if ratio is not None and ratio < 0.95:
+        said.append(
+            f"The reconstruction is shrunk (L2 ratio {number(ratio)}): a raw variance of "
+            "activations would look smaller for that alone. Consistency metrics do not depend on "
+            "the scale of a feature; Smoothness (T-SAE) and Mean activation do."
+        )
+    alive = contents.core["frac_alive"]
+    if alive is not None and alive < 0.9:
+        said.append(f"A share of {number(1 - alive)} of the features never fired on held-out text.")
+    if contents.analysis is None:
+        said.append(f"Redundancy and clusters are {NO_ANALYSIS}.")
+    return [*_heading("How to read it"), *(p for text in said for p in _paragraph(text, "- "))]
+
+
+# ---------------------------------------------------------------- a comparison
+
+
+def comparison_notes(comparison: Comparison) -> str:
+    """The notes of a comparison."""
+    content = comparison.to_json()
+    lines = ["Notes on a comparison", "=" * 21]
+    lines += _compared(content)
+    for stream in content["streams"]:
+        own = [g for g in content["groups"] if g["stream"] == stream["id"]]
+        lines += _heading(stream_words(stream), "=")
+        lines += _heading("Every metric, with its interval") + _all_metrics(own, content)
+        lines += _heading("Against the baseline at the same L0")
+        lines += [p for group in own for p in _group_verdict(group, content)]
+        lines += _at_equal_density(own)
+    return "\n".join(lines) + "\n"
+
+
+def stream_words(stream: Mapping[str, Any]) -> str:
+    """One stream in a line."""
+    return (
+        f"{stream['model']}, {stream['hook_name']}, {stream['dataset']}: "
+        f"{stream['n_contexts']:,} held-out contexts of {stream['context_size']} tokens"
+    )
+
+
+def _compared(content: Mapping[str, Any]) -> list[str]:
+    used = [run for run in content["runs"] if run["status"] == "used"]
+    lines = _heading("What was compared")
+    lines += _paragraph(
+        f"{len(used)} runs in {len(content['groups'])} settings. Seeds of one setting are pooled. "
+        f"Brackets: {100 * content['level']:g} % interval."
+    )
+    labels = {group["id"]: group["label"] for group in content["groups"]}
+    rows = [(run["name"], labels.get(run["group"], run["status"])) for run in content["runs"]]
+    lines += ["", *_columns([("run", "setting"), *rows]), ""]
+    for group in content["groups"]:
+        settings = ", ".join(f"{k} {v}" for k, v in group["settings"].items() if v is not None)
+        seeds = listed([str(seed) for seed in group["seeds"]])
+        lines += _paragraph(f"{group['label']}: {settings}; seeds {seeds}", "- ")
+    if content["notices"]:
+        lines += _heading("To keep in mind")
+        lines += [p for text in content["notices"] for p in _paragraph(text, "- ")]
+    return lines
+
+
+def _all_metrics(groups: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for group in groups:
+        rows = []
+        for name in content["metrics"]:
+            entry = group["metrics"].get(name)
+            if entry is None:
+                continue
+            rows.append(
+                (
+                    f"  {label(name).name}",
+                    number(entry["value"]),
+                    interval_text((entry["low"], entry["high"])) or f"({entry['reason']})",
+                )
+            )
+        lines += ["", group["label"], *_columns(rows)]
+    return lines
+
+
+def _group_verdict(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[str]:
+    if group["is_baseline"]:
+        return
+    yield ""
+    yield from _paragraph(f"{group['label']} ({group['match']['words']})")
+    for sentence in verdicts(group, content["metrics"]):
+        yield from _paragraph(sentence, "- ")
+
+
+def verdicts(group: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """What a group's differences at matched L0 say, in sentences: one for each clear difference,
+    one for those within noise, one for those without an interval. L0 is what was matched."""
+    deltas = group["deltas"]
+    if not deltas:
+        return [f"Not compared: {group['match']['words']}."]
+    said, noise, unknown = [], [], []
+    for name in names:
+        entry = deltas.get(name)
+        if name == "l0" or entry is None or entry["value"] is None:
+            continue
+        text = difference_text(entry["value"], entry["low"], entry["high"])
+        if entry["within_noise"] is None:
+            unknown.append(f"{label(name).name} ({text})")
+        elif entry["within_noise"]:
+            noise.append(f"{label(name).name} ({text})")
+        else:
+            said.append(_clear(label(name).name, group["metrics"][name]["value"], entry, text))
+    if noise:
+        said.append(f"Within noise, so no difference was shown: {listed(noise)}.")
+    if unknown:
+        said.append(f"Without an interval, so nothing can be said: {listed(unknown)}.")
+    return said
+
+
+def density_verdict(group: Mapping[str, Any], name: str) -> str:
+    """One sentence on a metric at equal density; empty if that was not worked out."""
+    entry = group["density_matched"].get(name)
+    if entry is None:
+        return ""
+    said = f"At equal density, {label(name).name}"
+    if entry["delta"] is None:
+        return f"{said}: not compared, {entry['reason']}."
+    text = difference_text(entry["delta"], entry["low"], entry["high"])
+    overlap = f"Overlap {number(entry['overlap'])}."
+    if entry["within_noise"] is None:
+        return f"{said}: {text}, without an interval ({entry['reason']}). {overlap}"
+    if entry["within_noise"]:
+        return f"{said}: within noise, so no difference was shown ({text}). {overlap}"
+    moved = {**entry, "value": entry["delta"]}
+    return f"{_clear(said, entry['value'], moved, text)} {overlap}"
+
+
+def _clear(name: str, own: float, entry: Mapping[str, Any], text: str) -> str:
+    direction = "higher" if entry["value"] > 0 else "lower"
+    digits = decimals(entry["low"], entry["high"])
+    values = f"{own:.{digits}f} against {entry['baseline']:.{digits}f}"
+    return f"{name} is {direction}: {values}, {text}."
+
+
+def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for group in groups:
+        if group["density_matched"]:
+            lines += ["", group["label"]]
+        for name in group["density_matched"]:
+            lines += _paragraph(density_verdict(group, name), "- ")
+    if not lines:
+        return []
+    said = (
+        "Features that fire often are more consistent in any SAE. Both sides are weighted to one "
+        "distribution of density here; the overlap is the share of them that this leaves. "
+        "Intervals are over features."
+    )
+    return [*_heading("The same at equal density"), *_paragraph(said), *lines]
+
+
+def write_comparison_notes(comparison: Comparison, path: Path) -> Path:
+    """Write the notes of a comparison into a file."""
+    write_text(path, comparison_notes(comparison))
+    return path

@@ -1,0 +1,108 @@
+"""The shell of a page: one HTML file that opens offline, with plotly.js, style and data in it.
+
+Texts come from corpora and may contain anything: templates escape by default, the data block has
+no `<` in it, and the page's script writes text nodes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tcsae.files import write_text
+from tcsae.report.labels import interval_text, label, number
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def packed(values: np.ndarray) -> dict[str, Any]:
+    """An array for the page's script: {dtype, shape, data}, little-endian bytes in base64.
+
+    dtypes: int8, uint8, int16, uint16, int32, float32.
+    """
+    array = np.ascontiguousarray(values)
+    little = array.astype(array.dtype.newbyteorder("<"))
+    data = base64.b64encode(little.tobytes()).decode("ascii")
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def plain(value: Any) -> Any:
+    """The same with None for NaN and infinity, and lists for arrays and tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def rounded(values: Any, digits: int = 4) -> list[float | None]:
+    """Numbers with so many significant digits, None for NaN."""
+    return [None if v is None or v != v else float(f"{v:.{digits}g}") for v in values]
+
+
+def script_json(content: Any) -> str:
+    """JSON that may stand in a script element."""
+    text = json.dumps(plain(content), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def render(
+    template: str,
+    title: str,
+    context: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    data: Mapping[str, Any],
+) -> str:
+    """The page as text.
+
+    Args:
+        template: file in templates/, extending base.html.j2.
+        title: of the page.
+        context: what the template names.
+        figures: by the name that the template's `figure(name)` asks for.
+        data: what the page's script reads (`page.data`), JSON values.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "interval": interval_text, "label": label}
+    drawn = {name: figure.to_dict() for name, figure in figures.items()}
+    content = {"figures": drawn, "data": dict(data)}
+    return environment.get_template(template).render(
+        **context,
+        title=title,
+        drawn=frozenset(figures),
+        plotly_js=Markup(get_plotlyjs()),
+        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup((_TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        page_content=Markup(script_json(content)),
+    )
+
+
+def write_page(path: Path, *parts: Any) -> Path:
+    """`render(*parts)` into a file, whole or not at all."""
+    write_text(path, render(*parts))
+    return path

@@ -1,0 +1,278 @@
+"""Finished runs as a comparison needs them: found in folders, read, and told apart by settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.config import Config, identity
+from tcsae.errors import UserError
+from tcsae.files import load_tensors, read_json
+from tcsae.report.paired import core_draws
+
+CORE = (
+    "explained_variance",
+    "l0",
+    "frac_alive",
+    "l2_ratio",
+    "ce_loss_score",
+    "kl_div_score",
+    "ce_loss_with_sae",
+    "kl_div_with_sae",
+    "mse",
+    "cossim",
+    "relative_reconstruction_bias",
+    "l1",
+)
+FROM_ANALYSIS = {
+    "redundant_share": ("redundancy", "redundant"),
+    "twinned_share": ("redundancy", "twins"),
+    "effective_rank": ("redundancy",),
+    "modularity_excess": ("specialization", "summary"),
+    "ari_halves": ("specialization", "summary"),
+}
+"""Metric: file of the analysis, and where in it."""
+
+SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient")
+TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
+_NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
+_ADVICE = "run its command again with rerun=true"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run without its weights."""
+
+    name: str
+    folder: Path
+    config: Config
+    place: dict[str, Any]
+    """model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens."""
+    contexts: Tensor
+    """[2, N] valid tokens of every held-out context, and the sum of their norms."""
+    values: dict[str, Tensor]
+    """Every metric (0-dimensional), and the curve `autocorrelation` [K + 1]; NaN: none."""
+    draws: dict[str, Tensor]
+    """Resamples over contexts of the same, [R, ...]; absent where there is no interval."""
+    reasons: dict[str, str]
+    """Why a metric is NaN."""
+    interval_reason: str
+    """Why `draws` lacks a metric."""
+    medians: dict[str, float | None]
+    features: dict[str, Tensor]
+    """[F] each: density, c0, rho_1, omega_squared and every C_W; profile_rate [T, F]."""
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def basis(self, name: str) -> int | None:
+        """What a metric was measured on, where that can differ within a stream."""
+        return self.place["n_model_tokens"] if name.startswith(("ce_", "kl_")) else None
+
+
+# ------------------------------------------------------------------------------- in folders
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """Run folders (those with a config.json) in the order given, those of a sweep by name.
+
+    Raises UserError for a folder that is not there, or holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
+        runs = list(_below(folder))
+        if not runs:
+            raise UserError(f"{folder} is neither a run nor a sweep (no config.json in it)")
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    if (folder / "config.json").is_file():
+        yield folder
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and not inner.is_symlink():
+            yield from _below(inner)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "final_info.json").is_file()
+
+
+# ------------------------------------------------------------------------------------- read
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError, in one line, for a run that has not finished or is damaged."""
+    from tcsae.run import load_run
+
+    try:
+        loaded = load_run(folder)
+        return _run_of(loaded, folder)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder} is damaged ({said}); {_ADVICE}") from None
+
+
+def _run_of(loaded: Any, folder: Path) -> Run:
+    config: Config = loaded.config
+    summary = loaded.consistency["summary"]
+    sums, _ = load_tensors(folder / "eval" / "per_context.safetensors", _ADVICE)
+    kinds = {
+        kind: {k.split(".")[1]: v for k, v in sums.items() if k.startswith(f"{kind}.")}
+        for kind in ("reconstruction", "model")
+    }
+    values, reasons = _core_values(loaded.core)
+    medians: dict[str, float | None] = {}
+    for name, entry in _consistency_entries(summary):
+        values[name] = _number(entry["energy_weighted"])
+        medians[name] = entry.get("median")
+        if entry["reason"]:
+            reasons[name] = entry["reason"]
+    values["autocorrelation"] = torch.stack([_number(x) for x in summary["autocorrelation"]["rho"]])
+    for name, (value, reason) in _analysis_values(folder / "analysis").items():
+        values[name] = _number(value)
+        reasons |= {name: reason} if reason else {}
+    d_in, n_boot = loaded.sae.d_in, config.evaluation.bootstrap
+    core = core_draws(kinds["reconstruction"], kinds["model"], d_in, n_boot)
+    suite = _suite_draws(folder)
+    why = summary["interval_reason"] or "evaluated by a version that kept no resamples"
+    return Run(
+        name=folder.resolve().name,
+        folder=folder,
+        config=config,
+        place=_place(loaded, kinds),
+        contexts=torch.stack([kinds["reconstruction"][k] for k in ("n_tokens", "l2_norm_in")]),
+        values=values,
+        draws=core | suite,
+        reasons=reasons,
+        interval_reason="" if suite else why,
+        medians=medians,
+        features=_features(folder),
+    )
+
+
+def _number(value: float | None) -> Tensor:
+    return torch.tensor(math.nan if value is None else value, dtype=torch.float64)
+
+
+def _core_values(core: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    flat = {k: v for group in core["eval_result_metrics"].values() for k, v in group.items()}
+    missing = core["eval_result_unstructured"]["missing"]
+    reasons = {path.split(".")[-1]: reason for path, reason in missing.items()}
+    return {name: _number(flat[name]) for name in CORE}, reasons
+
+
+def _consistency_entries(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from summary["metrics"].items()
+    smoothness = summary["smoothness"]
+    yield "smoothness", {"energy_weighted": smoothness["value"], "reason": smoothness["reason"]}
+
+
+def _analysis_values(folder: Path) -> dict[str, tuple[float | None, str | None]]:
+    if not (folder / "redundancy.json").is_file():
+        return {}
+    files = {name: read_json(folder / f"{name}.json") for name in ("redundancy", "specialization")}
+    found = {}
+    for name, (file, *path) in FROM_ANALYSIS.items():
+        entry = files[file]
+        for key in path:
+            entry = entry[key]
+        found[name] = (entry[name], entry.get(f"{name}_reason"))
+    return found
+
+
+def _suite_draws(folder: Path) -> dict[str, Tensor]:
+    path = folder / "eval" / "draws.safetensors"
+    if not path.is_file():
+        return {}
+    draws, _ = load_tensors(path, _ADVICE)
+    curves = ("autocorrelation", "smoothness")
+    return {k: (v if k in curves else v[:, 0]).double() for k, v in draws.items()}
+
+
+def _features(folder: Path) -> dict[str, Tensor]:
+    columns, _ = load_tensors(folder / "eval" / "per_feature.safetensors", _ADVICE)
+    plain = ("density", "c0", "rho_1", "omega_squared", "profile_rate")
+    kept = [name for name in columns if name in plain or name.startswith("C_")]
+    return {name: columns[name].double() for name in kept}
+
+
+def _place(loaded: Any, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    config, core = loaded.config, loaded.core
+    path = config.dataset.path
+    return {
+        "model": config.model.name,
+        "hook_name": core["eval_config"]["hook_name"],
+        "layer": loaded.final_info["layer"],
+        "d_in": loaded.sae.d_in,
+        "dataset": config.dataset.name if path is None else f"{config.dataset.name} ({path})",
+        "context_size": config.dataset.context_size,
+        "n_contexts": loaded.consistency["summary"]["n_contexts"],
+        "n_tokens": loaded.consistency["summary"]["n_valid_tokens"],
+        "n_model_tokens": int(kinds["model"]["n_tokens"].sum()),
+    }
+
+
+# --------------------------------------------------------------------------------- settings
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Flat dotted settings that determine what is trained, but for the seed.
+
+    Without a temporal loss its other options mean nothing: they are left out, `consistency` is
+    "none" and `lambda` 0, whatever the config says.
+    """
+    flat = dict(_flat(identity(config)))
+    for key in list(flat):
+        if key.startswith(tuple(f"{k}." for k in _NO_RESULT_KEYS)) or key in _NO_RESULT_KEYS:
+            del flat[key]
+    form = flat.pop("consistency.form")
+    shuffled = flat.pop("consistency.shuffle_positions")
+    scaled = flat.pop("consistency.scale_by_window")
+    if form == "none" or config.lambda_ == 0:
+        for key in TEMPORAL_KEYS:
+            flat.pop(key, None)
+        return flat | {"consistency": "none", "lambda": 0.0}
+    name = form + (" / W" if scaled else "")
+    if shuffled:
+        name = "shuffled" if form == "scale_free" else f"shuffled {form}"
+    return flat | {"consistency": name}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def key_of(settings: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Settings, some left out, as text to compare by."""
+    return json.dumps({k: v for k, v in settings.items() if k not in without}, sort_keys=True)
+
+
+def same_stream(first: Run, second: Run) -> bool:
+    """One model, hook and set of held-out contexts: the activations themselves are compared."""
+    names = ("model", "hook_name", "d_in", "context_size")
+    if any(first.place[n] != second.place[n] for n in names):
+        return False
+    mine, theirs = first.contexts, second.contexts
+    return (
+        mine.shape == theirs.shape
+        and bool((mine[0] == theirs[0]).all())
+        and torch.allclose(mine[1], theirs[1], rtol=1e-3)
+    )
