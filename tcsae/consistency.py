@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tcsae.sparse import SparseCodes
+
 Window = int | str  # a number of positions, or "document"
 
 
@@ -220,11 +222,70 @@ class _WindowPenalty(torch.autograd.Function):
             pull_F = 2 * grad * ratio_F
             gradient_NF = smooth_NF * (2 * grad * alive_F)
             gradient_NF.addcmul_(f_NF, pull_F, value=-1)
-            # (f - mean) is zero at invalid positions, where f itself is.
-            gradient_NF += valid_BT.reshape(-1, 1) * (pull_F * mean_F)
+            # (f - mean) is zero at invalid positions, where f itself is: a product of rank one.
+            valid_N1 = valid_BT.reshape(-1, 1).to(gradient_NF.dtype)
+            gradient_NF.addmm_(valid_N1, (pull_F * mean_F)[None])
         else:
             gradient_NF = smooth_NF * (2 * grad)
         return gradient_NF.to(ctx.dtype).view(ctx.shape), None, None, None, None
+
+
+class _SparseWindowPenalty(torch.autograd.Function):
+    """`_WindowPenalty` of sparse codes, without making them dense.
+
+    Sorted by feature and token, the entries of one feature in one context lie together: a bag. The
+    bag's sum of f_u Q[u, :] is column j of Q f in that context, read where the bag has entries.
+    Work and memory follow the number of entries, whatever the window. The gradient is that of the
+    dense form at the entries; elsewhere the selection has none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_NK: Tensor,
+        codes: SparseCodes,
+        laplacian: Tensor,
+        n_windows: Tensor,
+        n_valid: Tensor,
+        scale_free: bool,
+    ) -> Tensor:
+        n_positions = laplacian.shape[-1]
+        f_M = values_NK.flatten()[codes.order_M]
+        feature_M = codes.index_NK.flatten()[codes.order_M]
+        token_M = codes.order_M // codes.index_NK.shape[1]
+        row_M = token_M if len(laplacian) > 1 else token_M % n_positions
+        context_M = token_M // n_positions
+        begins_M = torch.ones_like(feature_M, dtype=torch.bool)
+        begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
+        columns_GT = nn.functional.embedding_bag(
+            row_M,
+            laplacian.flatten(0, 1),
+            begins_M.nonzero()[:, 0],
+            per_sample_weights=f_M,
+            mode="sum",
+        )
+        bag_M = begins_M.cumsum(0) - 1
+        smooth_M = columns_GT[bag_M, token_M % n_positions] / n_windows
+        sums_3F = f_M.new_zeros(3, codes.d_sae)
+        sums_3F.index_add_(1, feature_M, torch.stack([f_M * smooth_M, f_M, f_M.square()]))
+        s2_F, mean_F, v_F = sums_3F[0], sums_3F[1] / n_valid, sums_3F[2] / n_valid
+        gradient_M = 2 * smooth_M
+        if scale_free:
+            v_F = v_F - mean_F.square()
+            alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(f_M.dtype).tiny
+            s2_F = torch.where(alive_F, s2_F, 0)
+            pull_F = 2 * torch.where(alive_F, s2_F / v_F, 0) / n_valid
+            gradient_M = gradient_M * alive_F[feature_M]
+            gradient_M -= pull_F[feature_M] * (f_M - mean_F[feature_M])
+        gradient_NK = torch.empty_like(values_NK)
+        gradient_NK.view(-1)[codes.order_M] = gradient_M
+        ctx.save_for_backward(gradient_NK)
+        return s2_F.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (gradient_NK,) = ctx.saved_tensors
+        return gradient_NK * grad, None, None, None, None, None
 
 
 def scale_free_window_variance(
@@ -253,14 +314,27 @@ def _window_penalty(
     valid: Tensor,
     *,
     scale_free: bool,
+    sparse: SparseCodes | None = None,
+    order_BT: Tensor | None = None,
 ) -> Tensor:
-    """`_WindowPenalty` on features that are zero at invalid positions."""
+    """The penalty of features that are zero at invalid positions, from `sparse` if it is given.
+
+    With `order_BT`, of the features at permuted positions, f[order]: the Laplacian is permuted.
+    """
     wide = torch.promote_types(features_BTF.dtype, torch.float32)
     laplacian = window_laplacian(
         window, features_BTF.shape[1], segments=segments, valid=valid, dtype=wide
     )
-    count = _expanded_count(laplacian, features_BTF.shape[0])
-    return _WindowPenalty.apply(features_BTF, laplacian.matrix, count, valid, scale_free)
+    matrix, count = laplacian.matrix, _expanded_count(laplacian, features_BTF.shape[0])
+    if order_BT is not None:
+        back_BT = order_BT.argsort(dim=1)
+        matrix = matrix.expand(len(order_BT), -1, -1)
+        matrix = matrix.gather(1, back_BT[:, :, None].expand_as(matrix))
+        matrix = matrix.gather(2, back_BT[:, None, :].expand_as(matrix))
+    if sparse is None:
+        return _WindowPenalty.apply(features_BTF, matrix, count, valid, scale_free)
+    n_valid = valid.sum().clamp(min=1)
+    return _SparseWindowPenalty.apply(sparse.values_NK, sparse, matrix, count, n_valid, scale_free)
 
 
 def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
@@ -318,21 +392,30 @@ class Consistency(nn.Module):
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
+        sparse: SparseCodes | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
-        `features_BTF` must be zero where `valid` is false, as an SAE's training pass gives them.
+        `features_BTF` must be zero where `valid` is false, as an SAE's training pass gives them;
+        `sparse` are the same features by their entries, if there are any.
         """
         if self.form == "none":
             return features_BTF.new_zeros((), dtype=torch.float32)
         if self.form == "batch_history":
             return self._batch_history(features_BTF, valid)
+        order_BT = None
         if self.shuffle_positions:
             assert generator is not None
-            order = permute_within_segments(segments, valid, generator)
-            features_BTF = features_BTF.gather(1, order[..., None].expand_as(features_BTF))
-        scale_free = self.form == "scale_free"
-        return _window_penalty(features_BTF, self.window, segments, valid, scale_free=scale_free)
+            order_BT = permute_within_segments(segments, valid, generator)
+        return _window_penalty(
+            features_BTF,
+            self.window,
+            segments,
+            valid,
+            scale_free=self.form == "scale_free",
+            sparse=sparse,
+            order_BT=order_BT,
+        )
 
     def _batch_history(self, features_BTF: Tensor, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""

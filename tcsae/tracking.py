@@ -77,7 +77,8 @@ class WeightsAndBiases:
             action()
         except Exception as error:
             self.failed = True
-            log.warning(f"W&B is off for the rest of this run ({type(error).__name__}: {error})")
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning(f"W&B is off for the rest of this run ({said})")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._try(lambda: self.run.log({"training_step": step, **metrics}))

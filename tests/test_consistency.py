@@ -16,6 +16,7 @@ from tcsae.consistency import (
     window_laplacian,
     window_variance,
 )
+from tcsae.sparse import SparseCodes
 
 
 def obvious(features: Tensor, window: int, segments: Tensor, valid: Tensor) -> Tensor:
@@ -213,3 +214,72 @@ def test_batch_history_sends_gradient_to_the_current_batch_alone() -> None:
 def test_a_window_that_is_none_is_refused_with_the_range(window) -> None:
     with pytest.raises(ValueError, match="must be 2 to 16 positions"):
         window_variance(torch.zeros(1, 16, 2), window)
+
+
+def sparse_codes(generator: torch.Generator, valid: Tensor, k: int, d_sae: int) -> SparseCodes:
+    n_tokens = valid.numel()
+    index = torch.rand(n_tokens, d_sae, generator=generator).argsort(1)[:, :k]
+    values = torch.randn(n_tokens, k, generator=generator, dtype=torch.float64).relu()
+    values = (values * valid.reshape(-1, 1)).requires_grad_()
+    return SparseCodes(values, index, index.flatten().argsort(stable=True), d_sae)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["scale_free", "window_variance"]),
+    st.sampled_from([2, 5, 12, "document"]),
+    st.booleans(),
+)
+def test_sparse_codes_give_the_value_and_gradient_of_dense_features(
+    seed: int, form: str, window: int | str, shuffle: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    segments = (torch.rand(3, 12, generator=generator) < 0.2).cumsum(1)
+    valid = torch.rand(3, 12, generator=generator) > 0.1
+    codes = sparse_codes(generator, valid, k=3, d_sae=7)
+    dense = torch.zeros(36, 7, dtype=torch.float64).scatter(1, codes.index_NK, codes.values_NK)
+    penalty = Consistency(form, window, shuffle_positions=shuffle)
+    results = []
+    for sparse in (None, codes):
+        value = penalty(
+            dense.view(3, 12, 7),
+            segments=segments,
+            valid=valid,
+            generator=torch.Generator().manual_seed(1),
+            sparse=sparse,
+        )
+        (gradient,) = torch.autograd.grad(3 * value, codes.values_NK, retain_graph=True)
+        results.append((value, gradient * valid.reshape(-1, 1)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_trainers_form_equals_the_public_one() -> None:
+    features = torch.rand(4, 32, 6, dtype=torch.float64, requires_grad=True)
+    segments = (torch.rand(4, 32) < 0.1).cumsum(1)
+    valid = torch.rand(4, 32) > 0.1
+    kept = torch.where(valid[..., None], features, 0)
+    for form, public in (
+        ("scale_free", scale_free_window_variance),
+        ("window_variance", window_variance),
+    ):
+        ours = Consistency(form, 5)(kept, segments=segments, valid=valid)
+        theirs = public(features, 5, segments=segments, valid=valid)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, features, retain_graph=True),
+            torch.autograd.grad(theirs, features),
+        )
+        assert ours.item() == pytest.approx(theirs.item())
+
+
+def test_permuting_the_laplacian_is_permuting_the_positions() -> None:
+    features = torch.rand(3, 16, 4, dtype=torch.float64)
+    segments = (torch.rand(3, 16) < 0.1).cumsum(1)
+    valid = torch.ones(3, 16, dtype=torch.bool)
+    control = Consistency("window_variance", 4, shuffle_positions=True)(
+        features, segments=segments, valid=valid, generator=torch.Generator().manual_seed(7)
+    )
+    order = permute_within_segments(segments, valid, torch.Generator().manual_seed(7))
+    moved = features.gather(1, order[..., None].expand_as(features))
+    expected = window_variance(moved, 4, segments=segments, valid=valid)
+    assert control.item() == pytest.approx(expected.item())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +30,7 @@ MAX_ACTIVATIONS = 2_000_000
 """Activations in top contexts, 4 bytes each in the page."""
 MISSING = -32768
 
+_NUMBER_GROUPS = ("layer", "window", "lambda")
 NO_ANALYSIS = "not there: this run has no analysis/ folder"
 
 _COLUMNS = (
@@ -120,13 +120,20 @@ class Contents:
         config = self.run.config.dump()
         groups = {"model": "other", "dataset": "files", "sae": config["sae"]["architecture"]}
         groups |= {"consistency": config["consistency"]["form"]}
-        return [f"{k}={v}" for k, v in groups.items()] + [
-            f"{key}={_override_value(value)}" for key, value in flat(config)
-        ]
+        if config["layer"] is None:
+            del config["layer"]  # the group's own default is the same, and null is no option
+        # ++: conf/ does not list every key; groups do not take it.
+        keys = (
+            f"{'' if key in _NUMBER_GROUPS else '++'}{key}={_override_value(value)}"
+            for key, value in flat(config)
+        )
+        return [*(f"{group}={option}" for group, option in groups.items()), *keys]
 
     def missing(self) -> list[str]:
         """What this run has no value for, each with its reason."""
-        found = [f"{label(n).name}: {self.core_reason(n)}" for n, v in self.core.items() if v is None]
+        found = [
+            f"{label(n).name}: {self.core_reason(n)}" for n, v in self.core.items() if v is None
+        ]
         for name, entry in self.summary["metrics"].items():
             if entry["reason"]:
                 found.append(f"{label(name).name}: {entry['reason']}")

@@ -23,12 +23,12 @@ LABELS: dict[str, Label] = {
     "cossim": Label("Cosine", "of input and reconstruction, mean over tokens"),
     "l0": Label("L0", "features on per token"),
     "l1": Label("L1", "sum of activations per token"),
-    "l2_ratio": Label("L2 ratio", "norm of the reconstruction / norm of the input; below 1: shrunk"),
+    "l2_ratio": Label(
+        "L2 ratio", "norm of the reconstruction / norm of the input; below 1: shrunk"
+    ),
     "l2_norm_in": Label("Norm of the input", "mean over tokens"),
     "l2_norm_out": Label("Norm of the reconstruction", "mean over tokens"),
-    "relative_reconstruction_bias": Label(
-        "Reconstruction bias", "E|xhat|^2 / E<x, xhat>; 1: none"
-    ),
+    "relative_reconstruction_bias": Label("Reconstruction bias", "E|xhat|^2 / E<x, xhat>; 1: none"),
     "frac_alive": Label("Live features", "share that fired at least once on held-out text"),
     "ce_loss_score": Label(
         "CE loss score", "share of the cross-entropy lost by ablation that the SAE wins back"
@@ -44,9 +44,7 @@ LABELS: dict[str, Label] = {
     "freq_over_1_percent": Label("Features on above 1 %", "share of features, by density"),
     "freq_over_10_percent": Label("Features on above 10 %", "share of features, by density"),
     "normalized_freq_over_1_percent": Label("Firings of those above 1 %", "share of all firings"),
-    "normalized_freq_over_10_percent": Label(
-        "Firings of those above 10 %", "share of all firings"
-    ),
+    "normalized_freq_over_10_percent": Label("Firings of those above 10 %", "share of all firings"),
     "average_max_encoder_cosine_sim": Label(
         "Nearest encoder direction", "mean over features of the largest cosine with another"
     ),
@@ -66,9 +64,7 @@ LABELS: dict[str, Label] = {
     "mutual_information_share": Label(
         "Position information, share", "divided by the entropy of firing"
     ),
-    "persistence": Label(
-        "Persistence", "P(on | on a token ago) - P(on | off a token ago)"
-    ),
+    "persistence": Label("Persistence", "P(on | on a token ago) - P(on | off a token ago)"),
     "run_length": Label("Run length", "mean number of tokens a feature stays on"),
     "density": Label("Density", "share of tokens on which a feature is on"),
     "mean_activation": Label("Mean activation", "where the feature is on"),
@@ -78,9 +74,7 @@ LABELS: dict[str, Label] = {
     "log_density": Label("log10 density", "share of tokens on which a feature is on"),
     "c0": Label("Energy", "variance of a feature about its position means"),
     "redundant_share": Label("Redundant share", "live features that copy another one"),
-    "twinned_share": Label(
-        "Features with a position twin", "same direction, different positions"
-    ),
+    "twinned_share": Label("Features with a position twin", "same direction, different positions"),
     "effective_rank": Label("Effective rank", "of the feature correlation matrix"),
     "modularity": Label("Modularity", "of the clusters of features that fire together"),
     "modularity_excess": Label(
@@ -131,7 +125,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval_text(interval: Sequence[float | None] | None) -> str:
-    """"[0.041, 0.052]", or nothing."""
+    """An interval as "[0.041, 0.052]", or nothing."""
     if not interval or interval[0] is None or interval[1] is None:
         return ""
     return f"[{number(interval[0])}, {number(interval[1])}]"
@@ -150,7 +144,7 @@ def decimals(low: float | None, high: float | None) -> int:
 
 
 def difference_text(value: float | None, low: float | None, high: float | None) -> str:
-    """"-0.0101 [-0.0112, -0.0095]", as many decimals as the interval is worth."""
+    """A difference as "-0.0101 [-0.0112, -0.0095]", with the decimals its interval is worth."""
     if value is None:
         return "n/a"
     if low is None or high is None:
@@ -160,7 +154,7 @@ def difference_text(value: float | None, low: float | None, high: float | None) 
 
 
 def listed(names: Sequence[str]) -> str:
-    """"a, b and c"."""
+    """Names as "a, b and c"."""
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"

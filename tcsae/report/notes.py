@@ -77,24 +77,30 @@ def run_notes(run: LoadedRun) -> str:
 
 def _what_was_run(contents: Contents) -> list[str]:
     config, info = contents.run.config, contents.run.final_info
-    consistency = config.consistency.form
+    consistency: str = config.consistency.form
     if config.consistency.shuffle_positions:
         consistency += ", on positions shuffled within their document (the control)"
     sparsity = f"k {config.sae.k}" if hasattr(config.sae, "k") else ""
     if info["sparsity_penalty"] is not None:
         sparsity = f"L1 coefficient {info['sparsity_penalty']:g}"
     data = config.dataset
+    text = f"{data.name} ({data.path})" if data.path else data.name
+    training = (
+        f"{info['training_steps']:,} steps, {info['tokens']:,} tokens, learning rate "
+        f"{config.training.lr:g}, seed {config.seed}"
+    )
+    time = (
+        f"{info['training_seconds']:.0f} s of training, {info['tokens_per_second']:,.0f} tokens/s; "
+        f"{info['wall_seconds']:.0f} s in all"
+    )
     rows = [
         ("model", f"{config.model.name}, block {info['layer']}, {config.model.hook}"),
-        ("text", f"{data.name}{f' ({data.path})' if data.path else ''}, contexts of "
-         f"{data.context_size} tokens"),
+        ("text", f"{text}, contexts of {data.context_size} tokens"),
         ("SAE", f"{config.sae.architecture}, {info['dict_size']:,} features, {sparsity}"),
         ("temporal loss", f"{consistency}; window {config.window}; lambda {config.lambda_:g}"),
-        ("training", f"{info['training_steps']:,} steps, {info['tokens']:,} tokens, learning rate "
-         f"{config.training.lr:g}, seed {config.seed}"),
+        ("training", training),
         ("last loss", number(info["final_loss"])),
-        ("time", f"{info['training_seconds']:.0f} s of training, "
-         f"{info['tokens_per_second']:,.0f} tokens/s; {info['wall_seconds']:.0f} s in all"),
+        ("time", time),
         ("massive tokens", f"{100 * info['massive_token_share']:.2f} % of the tokens, left out"),
         ("identity", info["unique_id"]),
     ]
@@ -110,13 +116,21 @@ def _core_results(contents: Contents) -> list[str]:
         f"Brackets: {level} interval, bootstrap over contexts."
     )
     rows = [
-        (label(name).name, number(value), interval_text(contents.intervals.get(name)),
-         label(name).meaning)
+        (
+            label(name).name,
+            number(value),
+            interval_text(contents.intervals.get(name)),
+            label(name).meaning,
+        )
         for name, value in contents.core.items()
         if value is not None
     ]
-    return [*_heading("Reconstruction, sparsity, behaviour"), *_paragraph(said), "",
-            *_columns([("metric", "value", "interval", "meaning"), *rows])]
+    return [
+        *_heading("Reconstruction, sparsity, behaviour"),
+        *_paragraph(said),
+        "",
+        *_columns([("metric", "value", "interval", "meaning"), *rows]),
+    ]
 
 
 def _consistency(contents: Contents) -> list[str]:
@@ -151,8 +165,11 @@ def _consistency(contents: Contents) -> list[str]:
     smooth = summary["smoothness"]
     if smooth["value"] is not None:
         band = interval_text(smooth["interval"])
-        lines += ["", f"{label('smoothness').name}: {number(smooth['value'])} {band} "
-                  f"({label('smoothness').meaning})"]
+        lines += [
+            "",
+            f"{label('smoothness').name}: {number(smooth['value'])} {band} "
+            f"({label('smoothness').meaning})",
+        ]
     return lines
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,8 @@ def escaped(text: str) -> str:
 
 def style(index: int) -> tuple[str, str]:
     """Colour and dash of the index-th line; no two of the first 35 are alike."""
-    n = len(OKABE_ITO)
-    return OKABE_ITO[index % n], DASHES[index // n % len(DASHES)]
+    repeats, colour = divmod(index, len(OKABE_ITO))
+    return OKABE_ITO[colour], DASHES[repeats % len(DASHES)]
 
 
 def faded(colour: str, alpha: float) -> str:
@@ -187,8 +187,8 @@ def histogram(
 
 def heat_map(
     z: np.ndarray,
-    x: Sequence[Any],
-    y: Sequence[Any],
+    x: Iterable[Any],
+    y: Iterable[Any],
     x_title: str,
     y_title: str,
     *,
@@ -274,7 +274,7 @@ def cluster_map(
             name="no cluster" if alone else escaped(names[cluster]),
             marker={"size": 6, "color": colour, "symbol": symbol, "opacity": 0.85},
             customdata=features[own],
-            text=["<br>".join(map(escaped, hover[i])) for i in np.flatnonzero(own)],
+            text=["<br>".join(map(escaped, hover[i])) for i in np.flatnonzero(own).tolist()],
             hovertemplate="%{text}<extra></extra>",
             legendrank=index,
         )
@@ -330,7 +330,8 @@ def plane(
     figure = blank(x_title, y_title, height=height, **layout)
     shades = [p.colour for p in points if p.colour is not None]
     coloured = len(shades) == len(points) and len(set(shades)) > 1
-    symbols = {group: SYMBOLS[i % len(SYMBOLS)] for i, group in enumerate(_groups(points))}
+    groups = dict.fromkeys(point.group for point in points)
+    symbols = {group: SYMBOLS[i % len(SYMBOLS)] for i, group in enumerate(groups)}
     for group in symbols if joined else ():
         own = sorted((p.x, p.y) for p in points if p.group == group)
         if len(own) > 1:
@@ -365,10 +366,6 @@ def plane(
         ends = {"cmin": min(shades), "cmax": max(shades)}
         figure.update_layout(coloraxis={"colorscale": "Cividis", "colorbar": bar, **ends})
     return figure
-
-
-def _groups(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(point.group for point in points))
 
 
 def _error_bar(value: float, interval: Sequence[float | None] | None) -> dict[str, Any] | None:

@@ -234,9 +234,7 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
         }
 
     core, metrics = contents.core, contents.summary["metrics"]
-    tiles = [
-        tile(n, core[n], contents.intervals.get(n), contents.core_reason(n)) for n in HEADLINE
-    ]
+    tiles = [tile(n, core[n], contents.intervals.get(n), contents.core_reason(n)) for n in HEADLINE]
     n_live, n_features = (f"{contents.summary[key]:,}" for key in ("n_live", "n_features"))
     tiles[HEADLINE.index("frac_alive")]["meaning"] = (
         f"{n_live} of {n_features} fired at least once on held-out text"
@@ -301,8 +299,11 @@ def _analysis_context(analysis: Analysis | None) -> dict[str, Any] | None:
         "summary": summary,
         "tokens": specialization["features"]["top_tokens"],
         "check_rows": [
-            [label(name).name, number(summary[name]), summary.get(f"{name}_reason")
-             or label(name).meaning]
+            [
+                label(name).name,
+                number(summary[name]),
+                summary.get(f"{name}_reason") or label(name).meaning,
+            ]
             for name in checks
         ],
         "by_position": analysis.redundancy["position_correlation"],

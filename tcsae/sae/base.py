@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tcsae.schema import StrictModel
+from tcsae.sparse import SparseCodes
 
 
 class SAEConfig(StrictModel):
@@ -47,6 +48,8 @@ class TrainingOutput(NamedTuple):
     """x_hat_BTD [B, T, d_in], float32; b_dec where a position is not valid."""
     losses: dict[str, Tensor]
     """Float32 scalars, already multiplied by their coefficients: their sum is the loss."""
+    sparse: SparseCodes | None = None
+    """The same features by their entries, where the architecture has them at hand."""
 
 
 class Codes(NamedTuple):
@@ -57,6 +60,7 @@ class Codes(NamedTuple):
     """features @ W_dec, without b_dec."""
     pre_NF: Tensor | None = None
     """Pre-activations, for the losses that need them."""
+    sparse: SparseCodes | None = None
 
 
 class SAELensState(NamedTuple):
@@ -210,6 +214,7 @@ class SparseAutoencoder(nn.Module, ABC):
             codes.features_NF.view(*x_BTD.shape[:-1], self.d_sae),
             x_hat_ND.view(x_BTD.shape),
             losses,
+            codes.sparse,
         )
 
     def b_dec_gradient_path(self) -> Tensor:

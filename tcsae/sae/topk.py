@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+from tcsae.sparse import SparseCodes
 
 # Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet near d_sae / k = 16 in bfloat16
 # (near 4 in float32).
@@ -68,7 +69,8 @@ class TopKSAE(SparseAutoencoder):
         decoded_ND = _DecoderGradient.apply(
             decoded_ND, self.W_dec, values_NK.detach(), _Entries(*entries)
         )
-        return Codes(features_NF, decoded_ND)
+        sparse = SparseCodes(values_NK, index_NK, entries[0], self.d_sae)
+        return Codes(features_NF, decoded_ND, sparse=sparse)
 
     def saelens_state(self) -> SAELensState:
         # Rows of norm 1 make rescaling by the decoder's norm an identity: the plain form is saved.

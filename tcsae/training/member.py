@@ -86,7 +86,7 @@ class Member:
             )
         losses = dict(output.losses)
         if weight > 0 and self.config.consistency.form != "none":
-            losses["consistency"] = weight * self._penalty(output.features, batch)
+            losses["consistency"] = weight * self._penalty(output, batch)
         total = torch.stack(list(losses.values())).sum()
         self._watch(losses)
         lr = learning_rate(step, steps, cfg)
@@ -97,12 +97,16 @@ class Member:
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
 
-    def _penalty(self, features_BTF: Tensor, batch: Batch) -> Tensor:
+    def _penalty(self, output: TrainingOutput, batch: Batch) -> Tensor:
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
         return self.consistency(
-            features_BTF, segments=batch.segments, valid=batch.valid, generator=generator
+            output.features,
+            segments=batch.segments,
+            valid=batch.valid,
+            generator=generator,
+            sparse=output.sparse,
         )
 
     def _update(self, total: Tensor, lr: float) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from tcsae.config import run_id
 from tcsae.data.store import ActivationBatches, shuffled_indices
 from tcsae.errors import UserError
 from tcsae.progress import Progress
@@ -44,18 +45,22 @@ class Seat:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoint"
 
+    @property
+    def last_good(self) -> str:
+        """The newest checkpoint, in words."""
+        return f"step {self.saved_step}, {self.checkpoints}" if self.saved_step >= 0 else "none yet"
+
     def save(self) -> None:
         if self.saved_step == self.member.step:
             return
-        last = f"step {self.saved_step}, {self.checkpoints}" if self.saved_step >= 0 else "none yet"
-        self.member.check_finite(last)
+        self.member.check_finite(self.last_good)
         checkpoint = self.member.checkpoint({"seconds": self.seconds})
-        _check_finite_weights(checkpoint, last)
+        _check_finite_weights(checkpoint, self.last_good)
         save_checkpoint(self.checkpoints, checkpoint)
         self.saved_step = self.member.step
 
     def resume(self) -> None:
-        checkpoint = load_checkpoint(self.checkpoints, run_id_of(self.member))
+        checkpoint = load_checkpoint(self.checkpoints, run_id(self.member.config))
         if checkpoint is None:
             self.metrics.rewind(0)
             return
@@ -75,12 +80,6 @@ def _check_finite_weights(checkpoint: Checkpoint, last_good: str) -> None:
                 f"last good checkpoint is kept: {last_good}. Lower training.lr, lambda or the "
                 "weight of another term"
             )
-
-
-def run_id_of(member: Member) -> str:
-    from tcsae.config import run_id
-
-    return run_id(member.config)
 
 
 def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest) -> None:
@@ -124,7 +123,7 @@ def _one_step(seat: Seat, batch: object, started: float) -> float:
     metrics = member.train_step(batch, batch.x.float() * member.scale, is_logged)  # type: ignore
     seat.seconds += time.monotonic() - started
     if metrics is not None:
-        member.check_finite(f"step {seat.saved_step}, {seat.checkpoints}")
+        member.check_finite(seat.last_good)
         tokens = member.step * batch.valid.numel()  # type: ignore[attr-defined]
         metrics |= {"tokens": tokens, "tokens_per_second": tokens / seat.seconds}
         seat.metrics.log(metrics, member.step)

@@ -25,11 +25,11 @@ from tcsae.training.trainer import Seat, train_bank
 STEPS = 12
 JOBS: dict[str, dict[str, str]] = {
     "topk": {},
-    "topk with dead features revived": {"sae__dead_after_tokens": "128"},
+    "topk with AuxK": {"sae__dead_after_tokens": "128", "sae__k": "2"},
     "standard with resampling": {
         "sae": "standard",
-        "sae__l1_coefficient": "300",
-        "training__lr": "1e-2",
+        "sae__l1_coefficient": "10",
+        "training__lr": "1e-1",
         "sae__dead_after_tokens": "128",
     },
     "moving average": {"training__ema_decay": "0.9"},
@@ -127,7 +127,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_features_are_resampled_on_both_sides_of_the_interruption(
     job: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Says that the test above means what it says for resampling."""
+    """Says that the test above means what its parameters say."""
     revived: list[tuple[int, int]] = []
     now: list[int] = []
     original = SparseAutoencoder.revive
@@ -141,9 +141,17 @@ def test_features_are_resampled_on_both_sides_of_the_interruption(
     for step in range(STEPS):
         before_step(monkeypatch, step, lambda step=step: now.append(step))  # type: ignore[misc]
     run(job(**JOBS["standard with resampling"]), tmp_path / "run")
-    print(revived)
     assert any(n > 0 and step < 6 for step, n in revived)
     assert any(n > 0 and step >= 6 for step, n in revived)
+
+
+def test_dead_features_are_rebuilt_on_both_sides_of_the_interruption(
+    job: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Says the same for AuxK."""
+    run(job(**JOBS["topk with AuxK"]), tmp_path / "run")
+    terms = {line["step"]: line["loss/auxk"] for line in metric_lines(tmp_path / "run")}
+    assert terms[6] > 0 and terms[8] > 0
 
 
 def test_another_seed_is_another_run(job: Callable[..., Config], tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""What the page's script is given is what the run's files say."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from tcsae.report import contents as module
+from tcsae.report.contents import Contents, binned, feature_data, flat
+from tcsae.run import load_run
+
+
+def unpacked(code: dict[str, Any]) -> np.ndarray:
+    """What page.js does."""
+    flat_values = np.frombuffer(base64.b64decode(code["data"]), dtype=np.dtype(code["dtype"]))
+    return flat_values.reshape(code["shape"])
+
+
+@pytest.fixture(scope="module")
+def contents(run_folder: Path) -> Contents:
+    return Contents.of(load_run(run_folder))
+
+
+@given(
+    arrays(np.float64, (23, 2), elements=st.one_of(st.floats(0, 1), st.just(np.nan))),
+    st.integers(1, 30),
+)
+def test_bins_are_means_over_their_positions(profile: np.ndarray, n_bins: int) -> None:
+    positions, found = binned(profile, n_bins)
+    if n_bins >= 23:
+        assert found is profile
+        return
+    edges = np.linspace(0, 23, n_bins + 1).round().astype(int)
+    for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        assert positions[i] == (start + end - 1) / 2
+        for column in range(2):
+            known = [v for v in profile[start:end, column] if v == v]
+            want = sum(known) / len(known) if known else np.nan
+            assert found[i, column] == pytest.approx(want, nan_ok=True)
+
+
+def test_every_scalar_of_every_feature_is_in_the_table(contents: Contents) -> None:
+    data = feature_data(contents)
+    assert data["ids"].tolist() == list(range(96))
+    for name in ("rho_1", "density", "C_4", "omega_squared"):
+        want = contents.values[name]
+        found = np.array([np.nan if v is None else v for v in data["values"][name]])
+        np.testing.assert_allclose(found, want, rtol=1e-3)
+    cluster = contents.analysis.specialization["features"]["cluster"]
+    assert data["cluster"] == cluster
+    keys = {column["key"] for column in data["columns"]}
+    assert keys == {"id", "tokens", "cluster", *data["values"]}
+
+
+def test_curves_come_back_within_their_rounding(contents: Contents) -> None:
+    curves = feature_data(contents)["curves"]
+    rho = unpacked(curves["rho"]).astype(float)
+    rho[rho == curves["rho"]["missing"]] = np.nan
+    np.testing.assert_allclose(rho.T / 10000, contents.values["rho"], atol=6e-5)
+    rate = unpacked(curves["rate"]).T / 255 * np.array(curves["rate_scale"])
+    np.testing.assert_allclose(rate, np.nan_to_num(contents.values["profile_rate"]), atol=0.003)
+
+
+def test_top_contexts_come_back_within_their_rounding(contents: Contents) -> None:
+    data = feature_data(contents)
+    top = data["top"]
+    counts, at = unpacked(top["count"]), unpacked(top["at"])
+    level, value = unpacked(top["level"]), unpacked(top["value"])
+    tensors = contents.analysis.top_contexts
+    rows = tensors["rows"].float().numpy()
+    found = np.zeros_like(rows)
+    start = 0
+    for s, k in np.ndindex(counts.shape):
+        part = slice(start, start + counts[s, k])
+        found[s, k, at[part]] = level[part] / 255 * value[s, 0]
+        start += counts[s, k]
+    assert start == len(at) == (rows > 0).sum()
+    np.testing.assert_allclose(found, rows, atol=value.max() / 255)
+    texts = [top["vocabulary"][i] for i in unpacked(top["ids"])[0]]
+    tokens = contents.analysis.top_tokens["tokens"]
+    assert texts == [tokens[str(i)] for i in tensors["ids"][0].tolist()]
+    assert data["top_row"] == list(range(96))
+
+
+def test_with_many_features_those_with_the_most_energy_are_shown(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ROWS", 10)
+    data = feature_data(contents)
+    energy = contents.values["c0"]
+    assert set(data["ids"].tolist()) == set(np.argsort(-energy)[:10].tolist())
+    assert unpacked(data["top"]["context"]).shape[0] == 10
+    own = data["top_row"][3]
+    peak = contents.analysis.top_contexts["value"][data["ids"][3], 0]
+    assert unpacked(data["top"]["value"])[own, 0] == pytest.approx(float(peak))
+
+
+def test_with_many_activations_fewer_contexts_are_shown(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = contents.analysis.top_contexts["rows"]
+    monkeypatch.setattr(module, "MAX_ACTIVATIONS", int((rows[:, :2] > 0).sum()))
+    assert unpacked(feature_data(contents)["top"]["context"]).shape == (96, 2)
+
+
+def test_the_loss_s_own_window_comes_first(contents: Contents) -> None:
+    assert contents.window_metric == "C_4"
+    other = contents.run.config.model_copy(update={"window": "document"})
+    elsewhere = dataclasses.replace(contents.run, config=other)
+    assert dataclasses.replace(contents, run=elsewhere).window_metric == "C_4"
+
+
+def test_the_command_is_the_one_that_was_given(contents: Contents, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(contents.run.folder, folder)
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text("- lambda=0.3\n- name='two words'\n")
+    command = Contents.of(load_run(folder)).command()
+    assert shlex.split(command) == [
+        *("python", "-m", "tcsae.train"),
+        *("lambda=0.3", "name='two words'"),
+    ]
+
+
+def test_without_a_record_the_command_spells_the_config_out(contents: Contents) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from tcsae import numbers
+    from tcsae.train import _to_config, conf_folder
+
+    numbers.install()
+    arguments = shlex.split(contents.command())[3:]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        again = _to_config(compose("train", arguments))
+    assert again == contents.run.config
+    assert dict(flat(again.dump()))["dataset.context_size"] == 16
+
+
+def test_what_is_missing_is_said_with_its_reason(contents: Contents, tmp_path: Path) -> None:
+    # Two model contexts of 4: the intervals of CE and KL are missing, not the values.
+    assert not [line for line in contents.missing() if line.startswith("CE loss")]
+    summary = {**contents.summary, "windows_left_out": {"64": "needs lags up to 63"}}
+    core = {**contents.run.core}
+    groups = core["eval_result_metrics"]
+    core["eval_result_metrics"] = {**groups, "sparsity": {"l0": None, "l1": 1.0}}
+    core["eval_result_unstructured"] = {
+        **core["eval_result_unstructured"],
+        "missing": {"eval_result_metrics.sparsity.l0": "no valid token was seen"},
+    }
+    run = dataclasses.replace(contents.run, core=core, consistency={"summary": summary})
+    said = Contents(run, contents.values, None).missing()
+    assert "L0: no valid token was seen" in said
+    assert "Window consistency C_64: needs lags up to 63" in said
+    assert any("no analysis/ folder" in line for line in said)

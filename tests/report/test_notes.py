@@ -1,0 +1,112 @@
+"""Notes say what the numbers say, and no more."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcsae.report.labels import interval_text, number
+from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
+from tcsae.run import LoadedRun, load_run
+
+
+@pytest.fixture(scope="module")
+def run(run_folder: Path) -> LoadedRun:
+    return load_run(run_folder)
+
+
+@pytest.fixture(scope="module")
+def notes(run: LoadedRun) -> str:
+    return run_notes(run)
+
+
+def test_every_core_metric_is_there_with_its_interval(run: LoadedRun, notes: str) -> None:
+    intervals = run.core["eval_result_unstructured"]["intervals"]
+    line = next(line for line in notes.splitlines() if line.startswith("Explained variance "))
+    value = run.core["eval_result_metrics"]["reconstruction_quality"]["explained_variance"]
+    assert number(value) in line
+    assert interval_text(intervals["explained_variance"]) in line
+
+
+def test_every_consistency_metric_is_there_with_its_interval(run: LoadedRun, notes: str) -> None:
+    for name, said in (("C_4", "Window consistency C_4"), ("omega_squared", "Position share ome")):
+        entry = run.consistency["summary"]["metrics"][name]
+        line = next(line for line in notes.splitlines() if line.startswith(said))
+        assert number(entry["energy_weighted"]) in line
+        assert interval_text(entry["energy_weighted_interval"]) in line
+
+
+def test_settings_command_and_limits_are_there(run: LoadedRun, notes: str) -> None:
+    assert "window 4; lambda 0.1" in notes
+    assert "python -m tcsae.train" in notes
+    assert run.final_info["unique_id"] in notes
+    assert "One run, one seed" in notes
+    assert "near-copies" in notes and "Clusters of features" in notes
+    assert "nan" not in notes.lower().split()
+
+
+def test_a_baseline_is_not_told_to_look_for_its_own_effect(run: LoadedRun) -> None:
+    import dataclasses
+
+    plain = run.config.model_copy(update={"lambda_": 0.0})
+    assert "lambda=0 and otherwise" not in run_notes(dataclasses.replace(run, config=plain))
+
+
+def test_notes_are_written_beside_the_run(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    shutil.rmtree(folder / "analysis")
+    text = write_run_notes(folder).read_text(encoding="utf-8")
+    assert (folder / "notes.txt").is_file()
+    assert "Redundancy, clusters and top contexts: not there" in text
+
+
+def delta(value: float, low: float | None, high: float | None) -> dict[str, Any]:
+    inside = None if low is None else low <= 0 <= high
+    return {"value": value, "baseline": 0.5, "low": low, "high": high, "within_noise": inside}
+
+
+def group(**deltas: dict[str, Any]) -> dict[str, Any]:
+    metrics = {name: {"value": 0.5 + entry["value"]} for name, entry in deltas.items()}
+    match = {"words": "no baseline with the same settings"}
+    return {"deltas": deltas, "metrics": metrics, "match": match, "density_matched": {}}
+
+
+def test_a_clear_difference_is_said_with_both_values() -> None:
+    one = group(rho_1=delta(0.1, 0.05, 0.15), l2_ratio=delta(-0.2, -0.25, -0.15))
+    assert verdicts(one, ["rho_1", "l2_ratio"]) == [
+        "Autocorrelation rho_1 is higher: 0.600 against 0.500, +0.100 [0.050, 0.150].",
+        "L2 ratio is lower: 0.300 against 0.500, -0.200 [-0.250, -0.150].",
+    ]
+
+
+def test_noise_and_what_has_no_interval_are_no_differences() -> None:
+    one = group(rho_1=delta(0.1, -0.05, 0.25), density=delta(0.01, None, None))
+    assert verdicts(one, ["rho_1", "density"]) == [
+        "Within noise, so no difference was shown: Autocorrelation rho_1 (+0.100 [-0.050, 0.250]).",
+        "Without an interval, so nothing can be said: Density (+0.01).",
+    ]
+
+
+def test_what_was_matched_is_not_a_result() -> None:
+    assert verdicts(group(l0=delta(0.0, 0.0, 0.0)), ["l0"]) == []
+
+
+def test_without_a_baseline_nothing_is_claimed() -> None:
+    assert verdicts(group(), ["rho_1"]) == ["Not compared: no baseline with the same settings."]
+
+
+def test_equal_density_has_its_own_sentence() -> None:
+    entry = {"value": 0.6, "baseline": 0.5, "delta": 0.1, "overlap": 0.75, "reason": None}
+    clear = {**entry, "low": 0.05, "high": 0.15, "within_noise": False}
+    one = {"density_matched": {"C_8": clear}}
+    assert density_verdict(one, "C_8") == (
+        "At equal density, Window consistency C_8 is higher: 0.600 against 0.500, "
+        "+0.100 [0.050, 0.150]. Overlap 0.750."
+    )
+    noise = {**entry, "low": -0.05, "high": 0.25, "within_noise": True}
+    assert "no difference was shown" in density_verdict({"density_matched": {"C_8": noise}}, "C_8")
+    assert density_verdict(one, "rho_1") == ""

@@ -1,0 +1,376 @@
+"""A run folder: recognised, repeated, refused, read back; tracking that never stands in the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    count_calls,
+    leftovers,
+    metric_lines,
+    run_here,
+    small_config,
+    small_job,
+    weights_digest,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tcsae
+from tcsae.config import Config
+from tcsae.data.language_model import LanguageModel
+from tcsae.errors import Interrupted, UserError
+from tcsae.files import locked
+from tcsae.run import run
+from tcsae.tracking import JsonLines
+from tcsae.training.member import Member
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_gpt2: Path, texts: Path, store: Path) -> Callable[..., list[str]]:
+    def build(folder: Path, **changes: str) -> list[str]:
+        fixed = {"store__dir": str(store), "layer": "1"}
+        return small_job(tiny_gpt2, texts, folder, **fixed, **changes)
+
+    return build
+
+
+@pytest.fixture
+def config(tiny_gpt2: Path, texts: Path, store: Path) -> Config:
+    return small_config(tiny_gpt2, texts, store__dir=str(store), layer="1")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run, only to be looked at."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    outcome = run_here(*arguments(folder))
+    assert outcome.code == 0, outcome.stderr
+    return folder
+
+
+# ------------------------------------------------------------------------------- the folder
+
+
+def test_a_run_leaves_what_a_researcher_needs_and_nothing_else(finished: Path) -> None:
+    for name in (
+        ".hydra/config.yaml",
+        "config.json",
+        "metrics.jsonl",
+        "train.log",
+        "sae/cfg.json",
+        "sae/sae_weights.safetensors",
+        "eval/core.json",
+        "eval/consistency.json",
+        "final_info.json",
+    ):
+        assert (finished / name).is_file(), name
+    assert leftovers(finished) == []
+
+
+def test_metrics_are_lines_of_json_with_step_terms_and_the_figures_of_the_issue(
+    finished: Path,
+) -> None:
+    lines = metric_lines(finished)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    wanted = {
+        "loss/total",
+        "loss/reconstruction",
+        "loss/consistency",
+        "l0",
+        "explained_variance",
+        "window_variance",
+        "window_consistency",
+        "dead_share",
+        "lr",
+        "lambda",
+        "tokens",
+    }
+    for line in lines:
+        assert wanted <= set(line)
+        assert all(isinstance(value, (int, float)) for value in line.values())
+    raw = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert raw["tokens_per_second"] > 0
+
+
+def test_final_info_counts_the_steps_that_the_optimizer_took(finished: Path) -> None:
+    info = json.loads((finished / "final_info.json").read_text())
+    assert info["training_steps"] == 12
+    assert info["tokens"] <= 12 * 8 * 15  # position 0 is no token of the text
+    assert info["final_loss"] == metric_lines(finished)[-1]["loss/total"]
+    assert (info["window_size"], info["lambda"], info["layer"]) == (4, 0.1, 1)
+
+
+def test_a_run_without_a_step_is_an_error(config: Config, tmp_path: Path) -> None:
+    class Idle(Member):
+        def train_step(self, *_: Any) -> None:
+            self.step += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcsae.run.Member", Idle)
+        # No figure of a run without training may ever look like a result.
+        with pytest.raises(RuntimeError, match="no step"):
+            run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "final_info.json").exists()
+
+
+def test_load_run_gives_config_sae_and_metrics(finished: Path, config: Config) -> None:
+    loaded = tcsae.load_run(finished)
+    assert loaded.config.training == config.training
+    assert loaded.sae.W_enc.shape == (48, 96)
+    assert loaded.final_info["training_steps"] == 12
+    assert len(loaded.metrics) == 6
+    assert torch.equal(tcsae.load_sae(finished).W_dec, loaded.sae.W_dec)
+    assert torch.equal(tcsae.load_sae(finished / "sae").W_dec, loaded.sae.W_dec)
+
+
+def test_load_run_of_what_is_no_finished_run_says_so(tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        tcsae.load_run(tmp_path)
+    (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
+    with pytest.raises(UserError, match="has not finished: run its command again"):
+        tcsae.load_run(tmp_path)
+
+
+# ---------------------------------------------------------------------- the same run once more
+
+
+def test_a_finished_run_is_recognised_at_once(
+    finished: Path, arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = count_calls(Member, "train_step", monkeypatch)
+    models = count_calls(LanguageModel, "__init__", monkeypatch)
+    before = {f: f.read_bytes() for f in finished.glob("*.json*")}
+    started = time.monotonic()
+    outcome = run_here(*arguments(finished))
+    assert outcome.code == 0
+    assert "already finished" in outcome.stdout and "rerun=true" in outcome.stdout
+    assert steps == [] and models == []
+    assert time.monotonic() - started < 5
+    assert {f: f.read_bytes() for f in finished.glob("*.json*")} == before
+
+
+def test_rerun_repeats_a_finished_run_with_the_same_result(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    assert run_here(*arguments(folder)).code == 0
+    first = weights_digest(folder), metric_lines(folder)
+    steps = count_calls(Member, "train_step", monkeypatch)
+    assert run_here(*arguments(folder), "rerun=true").code == 0
+    assert len(steps) == 12
+    assert (weights_digest(folder), metric_lines(folder)) == first
+
+
+def test_a_repetition_that_is_interrupted_goes_on_where_it_was(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    assert run_here(*arguments(folder)).code == 0
+    first = weights_digest(folder)
+    original = Member.train_step
+    with monkeypatch.context() as patch:
+
+        def signalled(self: Member, *args: Any) -> Any:
+            if self.step == 6:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, *args)
+
+        patch.setattr(Member, "train_step", signalled)
+        assert run_here(*arguments(folder), "rerun=true").code == 75
+    steps = count_calls(Member, "train_step", monkeypatch)
+    assert run_here(*arguments(folder), "rerun=true").code == 0
+    assert len(steps) == 5
+    assert weights_digest(folder) == first
+
+
+def test_another_config_in_the_same_folder_is_refused(
+    finished: Path, arguments: Callable[..., list[str]]
+) -> None:
+    before = weights_digest(finished)
+    line = run_here(*arguments(finished, window="8")).refusal()
+    assert str(finished) in line and "holds another run" in line
+    assert "choose another folder or remove it" in line
+    assert weights_digest(finished) == before
+    assert run_here(*arguments(finished)).code == 0
+
+
+def test_where_it_is_written_and_tracked_is_not_another_config(
+    finished: Path, arguments: Callable[..., list[str]]
+) -> None:
+    assert run_here(*arguments(finished), "name=mine", "store=stream").code == 0
+
+
+def test_a_folder_that_another_process_works_in_is_refused(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    import fcntl
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        line = run_here(*arguments(folder)).refusal()
+        assert f"{folder} is in use by another process" in line
+    with locked(folder / ".lock"):
+        pass
+    assert run_here(*arguments(folder)).code == 0
+
+
+def test_a_second_ctrl_c_stops_at_once_and_costs_one_interval_at_most(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Member.train_step
+
+    def impatient(self: Member, *args: Any) -> Any:
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "train_step", impatient)
+        outcome = run_here(*arguments(tmp_path / "run"))
+    assert outcome.code == 130
+    assert outcome.refusal() == "tcsae: stopped at once; the same command goes on from what was saved"
+    steps = count_calls(Member, "train_step", monkeypatch)
+    assert run_here(*arguments(tmp_path / "run")).code == 0
+    assert len(steps) == 8
+
+
+# ------------------------------------------------------------------------------- metrics.jsonl
+
+
+metric = st.floats(width=32)
+
+
+@given(st.lists(st.dictionaries(st.text(min_size=1, max_size=5), metric, max_size=4), max_size=8))
+def test_every_line_is_json_whatever_the_metrics_are(rows: list[dict[str, float]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = JsonLines(Path(folder) / "metrics.jsonl")
+        for step, row in enumerate(rows, 1):
+            lines.log({k: v for k, v in row.items() if k != "step"}, step)
+        text = lines.path.read_text() if rows else ""
+
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is no JSON")
+
+        read = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+        assert [row["step"] for row in read] == list(range(1, len(rows) + 1))
+
+
+@given(cut=st.integers(0, 200), step=st.integers(0, 12))
+def test_what_came_after_a_checkpoint_is_forgotten_and_so_is_half_a_line(
+    cut: int, step: int
+) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = JsonLines(Path(folder) / "metrics.jsonl")
+        for number in range(1, 11):
+            lines.log({"loss": number / 7}, number)
+        whole = lines.path.read_text()
+        lines.path.write_text(whole[: len(whole) - cut])
+        left = [line for line in whole[: len(whole) - cut].splitlines() if line.endswith("}")]
+        lines.rewind(step)
+        assert lines.path.read_text().splitlines() == left[:step]
+        lines.log({"loss": 0.0}, step + 1)
+        assert json.loads(lines.path.read_text().splitlines()[-1])["step"] == step + 1
+
+
+# ------------------------------------------------------------------------------------ W&B
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no W&B today")
+
+
+def no_module(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+
+def no_init(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", fails)
+
+
+def no_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "wandb").write_text("a file where the folder should be")
+
+
+def no_log(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    import wandb
+
+    class Run:
+        define_metric = staticmethod(lambda *_, **__: None)
+        log = staticmethod(fails)
+        finish = staticmethod(fails)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+
+
+@pytest.mark.parametrize("failure", [no_module, no_init, no_folder, no_log])
+def test_a_failure_of_wandb_is_a_warning_and_no_more(
+    failure: Callable[[pytest.MonkeyPatch, Path], None],
+    finished: Path,
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failure(monkeypatch, tmp_path / "run")
+    outcome = run_here(*arguments(tmp_path / "run", tracking="offline"))
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.stdout.count("W&B is off for the rest of this run") == 1
+    assert outcome.messages == []
+    assert metric_lines(tmp_path / "run") == metric_lines(finished)
+    assert weights_digest(tmp_path / "run") == weights_digest(finished)
+
+
+def test_wandb_offline_leaves_a_run_that_can_be_synced(
+    finished: Path, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    outcome = run_here(*arguments(tmp_path / "run", tracking="offline"))
+    assert outcome.code == 0, outcome.stderr
+    assert "W&B is off" not in outcome.stdout
+    assert outcome.messages == []
+    (records,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert records.stat().st_size > 1000
+    assert metric_lines(tmp_path / "run") == metric_lines(finished)
+
+
+def test_without_tracking_there_is_no_wandb_folder(finished: Path) -> None:
+    assert not (finished / "wandb").exists()
+
+
+def test_a_signal_before_the_first_step_is_obeyed_after_it(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Member.train_step
+
+    def signalled(self: Member, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Member, "train_step", signalled)
+    with pytest.raises(Interrupted, match="everything up to here is saved"):
+        run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint" / "step-00000001.safetensors").is_file()
