@@ -171,9 +171,15 @@ def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Ten
     return torch.where(mask, kept - mean, 0), count
 
 
-def _column_sums(rows_NF: Tensor) -> Tensor:
-    """Sums over rows, [F]; a matrix product is the quickest pass over memory."""
-    return (rows_NF.new_ones(1, rows_NF.shape[0]) @ rows_NF)[0]
+def _column_sums(rows_BTF: Tensor) -> Tensor:
+    """Sums over contexts and positions, [F] float32 or better.
+
+    Matrix products are the quickest pass over memory. In bfloat16 each context's sum is rounded
+    (2^-9, at random); the sums over contexts are not.
+    """
+    ones = rows_BTF.new_ones(1, rows_BTF.shape[1])
+    per_context_BF = (ones @ rows_BTF)[:, 0]
+    return per_context_BF.to(torch.promote_types(rows_BTF.dtype, torch.float32)).sum(0)
 
 
 class _WindowPenalty(torch.autograd.Function):
@@ -197,37 +203,35 @@ class _WindowPenalty(torch.autograd.Function):
         valid_BT: Tensor,
         scale_free: bool,
     ) -> Tensor:
-        wide = laplacian.dtype
         smooth_BTF = (laplacian / n_windows).to(features_BTF.dtype) @ features_BTF
-        f_NF, smooth_NF = (x.flatten(0, 1).to(wide) for x in (features_BTF, smooth_BTF))
-        s2_F = _column_sums(f_NF * smooth_NF)
-        ctx.dtype, ctx.shape = features_BTF.dtype, features_BTF.shape
+        s2_F = _column_sums(features_BTF * smooth_BTF)
         ctx.scale_free = scale_free
         if not scale_free:
-            ctx.save_for_backward(smooth_NF)
+            ctx.save_for_backward(smooth_BTF)
             return s2_F.sum()
         n_valid = valid_BT.sum().clamp(min=1)
-        mean_F = _column_sums(f_NF) / n_valid
-        v_F = _column_sums(f_NF.square()) / n_valid - mean_F.square()
-        alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(wide).tiny
+        wide_BTF = features_BTF.to(laplacian.dtype)
+        mean_F = _column_sums(wide_BTF) / n_valid
+        v_F = _column_sums(wide_BTF.square()) / n_valid - mean_F.square()
+        alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(v_F.dtype).tiny
         ratio_F = torch.where(alive_F, s2_F / v_F, 0) / n_valid
-        ctx.save_for_backward(smooth_NF, f_NF, mean_F, ratio_F, alive_F, valid_BT)
+        ctx.save_for_backward(smooth_BTF, features_BTF, mean_F, ratio_F, alive_F, valid_BT)
         return torch.where(alive_F, s2_F, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        smooth_NF, *rest = ctx.saved_tensors
-        if ctx.scale_free:
-            f_NF, mean_F, ratio_F, alive_F, valid_BT = rest
-            pull_F = 2 * grad * ratio_F
-            gradient_NF = smooth_NF * (2 * grad * alive_F)
-            gradient_NF.addcmul_(f_NF, pull_F, value=-1)
-            # (f - mean) is zero at invalid positions, where f itself is: a product of rank one.
-            valid_N1 = valid_BT.reshape(-1, 1).to(gradient_NF.dtype)
-            gradient_NF.addmm_(valid_N1, (pull_F * mean_F)[None])
-        else:
-            gradient_NF = smooth_NF * (2 * grad)
-        return gradient_NF.to(ctx.dtype).view(ctx.shape), None, None, None, None
+        smooth_BTF, *rest = ctx.saved_tensors
+        if not ctx.scale_free:
+            return smooth_BTF * (2 * grad).to(smooth_BTF.dtype), None, None, None, None
+        features_BTF, mean_F, ratio_F, alive_F, valid_BT = rest
+        dtype = features_BTF.dtype
+        pull_F = 2 * grad * ratio_F
+        gradient_BTF = smooth_BTF * (2 * grad * alive_F).to(dtype)
+        gradient_BTF.addcmul_(features_BTF, pull_F.to(dtype), value=-1)
+        # (f - mean) is zero at invalid positions, where f itself is: a product of rank one.
+        valid_N1, row_1F = valid_BT.reshape(-1, 1).to(dtype), (pull_F * mean_F)[None].to(dtype)
+        gradient_BTF.flatten(0, 1).addmm_(valid_N1, row_1F)
+        return gradient_BTF, None, None, None, None
 
 
 class _SparseWindowPenalty(torch.autograd.Function):
