@@ -12,8 +12,9 @@ C contexts that are among somebody's k; L of the S features that vary; M cells o
 pairs; Q twins; J position-bound features. Nothing is NaN in JSON: null, with `<name>_reason`.
 
 redundancy.json:
-    max_lag, method ("dense", or "sparse" for wide SAEs: `top_k` partners per feature),
-    thresholds {correlation, cosine, twin_correlation, twin_overlap},
+    max_lag (max_lag_reason: why it is less than asked for), method ("dense", or "sparse" for wide
+    SAEs: `top_k` partners per feature), thresholds {correlation, cosine, twin_correlation,
+    twin_overlap},
     redundant   `redundancy_report`: n_live, n_pairs, n_groups, group_sizes, n_redundant,
                 redundant_share, groups [[feature...]] and examples
                 [{features: [i, j], correlation, cosine, lag}] (the 20 largest and strongest)
@@ -55,11 +56,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass
+from tcsae.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches
@@ -86,7 +86,6 @@ from tcsae.sae.base import SparseAutoencoder
 from tcsae.signals import StopRequest
 
 ENCODE_CONTEXTS = 32
-CELLS = 256
 THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_overlap": 0.3}
 PARTNERS = 32
 
@@ -185,7 +184,7 @@ def analyse(
             "tokens": {str(i): text(i) for i in contexts["ids"].unique().tolist()},
             "features_reason": seen.left_out,
         },
-        correlation=correlated | _picture(seen, found.labels),
+        correlation=correlated | picture(seen, found.labels),
     )
 
 
@@ -237,6 +236,7 @@ def _redundancy(
     by_position, listed = _by_position(seen, known)
     report = {
         "max_lag": seen.max_lag,
+        "max_lag_reason": seen.max_lag_reason,
         "method": "dense" if partners is None else "sparse",
         "top_k": None if partners is None else PARTNERS,
         "thresholds": THRESHOLDS,
@@ -297,52 +297,6 @@ def number(value: Tensor | float) -> float | None:
     """A number that JSON can hold, to the digits float32 carries; None for what is none."""
     plain = float(value)
     return float(f"{plain:.6g}") if math.isfinite(plain) else None
-
-
-# ------------------------------------------------------------------- the correlation picture
-
-
-def _picture(seen: Pass, labels_S: Tensor) -> dict[str, Tensor]:
-    """The correlation matrix in the order of the clusters, averaged down to CELLS x CELLS."""
-    R = seen.zero_lag_SS
-    places = _order(R, labels_S)
-    n_cells = min(len(places), CELLS)
-    edges = np.linspace(0, len(places), n_cells + 1).round().astype(np.int64)
-    tensors = {"order": seen.close[places], "edges": torch.from_numpy(edges)}
-    starts = edges[:-1]
-    tensors["cell_cluster"] = labels_S[places][torch.from_numpy(starts)]
-    if not n_cells:
-        return tensors | {"mean": torch.empty(0, 0), "largest": torch.empty(0, 0)}
-    ordered = R[places][:, places].double().numpy()
-    sizes = np.diff(edges)
-    n_pairs = np.outer(sizes, sizes) - np.diag(sizes)
-    np.fill_diagonal(ordered, 0.0)
-    sums = np.add.reduceat(np.add.reduceat(ordered, starts, 0), starts, 1)
-    np.fill_diagonal(ordered, -np.inf)
-    largest = np.maximum.reduceat(np.maximum.reduceat(ordered, starts, 0), starts, 1)
-    empty = n_pairs == 0
-    mean = np.where(empty, np.nan, sums / np.maximum(n_pairs, 1))
-    return tensors | {
-        "mean": torch.from_numpy(mean).float(),
-        "largest": torch.from_numpy(np.where(empty, np.nan, largest)).float(),
-    }
-
-
-def _order(R: Tensor, labels_S: Tensor) -> Tensor:
-    """Places of the features that vary: by cluster, and in a cluster those alike side by side."""
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-
-    varies = ~R.diagonal().isnan()
-    parts = []
-    for label in [*range(int(labels_S.max()) + 1 if len(labels_S) else 0), -1]:
-        members = ((labels_S == label) & varies).nonzero().flatten()
-        if label >= 0 and len(members) > 2:
-            distance = (1 - R[members][:, members]).clamp(min=0).fill_diagonal_(0).double()
-            tree = linkage(squareform(distance.numpy(), checks=False), "average")
-            members = members[torch.from_numpy(leaves_list(tree).astype(np.int64))]
-        parts.append(members)
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- top contexts, families, map

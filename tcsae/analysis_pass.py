@@ -1,10 +1,11 @@
-"""The one pass over the held-out contexts that `analysis` reads everything from."""
+"""The one pass over the held-out contexts that `analysis` reads from, and the picture it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +15,16 @@ from tcsae.metrics.redundancy import PositionCorrelation
 from tcsae.metrics.top_contexts import FeatureTokens, FiringPatterns, TopContexts
 
 TOP_K = 8
+CELLS = 256
+"""Rows and columns of the picture of the correlation matrix, at most."""
 POSITION_FEATURES = 8
 MIN_FIRINGS = 20
 """Features that fire less often are in no cluster, and have no position-by-position correlation."""
 DENSE_ENTRIES = 2**28
 """Largest number of product sums, (max_lag + 1) F^2, that are kept dense (1 GB)."""
+SPARSE_ENTRIES = 2**33
+"""Largest number of coefficients, (2 max_lag + 1) F^2, that the sparse way works out; beyond it
+fewer lags are looked at (17 ns each: 150 seconds)."""
 CLOSE_FEATURES = 8192
 """Features that get clusters, a place in the picture and top contexts."""
 ROW_ENTRIES = 2**26
@@ -40,6 +46,7 @@ class Pass:
         max_lag: int,
     ) -> None:
         self.n_features, self.max_lag = n_features, max_lag
+        self.max_lag_reason: str | None = None
         self.live = known["density"] > 0
         n_close = min(CLOSE_FEATURES, max(1, ROW_ENTRIES // (TOP_K * n_positions)))
         self.close = _most_energetic(known, n_close)
@@ -52,7 +59,10 @@ class Pass:
         if (max_lag + 1) * n_features**2 <= DENSE_ENTRIES:
             self.lagged = FeatureCorrelation(n_features, max_lag, device=model.device)
         else:
-            self.lagged = SparseFeatureCorrelation(n_features, max_lag)
+            self.max_lag = max(0, min(max_lag, (SPARSE_ENTRIES // n_features**2 - 1) // 2))
+            if self.max_lag < max_lag:
+                self.max_lag_reason = f"{n_features} features: fewer lags than {max_lag} looked at"
+            self.lagged = SparseFeatureCorrelation(n_features, self.max_lag)
         # The matrix of the picture: lag 0 of the first if that is dense and has every feature.
         self._at_once: FeatureCorrelation | None = None
         if self.left_out or isinstance(self.lagged, SparseFeatureCorrelation):
@@ -104,3 +114,49 @@ def _most_position_bound(known: Mapping[str, Tensor], least_density: float) -> l
     bound = torch.where(often, known["omega_squared"].nan_to_num(nan=0.0), 0.0)
     best = bound.argsort(descending=True, stable=True)[:POSITION_FEATURES]
     return [int(j) for j in best if bound[j] > 0]
+
+
+# ------------------------------------------------------------------- the correlation picture
+
+
+def picture(seen: Pass, labels_S: Tensor) -> dict[str, Tensor]:
+    """The correlation matrix in the order of the clusters, averaged down to CELLS x CELLS."""
+    R = seen.zero_lag_SS
+    places = _order(R, labels_S)
+    n_cells = min(len(places), CELLS)
+    edges = np.linspace(0, len(places), n_cells + 1).round().astype(np.int64)
+    tensors = {"order": seen.close[places], "edges": torch.from_numpy(edges)}
+    starts = edges[:-1]
+    tensors["cell_cluster"] = labels_S[places][torch.from_numpy(starts)]
+    if not n_cells:
+        return tensors | {"mean": torch.empty(0, 0), "largest": torch.empty(0, 0)}
+    ordered = R[places][:, places].double().numpy()
+    sizes = np.diff(edges)
+    n_pairs = np.outer(sizes, sizes) - np.diag(sizes)
+    np.fill_diagonal(ordered, 0.0)
+    sums = np.add.reduceat(np.add.reduceat(ordered, starts, 0), starts, 1)
+    np.fill_diagonal(ordered, -np.inf)
+    largest = np.maximum.reduceat(np.maximum.reduceat(ordered, starts, 0), starts, 1)
+    empty = n_pairs == 0
+    mean = np.where(empty, np.nan, sums / np.maximum(n_pairs, 1))
+    return tensors | {
+        "mean": torch.from_numpy(mean).float(),
+        "largest": torch.from_numpy(np.where(empty, np.nan, largest)).float(),
+    }
+
+
+def _order(R: Tensor, labels_S: Tensor) -> Tensor:
+    """Places of the features that vary: by cluster, and in a cluster those alike side by side."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    varies = ~R.diagonal().isnan()
+    parts = []
+    for label in [*range(int(labels_S.max()) + 1 if len(labels_S) else 0), -1]:
+        members = ((labels_S == label) & varies).nonzero().flatten()
+        if label >= 0 and len(members) > 2:
+            distance = (1 - R[members][:, members]).clamp(min=0).fill_diagonal_(0).double()
+            tree = linkage(squareform(distance.numpy(), checks=False), "average")
+            members = members[torch.from_numpy(leaves_list(tree).astype(np.int64))]
+        parts.append(members)
+    return torch.cat(parts)

@@ -119,6 +119,9 @@ class EvaluationConfig(StrictModel):
     max_lag: Count = 32
     windows: list[Annotated[int, Field(ge=2)]] = [2, 4, 8, 16, 32]
     bootstrap: Annotated[int, Field(ge=100)] = 1000
+    analysis: bool = True
+    """Redundancy, clusters and top contexts, and their part of the report."""
+    redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
 
 
 class StoreConfig(StrictModel):

@@ -1,8 +1,8 @@
 """One job: its folder, its identity, its stages, and how a finished one is read back.
 
-Stages: contexts -> harvest -> train -> save `sae/` -> evaluate -> `final_info.json`, which is
-written last and marks the run as finished. The same config finds the same folder: it goes on where
-it was interrupted, and is not repeated once finished.
+Stages: contexts -> harvest -> train -> save `sae/` -> evaluate -> analyse -> `final_info.json`,
+which marks the run as finished -> the pages made from all that. The same config finds the same
+folder: it goes on where it was interrupted, and is not repeated once finished.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tcsae.analysis import analyse
 from tcsae.config import Config, parse, run_id
 from tcsae.data.language_model import LanguageModel, bfloat16_is_native
 from tcsae.data.store import (
@@ -92,14 +93,16 @@ def _owned(folder: Path) -> Iterator[None]:
 def _claim(config: Config, folder: Path) -> None:
     """The folder is this run's, new or begun before. Raises UserError if it is another's."""
     own = folder / "config.json"
-    if own.is_file():
+    # A run that was refused before its first checkpoint has nothing to lose.
+    has_results = any((folder / name).exists() for name in ("checkpoint", "sae", "final_info.json"))
+    if own.is_file() and has_results:
         other = run_id(parse(read_json(own)))
         if other != run_id(config):
             raise UserError(
                 f"{folder} holds another run ({other}, this is {run_id(config)}): choose another "
                 "folder or remove it"
             )
-    for part in (folder, folder / "sae", folder / "eval"):
+    for part in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
         remove_temporaries(part)
     write_json(own, config.dump())
 
@@ -117,6 +120,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         finished = folder / "final_info.json"
         if finished.is_file():
             if not config.rerun:
+                if not (folder / "report.html").is_file():
+                    write_pages(folder)
                 log.info(f"already finished: {folder} (rerun=true repeats it)")
                 return read_json(finished)
             # Checkpoints first: a repetition that is interrupted must go on, not start again.
@@ -148,11 +153,23 @@ def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, An
         stop.check()
         evaluation = evaluate(sae, config, stream.model, stream.evaluation, stop, sae_cfg)
         evaluation.write(folder / "eval")
+        if config.evaluation.analysis:
+            analysis = analyse(
+                sae,
+                config,
+                stream.model,
+                stream.evaluation,
+                evaluation.per_feature,
+                stop,
+                config.evaluation.redundancy_max_lag,
+            )
+            analysis.write(folder / "analysis")
         info = _final_info(config, seat, stream, evaluation, time.monotonic() - started)
         tracker.summary(evaluation.headline)
         write_json(folder / "final_info.json", info)
+        write_pages(folder)
         exit_code = 0
-        _report(folder, evaluation)
+        _say_results(folder, evaluation)
         return info
     finally:
         tracker.finish(exit_code)
@@ -218,11 +235,20 @@ def _final_info(
     }
 
 
-def _report(folder: Path, evaluation: Evaluation) -> None:
+def write_pages(folder: Path) -> None:
+    """report.html and notes.txt of a finished run, from what is in its folder."""
+    from tcsae.report.notes import write_run_notes
+    from tcsae.report.run_page import write_run_report
+
+    write_run_report(folder)
+    write_run_notes(folder)
+
+
+def _say_results(folder: Path, evaluation: Evaluation) -> None:
     log.info("held-out results:")
     for line in evaluation.lines():
         log.info(f"  {line}")
-    log.info(f"run folder: {folder}")
+    log.info(f"the report: {folder / 'report.html'}")
 
 
 @dataclass(frozen=True)

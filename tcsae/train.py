@@ -71,10 +71,12 @@ def _task(composed: DictConfig) -> float:
     except Interrupted as stopped:
         log.warning(f"{stopped}; the same command goes on from here")
         sys.exit(INTERRUPTED_EXIT_CODE)
-    except UserError as error:
-        if not single:
-            raise  # one failed job must not hide the others'
-        _say(str(error))
+    except Exception as error:
+        line = _for_the_user(error)
+        if line is None or not single:
+            raise  # a defect; or one job of several, which must not hide the others'
+        # Here, because Hydra adds a line of its own to what it gets to see.
+        _say(line)
         sys.exit(USER_ERROR_EXIT_CODE)
     return info["metrics"]["reconstruction_quality"]["explained_variance"]
 
@@ -138,7 +140,8 @@ def _for_the_user(error: Exception) -> str | None:
     for cause in _causes(error):
         # Hydra writes to the run folder before the job begins.
         if (reason := disk_reason(cause)) is not None:
-            return f"cannot write {getattr(cause, 'filename', None) or 'the run folder'}: {reason}"
+            where = getattr(cause, "filename", None) or "the run folder (hydra.run.dir)"
+            return f"cannot write {where}: {reason}"
         if isinstance(cause, OSError) and cause.filename is not None:
             return f"{cause.filename}: {cause.strerror}"
     return None
@@ -146,6 +149,9 @@ def _for_the_user(error: Exception) -> str | None:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and leave in one line
+    # Threads that wait by spinning take the cores from whatever else runs on the machine, and on a
+    # busy one each other's. Read when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     numbers.install()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", _sweep_name, replace=True)

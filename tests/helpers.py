@@ -123,6 +123,7 @@ SMALL = {
     "evaluation.windows": "[2,4]",
     "evaluation.model_contexts": "4",
     "evaluation.bootstrap": "100",
+    "evaluation.analysis": "false",
     "model.forward_contexts": "4",
     "model.dtype": "float32",
     "store.shard_contexts": "8",
@@ -299,11 +300,13 @@ def harvest_together(
 ) -> None:
     """Opens the stream of one job in every root, at the same moment as another process.
 
-    Puts (root, number of forward passes, digest of all that it reads) on `answers`.
+    Puts (root, numbers of packings and of forward passes, digest of all that it reads) on
+    `answers`.
     """
     import pytest
     import torch
 
+    from tcsae.data import store
     from tcsae.data.language_model import LanguageModel
     from tcsae.files import tensors_digest
     from tcsae.run import open_stream
@@ -311,24 +314,26 @@ def harvest_together(
 
     with pytest.MonkeyPatch.context() as patch:
         passes = count_calls(LanguageModel, "activations", patch)
+        packings = count_calls(store, "_build_contexts", patch)
         for root in roots:
             config = small_config(Path(weights), Path(texts), store__dir=root, layer="1")
             passes.clear()
+            packings.clear()
             barrier.wait(timeout=120)
             stream = open_stream(config, StopRequest())
             parts = (stream.train, stream.evaluation)
             read = {str(i): part.batch(torch.arange(len(part))).x for i, part in enumerate(parts)}
-            answers.put((root, len(passes), tensors_digest(read)))
+            answers.put((root, len(packings), len(passes), tensors_digest(read)))
 
 
-def count_calls(owner: type, name: str, monkeypatch: Any) -> list[tuple[Any, ...]]:
-    """The arguments of every call of a method from now on; the method works as before."""
+def count_calls(owner: Any, name: str, monkeypatch: Any) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a function or method from now on; it works as before."""
     calls: list[tuple[Any, ...]] = []
     original = getattr(owner, name)
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counted)
     return calls

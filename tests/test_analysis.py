@@ -153,14 +153,14 @@ def test_the_picture_has_the_coefficients_of_its_cells(case: Case) -> None:
 def test_cells_of_several_features_leave_out_the_diagonal(
     tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcsae.analysis, "CELLS", 5)
+    monkeypatch.setattr(tcsae.analysis_pass, "CELLS", 11)
     case = run_analysis(tiny_gpt2, texts, planted())
     tensors = case.analysis.correlation
     order, edges = tensors["order"], tensors["edges"].tolist()
     R = torch.corrcoef(case.features[case.valid][:, :23].double().T)[order][:, order]
-    assert len(edges) == 6 and edges[0] == 0 and edges[-1] == 23
-    for a in range(5):
-        for b in range(5):
+    assert len(edges) == 12 and edges[0] == 0 and edges[-1] == 23
+    for a in range(11):
+        for b in range(11):
             rows, columns = (torch.arange(edges[c], edges[c + 1]) for c in (a, b))
             cell = R[rows][:, columns][rows[:, None] != columns]
             assert float(tensors["mean"][a, b]) == pytest.approx(float(cell.mean()), abs=1e-5)
@@ -262,6 +262,16 @@ def test_the_sparse_way_finds_the_same(
     assert other.redundancy["effective_rank"] == pytest.approx(rank, rel=1e-5)
 
 
+def test_a_very_wide_sae_is_looked_at_over_fewer_lags(
+    tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcsae.analysis_pass, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(tcsae.analysis_pass, "SPARSE_ENTRIES", 3 * F**2)
+    told = run_analysis(tiny_gpt2, texts, planted()).analysis.redundancy
+    assert told["max_lag"] == 1 and told["redundant"]["n_pairs"] == 0
+    assert told["max_lag_reason"] == "24 features: fewer lags than 4 looked at"
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_wide_sae_shows_its_strongest_features_and_says_so(
     case: Case, tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, dense: bool
@@ -274,6 +284,8 @@ def test_a_wide_sae_shows_its_strongest_features_and_says_so(
     strongest = sorted(energy.argsort(descending=True)[:10].tolist())
     assert other.top_contexts["features"].tolist() == strongest
     assert other.top_contexts["rows"].shape == (10, 8, T)
+    peaks = case.features[..., strongest].amax((0, 1))
+    assert torch.equal(other.top_contexts["value"][:, 0], peaks)
     assert set(other.correlation["order"].tolist()) <= set(strongest)
     reason = "of 24 features the 10 with the most energy are shown"
     assert other.top_tokens["features_reason"] == reason

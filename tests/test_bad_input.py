@@ -224,8 +224,9 @@ def test_a_path_that_is_not_there_is_one_clear_line(
 def test_a_dataset_without_a_path_is_one_clear_line(
     tiny_gpt2: Path, own_store: Path, tmp_path: Path
 ) -> None:
-    command = [a for a in small_job(tiny_gpt2, tmp_path, tmp_path / "run") if "dataset.path" not in a]
-    assert "dataset.path: must be given" in run_here(*command).refusal()
+    command = small_job(tiny_gpt2, tmp_path, tmp_path / "run")
+    outcome = run_here(*[a for a in command if "dataset.path" not in a])
+    assert "dataset.path: must be given" in outcome.refusal()
 
 
 def test_packages_that_are_not_installed_are_one_clear_line(

@@ -247,7 +247,7 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_one_interval_at_most(
         patch.setattr(Member, "train_step", impatient)
         outcome = run_here(*arguments(tmp_path / "run"))
     assert outcome.code == 130
-    assert outcome.refusal() == "tcsae: stopped at once; the same command goes on from what was saved"
+    assert "stopped at once; the same command goes on" in outcome.refusal()
     steps = count_calls(Member, "train_step", monkeypatch)
     assert run_here(*arguments(tmp_path / "run")).code == 0
     assert len(steps) == 8

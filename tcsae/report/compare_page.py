@@ -70,7 +70,7 @@ def _figures(
             figures[f"delta-{name}"] = forest
     for index, grid in enumerate(grids):
         for name in _headline(content):
-            figures[f"grid-{index}-{name}"] = _grid(grid, name)
+            figures[f"grid-{index}-{name}"] = _grid(grid, name, groups)
     return figures
 
 
@@ -160,14 +160,14 @@ def _forest(groups: Sequence[Group], name: str) -> Figure | None:
     return plots.forest(rows, "difference from the baseline") if rows else None
 
 
-def _grid(grid: Mapping[str, Any], name: str) -> Figure:
-    values = grid["metrics"][name]
+def _grid(grid: Mapping[str, Any], name: str, groups: Sequence[Group]) -> Figure:
+    values, by_id = grid["metrics"][name], {group["id"]: group for group in groups}
     text = [
         [
-            "" if value is None else number(value) + _change(delta)
-            for value, delta in zip(row, deltas, strict=True)
+            "" if value is None else number(value) + _change(by_id[cell], name)
+            for value, cell in zip(row, cells, strict=True)
         ]
-        for row, deltas in zip(values, grid["deltas"][name], strict=True)
+        for row, cells in zip(values, grid["groups"], strict=True)
     ]
     z = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float32)
     return plots.heat_map(
@@ -183,8 +183,13 @@ def _grid(grid: Mapping[str, Any], name: str) -> Figure:
     )
 
 
-def _change(delta: float | None) -> str:
-    return "" if delta is None else f"<br>{difference_text(delta, None, None)}"
+def _change(group: Group, name: str) -> str:
+    """Second line of a cell: the difference at matched L0, marked where it is within noise."""
+    entry = group["deltas"].get(name)
+    if entry is None or entry["value"] is None:
+        return ""
+    mark = "~ " if entry["within_noise"] else ""
+    return f"<br>{mark}{difference_text(entry['value'], None, None)}"
 
 
 # ---------------------------------------------------------------- tables

@@ -37,7 +37,7 @@ groups    [{
         the interval holds 0, null if there is no interval (reason says why)
     density_matched {name: {value, baseline, delta, low, high, within_noise, overlap, reason}}:
         the same after weighting both arms to one distribution of density (see `matching`), for
-        C_W, rho_1, omega_squared; {} like deltas
+        C_W, rho_1, omega_squared; {} like deltas, and where no feature of an arm varies
     curve {lags, rho, low, high, reason}: energy-weighted autocorrelation, mean over seeds
     profile {positions, rate}: firing rate by position over its mean, mean over live features
     density {edges, share, C}: log10 density bins: edges [n + 1], share of live features [n],

@@ -20,7 +20,7 @@ from tcsae.report.matching import (
     match_l0,
     pareto_front,
 )
-from tcsae.report.paired import Estimate, Term, combine
+from tcsae.report.paired import Estimate, Term, combine, holds_zero
 from tcsae.report.runs import (
     SPARSITY_KEYS,
     TEMPORAL_KEYS,
@@ -252,9 +252,10 @@ class Entries:
         found = {}
         for name in self.metrics:
             entry = _entry(combine(name, [group.term(), *minus]))
-            low, high = entry["low"], entry["high"]
-            entry["baseline"] = numbers(combine(name, baseline).value)
-            entry["within_noise"] = None if low is None else low <= 0 <= high
+            entry |= {"baseline": numbers(combine(name, baseline).value), "within_noise": None}
+            if entry["low"] is not None:
+                ends = entry["low"], entry["high"]
+                entry["within_noise"] = holds_zero(*ends, scale=entry["baseline"])
             found[name] = entry
         return found
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from tcsae.metrics.bootstrap import interval
-from tcsae.report.paired import LEVEL, Term
+from tcsae.report.paired import LEVEL, Term, holds_zero
 
 SAME_L0 = 0.05
 """Relative difference of L0 up to which a group off the front's range may stand in."""
@@ -202,8 +202,9 @@ def density_matched(first: Features, second: Features, name: str) -> dict[str, A
     low, high = interval(_resampled_delta(first, second, name), delta, LEVEL)
     if not low.isfinite():
         return entry | {"reason": "too few features for an interval"}
-    inside = bool(low <= 0 <= high)
-    return entry | {"low": float(low), "high": float(high), "within_noise": inside}
+    ends = float(low), float(high)
+    inside = holds_zero(*ends, scale=baseline)
+    return entry | {"low": ends[0], "high": ends[1], "within_noise": inside}
 
 
 def density_histogram(features: Features | None, name: str | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LEVEL = 0.95
 SEED_DRAWS = 1000
 """Resamples where there are none over contexts."""
 
+_ROUNDING = 1e-9
 _MEANS = ("cossim", "l2_ratio", "l0", "l1")
 
 
@@ -112,6 +113,12 @@ def combine(name: str, terms: Sequence[Term]) -> Estimate:
     if not low.isfinite().any():
         return Estimate(value, None, None, "undefined in every resample")
     return Estimate(value, low, high, None)
+
+
+def holds_zero(low: float, high: float, scale: float) -> bool:
+    """Whether the interval of a difference holds 0, give or take the rounding of its terms."""
+    rounding = _ROUNDING * abs(scale)
+    return low - rounding <= 0 <= high + rounding
 
 
 def _sum(terms: Sequence[Term], by_run: Sequence[Tensor]) -> Tensor:

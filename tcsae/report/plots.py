@@ -67,11 +67,6 @@ def style(index: int) -> tuple[str, str]:
     return OKABE_ITO[colour], DASHES[repeats % len(DASHES)]
 
 
-def faded(colour: str, alpha: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha})"
-
-
 def blank(x_title: str, y_title: str, *, height: int = 340, **layout: Any) -> Figure:
     """An empty figure in the page's style."""
     import plotly.graph_objects as go
@@ -105,7 +100,7 @@ def _band(curve: Curve, colour: str) -> dict[str, Any] | None:
         "x": [*x, *reversed(x)],
         "y": [*high, *reversed(low)],
         "fill": "toself",
-        "fillcolor": faded(colour, 0.2),
+        "fillcolor": f"{colour}33",
         "line": {"width": 0},
         "mode": "lines",
         "hoverinfo": "skip",
@@ -239,8 +234,7 @@ def correlation_map(
     figure.update_xaxes(type="category", **marks)
     figure.update_yaxes(type="category", autorange="reversed", scaleanchor="x", **marks)
     thin = {"color": "rgba(120,120,120,0.55)", "width": 0.7}
-    for border in borders:
-        at = border - 0.5
+    for at in (border - 0.5 for border in borders):
         figure.add_shape(type="line", x0=at, x1=at, y0=-0.5, y1=n - 0.5, line=thin)
         figure.add_shape(type="line", y0=at, y1=at, x0=-0.5, x1=n - 0.5, line=thin)
     return figure

@@ -58,9 +58,9 @@ def test_a_hub_model_goes_from_text_to_final_info(
     tmp_path: Path,
 ) -> None:
     sae = "standard" if model == "gemma" else "topk"
-    arguments = small_job(
-        request.getfixturevalue(fixture), texts, tmp_path / "run", model=model, layer="1", sae=sae
-    )
+    changes = {"model": model, "layer": "1", "sae": sae, "evaluation__analysis": "true"}
+    weights = request.getfixturevalue(fixture)
+    arguments = small_job(weights, texts, tmp_path / "run", **changes)
     # The option's own name stays: a folder given by model.path is what is read.
     outcome = run_here(*[a for a in arguments if model == "other" or "model.name" not in a])
     assert outcome.code == 0, outcome.stderr

@@ -317,11 +317,11 @@ def two_at_once(weights: Path, texts: Path, root: Path, times: int) -> None:
     assert other.exitcode == 0
     opened(weights, texts, root / "alone")
     alone = [shard.read_bytes() for shard in shards(root / "alone")]
-    digests = {digest for _, _, digest in said}
-    assert len(digests) == 1
+    assert len({digest for *_, digest in said}) == 1
     for store in roots:
-        passes = [n for where, n, _ in said if where == store]
-        assert len(passes) == 2 and sum(passes) == PASSES, passes
+        packings, passes, _ = zip(*(rest for where, *rest in said if where == store), strict=True)
+        assert len(passes) == 2
+        assert (sum(packings), sum(passes)) == (1, PASSES)
         assert [shard.read_bytes() for shard in shards(Path(store))] == alone
         assert leftovers(Path(store)) == []
 

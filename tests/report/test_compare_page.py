@@ -106,3 +106,16 @@ def test_a_browser_draws_everything_and_has_no_complaint(page: Path) -> None:
         assert shown.tags.named("body") == [{"data-drawn": "all"}]
     else:
         assert len(Tags(page.read_text(encoding="utf-8")).named("script")) == 3
+
+
+def test_a_grid_writes_the_difference_and_marks_noise(comparison: Comparison) -> None:
+    from tcsae.report.compare_page import _figures
+
+    content = comparison.to_json()
+    name = f"C_{comparison.headline_window}"
+    heat = _figures(content["groups"], content["grids"], content)[f"grid-0-{name}"].data[0]
+    grid = content["grids"][0]
+    marked = [cell.count("<br>~ ") for row in heat.text for cell in row]
+    deltas = [content["groups"][i]["deltas"].get(name) for row in grid["groups"] for i in row]
+    assert marked == [int(bool(d and d["within_noise"])) for d in deltas]
+    assert 0 < sum("<br>" in cell for row in heat.text for cell in row) < heat.z.size

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import CONFIG, F, N, T, changed, codes, inputs, seeded, write_run
+from run_folders import F, N, T, changed, codes, inputs, seeded, write_run
 from scipy import stats
 
 from tcsae.errors import UserError
@@ -27,7 +27,8 @@ from tcsae.report.matching import (
     match_l0,
     pareto_front,
 )
-from tcsae.report.paired import Term, combine
+from tcsae.report.paired import Term, combine, holds_zero
+from tcsae.report.runs import read_run
 
 VARIANT = {"lambda_": 1.0}
 
@@ -92,6 +93,21 @@ def test_values_are_those_of_the_runs(planted: Comparison) -> None:
     assert both == pytest.approx(interval, abs=1e-5)
 
 
+def test_resamples_are_of_the_metrics_they_are_named_for(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert set(run.draws) >= {"explained_variance", "ce_loss_score", "C_8", "smoothness", "l1"}
+    for name in ("explained_variance", "l2_ratio", "l1", "ce_loss_score", "C_8", "rho_1"):
+        mean = float(run.draws[name].mean())
+        assert mean == pytest.approx(float(run.values[name]), rel=0.05, abs=0.02), name
+    told = json.loads((tmp_path / "run/eval/core.json").read_text())["eval_result_unstructured"]
+    for name in ("mse", "cossim", "ce_loss_score", "kl_div_with_sae", "explained_variance"):
+        found = combine(name, [Term(1, [run])])
+        ends = [float(found.low), float(found.high)]
+        width = ends[1] - ends[0]
+        # core.json's own, of half as many resamples.
+        assert ends == pytest.approx(told["intervals"][name], abs=0.25 * width + 1e-9)
+
+
 def test_a_difference_is_that_of_the_two_values(planted: Comparison) -> None:
     base, group = by_label(planted, "baseline"), by_label(planted, "lambda=1")
     assert group["match"]["kind"] == "single" and group["match"]["groups"] == [base["id"]]
@@ -99,6 +115,11 @@ def test_a_difference_is_that_of_the_two_values(planted: Comparison) -> None:
         values = [g["metrics"][name]["value"] for g in (group, base)]
         assert delta["value"] == pytest.approx(values[0] - values[1], abs=1e-12)
         assert delta["baseline"] == pytest.approx(values[1], abs=1e-12)
+
+
+def test_rounding_is_no_difference() -> None:
+    assert holds_zero(1e-16, 3e-16, 0.9) and holds_zero(-1.0, 1.0, 0.0)
+    assert not holds_zero(1e-5, 3e-5, 0.9) and not holds_zero(-3e-5, -1e-5, 0.9)
 
 
 def test_a_baseline_has_no_difference(planted: Comparison) -> None:
@@ -529,9 +550,3 @@ def test_one_context_gives_values_and_says_why_there_are_no_intervals(tmp_path: 
     delta = by_label(comparison, "lambda=1")["deltas"]["explained_variance"]
     assert delta["value"] == 0 and delta["within_noise"] is None
     assert any(notice.startswith("no intervals: ") for notice in comparison.notices)
-
-
-def test_configs_of_the_helper_are_the_packages_own() -> None:
-    from tcsae.config import parse
-
-    assert parse(CONFIG).lambda_ == 0.0

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from browser import EVIL, Tags, show
+from run_folders import codes, inputs, write_run
 
 from tcsae.errors import UserError
+from tcsae.report.notes import run_notes
 from tcsae.report.run_page import write_run_report
+from tcsae.run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,6 @@ def test_every_part_is_there(tags: Tags) -> None:
 
 def test_headline_and_command_are_written_out(tags: Tags, run_folder: Path) -> None:
     from tcsae.report.labels import number
-    from tcsae.run import load_run
 
     core = load_run(run_folder).core["eval_result_metrics"]
     value = number(core["reconstruction_quality"]["explained_variance"])
@@ -100,7 +102,6 @@ def test_a_browser_draws_everything_and_has_no_complaint(page: Path) -> None:
 @pytest.mark.slow
 def test_a_feature_opens_with_its_contexts(page: Path, run_folder: Path) -> None:
     from tcsae.report.contents import Contents
-    from tcsae.run import load_run
 
     contents = Contents.of(load_run(run_folder))
     feature = int(contents.values["density"].argmax())
@@ -131,3 +132,53 @@ def test_a_browser_runs_no_token(evil_folder: Path) -> None:
     if shown:
         assert shown.messages == []
         assert EVIL in html.text
+
+
+@pytest.mark.slow
+def test_the_table_sorts_and_searches(page: Path, run_folder: Path, tmp_path: Path) -> None:
+    from tcsae.report.contents import Contents
+
+    script = """<script>
+      document.querySelector('#features-head [data-key=density] button').click();
+      const rows = () => [...document.querySelectorAll('#features-body tr')];
+      document.body.dataset.order = rows().map((row) => row.dataset.feature).join(' ');
+      const box = document.getElementById('features-search');
+      box.value = '17';
+      box.dispatchEvent(new Event('input'));
+      document.body.dataset.found = rows().map((row) => row.dataset.feature).join(' ');
+    </script></body>"""
+    html = page.read_text(encoding="utf-8").replace("</body>", script)
+    tried = tmp_path / "page.html"
+    tried.write_text(html, encoding="utf-8")
+    shown = show(tried)
+    body = shown.tags.named("body")[0] if shown else {}
+    if shown:
+        assert shown.messages == []
+        density = Contents.of(load_run(run_folder)).values["density"]
+        order = [int(i) for i in body["data-order"].split()]
+        assert sorted(order) == list(range(96))
+        values = [float(f"{density[i]:.4g}") for i in order]
+        assert values == sorted(values, reverse=True)
+        assert "17" in body["data-found"].split()
+        assert len(body["data-found"].split()) < 96
+    assert 'id="features-search"' in html
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dead", "one context"])
+def test_a_run_with_hardly_anything_to_show_has_a_page(
+    kind: str, run_folder: Path, tmp_path: Path
+) -> None:
+    n_contexts = 1 if kind == "one context" else 24
+    features = codes(n_contexts=n_contexts) * (kind != "dead")
+    folder = write_run(tmp_path / "run", features=features, x=inputs(n_contexts=n_contexts))
+    shutil.copy(run_folder / "final_info.json", folder)
+    html = write_run_report(folder).read_text(encoding="utf-8")
+    data = html.partition('id="content">')[2].partition("</script>")[0]
+    assert "NaN" not in data and "Infinity" not in data
+    text = Tags(html).text
+    reason = "no feature fired on a valid token" if kind == "dead" else "a single context"
+    assert reason in text
+    assert reason in " ".join(run_notes(load_run(folder)).split())
+    shown = show(folder / "report.html")
+    assert shown is None or shown.messages == []
