@@ -129,6 +129,18 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Lo
         lock.release()
 
 
+def honour_umask(path: Path) -> None:
+    """Give a file the permissions of any other new file beside it.
+
+    safetensors makes files that only their owner may read; stores and models are shared.
+    """
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    with contextlib.suppress(PermissionError):  # file systems without permissions to give
+        path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def make_folder(folder: Path) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,11 +200,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, 
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        temporary.touch()
-        usual = temporary.stat().st_mode
         save_file(whole, temporary, metadata=_described(whole, metadata))
-        # save_file makes a file that only its owner may read; stores are shared.
-        temporary.chmod(usual)
+        honour_umask(temporary)
 
 
 def load_tensors(path: Path, advice: str) -> tuple[dict[str, Any], dict[str, str]]:

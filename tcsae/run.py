@@ -164,10 +164,12 @@ def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, An
                 config.evaluation.redundancy_max_lag,
             )
             analysis.write(folder / "analysis")
+            tracker.summary(analysis.headline)
         info = _final_info(config, seat, stream, evaluation, time.monotonic() - started)
         tracker.summary(evaluation.headline)
         write_json(folder / "final_info.json", info)
         write_pages(folder)
+        _send_pages(folder, tracker)
         exit_code = 0
         _say_results(folder, evaluation)
         return info
@@ -242,6 +244,18 @@ def write_pages(folder: Path) -> None:
 
     write_run_report(folder)
     write_run_notes(folder)
+
+
+def _send_pages(folder: Path, tracker: Tracker) -> None:
+    """The report's figures and its table of features, to W&B."""
+    if tracker.wandb.failed:
+        return
+    from tcsae.report.contents import Contents
+    from tcsae.report.run_page import run_figures
+
+    run = load_run(folder)
+    columns = {"feature": list(range(run.config.sae.d_sae)), **run.consistency["per_feature"]}
+    tracker.pages(run_figures(Contents.of(run)), columns)
 
 
 def _say_results(folder: Path, evaluation: Evaluation) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ class WeightsAndBiases:
     def summary(self, values: dict[str, Any]) -> None:
         self._try(lambda: self.run.summary.update(values))
 
+    def pages(self, figures: Mapping[str, Any], table: Mapping[str, Sequence[Any]]) -> None:
+        """Plotly figures by name, and a table given by its columns."""
+        self._try(lambda: self._send_pages(figures, table))
+
+    def _send_pages(self, figures: Mapping[str, Any], table: Mapping[str, Sequence[Any]]) -> None:
+        import wandb
+
+        rows = [list(row) for row in zip(*table.values(), strict=True)]
+        sent: dict[str, Any] = {f"report/{k}": wandb.Plotly(v) for k, v in figures.items()}
+        sent["report/features"] = wandb.Table(columns=list(table), data=rows)
+        self.run.log(sent)
+
     def finish(self, exit_code: int) -> None:
         self._try(lambda: self.run.finish(exit_code=exit_code))
 
@@ -106,6 +118,9 @@ class Tracker:
 
     def summary(self, values: dict[str, Any]) -> None:
         self.wandb.summary(values)
+
+    def pages(self, figures: Mapping[str, Any], table: Mapping[str, Sequence[Any]]) -> None:
+        self.wandb.pages(figures, table)
 
     def finish(self, exit_code: int) -> None:
         self.wandb.finish(exit_code)

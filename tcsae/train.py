@@ -105,7 +105,8 @@ def _known_keys() -> list[str]:
         for key, value in content.items():
             if key in ("defaults", "hydra"):
                 continue
-            keys |= {f"{key}.{k}" for k in value} if isinstance(value, dict) else {f"{prefix}{key}"}
+            inner = [f"{key}.{name!s}" for name in value] if isinstance(value, dict) else []
+            keys |= set(inner) or {f"{prefix}{key!s}"}
     return sorted(keys)
 
 

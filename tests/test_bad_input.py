@@ -256,6 +256,18 @@ def test_a_loss_that_overflows_names_step_and_term(
 # ------------------------------------------------------------------------------- the places
 
 
+@pytest.mark.parametrize("key", ["store.dir", "hydra.run.dir"])
+def test_a_file_where_a_folder_should_be_is_one_clear_line(
+    key: str, tiny_gpt2: Path, texts: Path, own_store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    usual = [a for a in small_job(tiny_gpt2, texts, tmp_path / "run") if not a.startswith(key)]
+    line = run_here(*usual, f"{key}={tmp_path / 'file'}").refusal()
+    assert str(tmp_path / "file") in line
+    assert "Not a directory" in line or "File exists" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def in_a_namespace_of_its_own(scenario: Callable[..., Any], *arguments: Path) -> Any:
     """What a function of this file returns in a process that may mount file systems."""
     unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]

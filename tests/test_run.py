@@ -29,6 +29,8 @@ from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
 from tcsae.errors import Interrupted, UserError
 from tcsae.files import locked
+from tcsae.report.contents import Contents
+from tcsae.report.run_page import run_figures
 from tcsae.run import run
 from tcsae.tracking import JsonLines
 from tcsae.training.member import Member
@@ -353,8 +355,26 @@ def test_wandb_offline_leaves_a_run_that_can_be_synced(
     assert "W&B is off" not in outcome.stdout
     assert outcome.messages == []
     (records,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert records.stat().st_size > 1000
+    deadline = time.monotonic() + 20
+    while records.stat().st_size < 1000:  # W&B's own process writes it, a little later
+        assert time.monotonic() < deadline
     assert metric_lines(tmp_path / "run") == metric_lines(finished)
+
+
+def test_wandb_gets_the_figures_and_the_table_of_the_report(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    outcome = run_here(*arguments(tmp_path / "run", tracking="offline"))
+    assert "W&B is off" not in outcome.stdout
+    (media,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media")
+    (table_file,) = media.rglob("report/features_*.table.json")
+    table = json.loads(table_file.read_text())
+    loaded = tcsae.load_run(tmp_path / "run")
+    densities = [row[table["columns"].index("density")] for row in table["data"]]
+    assert densities == loaded.consistency["per_feature"]["density"]
+    sent = [file.name for file in media.rglob("report/*.plotly.json")]
+    for name in run_figures(Contents.of(loaded)):
+        assert any(file.startswith(f"{name}_") for file in sent), name
 
 
 def test_without_tracking_there_is_no_wandb_folder(finished: Path) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.errors import UserError
 from tcsae.files import (
+    Lock,
     disk_errors,
     disk_reason,
     file_digest,
+    honour_umask,
     locked,
     make_folder,
     read_json,
@@ -129,10 +132,13 @@ def _packaged_weights(cfg: ModelConfig) -> Weights:
     complete = folder / "complete.json"
     if not complete.is_file():
         make_folder(folder)
-        with locked(folder.with_name(f"{folder.name}.lock"), waiting=lambda: None):
+        with locked(folder.with_name(f"{folder.name}.lock"), waiting=lambda: None) as lock:
             # Another process may have converted it while this one waited.
             if not complete.is_file():
                 log.info(f"converting {identity} to safetensors, once ({folder})")
+                if lock is Lock.HELD:
+                    shutil.rmtree(folder)  # what a killed conversion left
+                    make_folder(folder)
                 with disk_errors(folder):
                     _convert(cfg.package, Path(spec.origin).parent, folder)
                 write_json(complete, {"from": identity})
@@ -161,6 +167,8 @@ def _convert(package: str, origin: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        honour_umask(file)
     if gguf.parent == folder:
         gguf.unlink()
 
@@ -333,9 +341,10 @@ class LanguageModel:
         expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
             with _quiet():
-                model, found = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
                 )
+                model, found = loaded
                 if found["missing_keys"]:
                     # transformers fills them with random numbers and only warns.
                     raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")

@@ -184,10 +184,18 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [truncate, flip_a_bit, empty])
-@pytest.mark.parametrize("which", ["shard", "held-out shard", "contexts"])
+@pytest.mark.parametrize(
+    ("which", "spoil"),
+    [
+        ("shard", truncate),
+        ("shard", flip_a_bit),
+        ("shard", empty),
+        ("held-out shard", flip_a_bit),
+        ("contexts", truncate),
+    ],
+)
 def test_a_damaged_file_is_one_line_and_deleting_it_mends_it(
-    spoil: Any, which: str, tiny_gpt2: Path, texts: Path, store: Path, tmp_path: Path
+    which: str, spoil: Any, tiny_gpt2: Path, texts: Path, store: Path, tmp_path: Path
 ) -> None:
     contexts = next(store.glob("contexts/*/eval.safetensors"))
     damaged = {"shard": shards(store)[3], "held-out shard": shards(store)[-1], "contexts": contexts}
@@ -498,6 +506,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_reads_the_old_file_goes_on_reading_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old " * 10_000)
+    with open(path) as reader:
+        assert reader.read(4) == "old "
+        write_text(path, "new")
+        assert reader.read() == "old " * 9_999
+    assert path.read_text() == "new"
 
 
 def test_a_lock_is_held_by_one_at_a_time_and_ends_with_the_block(tmp_path: Path) -> None:

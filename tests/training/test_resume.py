@@ -191,6 +191,28 @@ def test_a_run_killed_after_training_only_measures_again(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_signal_during_the_measurements_costs_no_training(
+    job: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tcsae.evaluation import evaluate
+
+    config = job()
+    run(config, tmp_path / "whole")
+
+    def signalled(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tcsae.run.evaluate", signalled)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            run(config, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "train_step", lambda *_: die())
+        run(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 # ------------------------------------------------------------------------------------ a bank
 
 
