@@ -105,8 +105,8 @@ def _known_keys() -> list[str]:
         for key, value in content.items():
             if key in ("defaults", "hydra"):
                 continue
-            inner = [f"{key}.{name!s}" for name in value] if isinstance(value, dict) else []
-            keys |= set(inner) or {f"{prefix}{key!s}"}
+            inner = [f"{key!s}.{name!s}" for name in value] if isinstance(value, dict) else []
+            keys |= set(inner or [prefix + str(key)])
     return sorted(keys)
 
 
