@@ -67,7 +67,9 @@ def main() -> None:
     print(f"{'loss and window':<28} {'ms a step':>10} {'x none':>8}   (pairwise median)")
     for name, taken in times.items():
         pairs = [a / b for a, b in zip(taken, times["none"], strict=True)]
-        print(f"{name:<28} {1000 * statistics.median(taken):>10.1f} {statistics.median(pairs):>8.3f}")
+        print(
+            f"{name:<28} {1000 * statistics.median(taken):>10.1f} {statistics.median(pairs):>8.3f}"
+        )
     print(f"tokens/s without the loss: {CONTEXTS * POSITIONS / plain:,.0f}")
 
 

@@ -54,11 +54,12 @@ def _run_name(*, _root_: DictConfig) -> str:
     return run_name(_to_config(_root_))
 
 
-def _sweep_name(*, _root_: DictConfig) -> str:
-    """Resolver: the same sweep command, the same folder."""
-    overrides = sorted(_root_.hydra.overrides.task)
+def _sweep_name(arguments: list[str]) -> str:
+    """The same sweep command, in whatever order and with whatever launcher, the same folder."""
+    overrides = sorted(a for a in arguments if "=" in a and not a.startswith(("hydra", "-")))
     digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:10]
-    return f"{_root_.get('name') or 'sweep'}-{digest}"
+    named = [a.partition("=")[2] for a in overrides if a.startswith("+experiment=")]
+    return f"{named[0] if named else 'sweep'}-{digest}"
 
 
 def _task(composed: DictConfig) -> float:
@@ -155,7 +156,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     numbers.install()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
-    OmegaConf.register_new_resolver("tcsae.sweep_name", _sweep_name, replace=True)
+    # By the environment, because the jobs of a sweep see their own overrides only.
+    os.environ.setdefault("TCSAE_SWEEP", _sweep_name(sys.argv[1:]))
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)
     logging.raiseExceptions = False  # a log that cannot be written must not drown the message
     try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tcsae import numbers
 from tcsae.config import Config, parse, resolve_layer, run_id, run_name
 from tcsae.errors import UserError
-from tcsae.train import _to_config, conf_folder
+from tcsae.train import _sweep_name, _to_config, conf_folder
 
 CONF = conf_folder()
 
@@ -171,3 +171,10 @@ def test_steps_cover_the_tokens_asked_for() -> None:
 
 def test_installed_conf_is_the_one_in_the_repository() -> None:
     assert conf_folder() == Path(__file__).parent.parent / "conf"
+
+
+def test_one_sweep_command_is_one_folder_whatever_its_order_and_launcher() -> None:
+    name = _sweep_name(["--multirun", "window=4,8", "lambda=0,0.1"])
+    assert name == _sweep_name(["-m", "lambda=0,0.1", "window=4,8", "hydra/launcher=slurm"])
+    assert name != _sweep_name(["--multirun", "window=4,8", "lambda=0,0.2"])
+    assert _sweep_name(["+experiment=lambda_ablation"]).startswith("lambda_ablation-")
