@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tcsae import consistency, metrics
-    from tcsae.run import load_run, load_sae
+    from tcsae.run_folder import load_run, load_sae
 
 __version__ = "0.1.0"
 __all__ = ["consistency", "load_run", "load_sae", "metrics"]
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in ("load_run", "load_sae"):
-        return getattr(importlib.import_module("tcsae.run"), name)
+        return getattr(importlib.import_module("tcsae.run_folder"), name)
     if name in ("consistency", "metrics"):
         return importlib.import_module(f"tcsae.{name}")
     raise AttributeError(f"module 'tcsae' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from tcsae.report.page import packed, rounded
 
 if TYPE_CHECKING:
     from tcsae.analysis import Analysis
-    from tcsae.run import LoadedRun
+    from tcsae.run_folder import LoadedRun
 
 MAX_ROWS = 4096
 """Features on the page: with more than these, those with the most energy."""

@@ -23,7 +23,7 @@ from tcsae.report.labels import (
 
 if TYPE_CHECKING:
     from tcsae.report.comparison import Comparison
-    from tcsae.run import LoadedRun
+    from tcsae.run_folder import LoadedRun
 
 _WIDTH = 96
 _LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -31,7 +31,7 @@ _LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def write_run_notes(folder: Path) -> Path:
     """Write `<run>/notes.txt`. Raises UserError for what is not a finished run."""
-    from tcsae.run import load_run
+    from tcsae.run_folder import load_run
 
     folder = Path(folder)
     write_text(folder / "notes.txt", run_notes(load_run(folder)))

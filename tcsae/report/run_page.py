@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from tcsae.analysis import Analysis
-    from tcsae.run import LoadedRun
+    from tcsae.run_folder import LoadedRun
 
 _TRAINING = {
     "explained variance": ("explained_variance",),
@@ -39,7 +39,7 @@ def write_run_report(folder: Path) -> Path:
 
     Raises UserError for a folder that is no run, or of a run that has not finished.
     """
-    from tcsae.run import load_run
+    from tcsae.run_folder import load_run
 
     folder = Path(folder)
     return write_run_page(load_run(folder), folder / "report.html")

@@ -116,7 +116,7 @@ def is_finished(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Raises UserError, in one line, for a run that has not finished or is damaged."""
-    from tcsae.run import load_run
+    from tcsae.run_folder import load_run
 
     try:
         loaded = load_run(folder)

@@ -15,7 +15,8 @@ def run_folder(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFa
 
     from tcsae.analysis import analyse
     from tcsae.files import load_tensors
-    from tcsae.run import load_run, open_stream, run
+    from tcsae.run import open_stream, run
+    from tcsae.run_folder import load_run
     from tcsae.signals import stop_on_signal
 
     root = tmp_path_factory.mktemp("report")

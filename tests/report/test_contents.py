@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from tcsae.report import contents as module
 from tcsae.report.contents import Contents, binned, feature_data, flat
-from tcsae.run import load_run
+from tcsae.run_folder import load_run
 
 
 def unpacked(code: dict[str, Any]) -> np.ndarray:

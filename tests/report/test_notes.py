@@ -10,7 +10,7 @@ import pytest
 
 from tcsae.report.labels import interval_text, number
 from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
-from tcsae.run import LoadedRun, load_run
+from tcsae.run_folder import LoadedRun, load_run
 
 
 @pytest.fixture(scope="module")

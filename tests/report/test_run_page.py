@@ -13,7 +13,7 @@ from run_folders import codes, inputs, write_run
 from tcsae.errors import UserError
 from tcsae.report.notes import run_notes
 from tcsae.report.run_page import write_run_report
-from tcsae.run import load_run
+from tcsae.run_folder import load_run
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         with pytest.raises(Interrupted, match="SIGTERM"):
             run(config, tmp_path / "parts")
     assert metric_lines(tmp_path / "parts")[-1]["step"] == 6
+    assert (tmp_path / "parts" / "checkpoint" / "step-00000007.safetensors").is_file()
     with monkeypatch.context() as patch:
         before_step(patch, 10, die)  # two steps after the checkpoint of step 8
         with pytest.raises(MemoryError):
