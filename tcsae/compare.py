@@ -11,9 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tcsae.errors import USER_ERROR_EXIT_CODE, UserError
+from tcsae.files import make_folder, write_json, write_text
+
+if TYPE_CHECKING:
+    from tcsae.report.comparison import Comparison
 
 FOLDER = "comparison"
 
@@ -46,6 +50,19 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(USER_ERROR_EXIT_CODE)
 
 
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """All five files. Raises UserError where `folder` cannot be written."""
+    from tcsae.report.compare_page import write_compare_report
+    from tcsae.report.notes import comparison_notes
+
+    make_folder(folder)
+    write_json(folder / "comparison.json", comparison.to_json())
+    write_text(folder / "comparison.csv", comparison.csv())
+    write_text(folder / "comparison.md", comparison.markdown())
+    write_text(folder / "notes.txt", comparison_notes(comparison))
+    write_compare_report(comparison, folder / "report.html")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _arguments(arguments)
     try:
@@ -53,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         comparison = compare_runs(given.folders)
         output = given.output or default_output(given.folders)
-        comparison.write(output)
+        write_comparison(comparison, output)
     except UserError as error:
         _refuse(str(error))
     except OSError as error:

@@ -65,7 +65,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from tcsae.errors import UserError
-from tcsae.files import make_folder, write_json, write_text
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.labels import interval_text, label, number
 from tcsae.report.paired import LEVEL
@@ -103,18 +102,6 @@ class Comparison:
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except (KeyError, TypeError):
             raise UserError("not a comparison.json: run python -m tcsae.compare again") from None
-
-    def write(self, folder: Path) -> None:
-        """All five files. Raises UserError where `folder` cannot be written."""
-        from tcsae.report.compare_page import write_compare_report
-        from tcsae.report.notes import comparison_notes
-
-        make_folder(folder)
-        write_json(folder / "comparison.json", self.to_json())
-        write_text(folder / "comparison.csv", self.csv())
-        write_text(folder / "comparison.md", self.markdown())
-        write_text(folder / "notes.txt", comparison_notes(self))
-        write_compare_report(self, folder / "report.html")
 
     def markdown(self) -> str:
         """Two tables, what was measured and what differs from the baseline, and the notices."""
