@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tcsae
+from tcsae.signals import StopRequest
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +105,9 @@ def test_saved_sae_gives_what_the_evaluation_measured(
     run = tcsae.load_run(default_run)
     root = Path(home["TCSAE_STORE"])
     model = LanguageModel(run.config.model, run.config.layer)
-    train_contexts, held_out = load_or_build_contexts(run.config.dataset, model, root)
+    train_contexts, held_out = load_or_build_contexts(
+        run.config.dataset, model, root, StopRequest()
+    )
     shards = run.config.store.shard_contexts
     store = ActivationStore(root, model, held_out, shards)
     assert store.missing() == []
@@ -122,8 +125,9 @@ def test_training_and_held_out_plays_are_disjoint(default_run: Path, home: dict[
     from tcsae.data.store import load_or_build_contexts
 
     run = tcsae.load_run(default_run)
+    root = Path(home["TCSAE_STORE"])
     model = LanguageModel(run.config.model, run.config.layer)
-    parts = load_or_build_contexts(run.config.dataset, model, Path(home["TCSAE_STORE"]))
+    parts = load_or_build_contexts(run.config.dataset, model, root, StopRequest())
     assert parts[0].groups and parts[1].groups
     assert not set(parts[0].groups) & set(parts[1].groups)
 
