@@ -200,15 +200,17 @@ class Outcome:
 def _kept_logging() -> Iterator[None]:
     """Hydra configures the root logger; afterwards it is as it was."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, raises = list(root.handlers), root.level, logging.raiseExceptions
     try:
         yield
     finally:
         for handler in root.handlers:
             if handler not in handlers:
-                handler.close()
+                with contextlib.suppress(OSError):  # what was not written on a full disk
+                    handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
+        logging.raiseExceptions = raises
 
 
 def run_here(*arguments: str) -> Outcome:

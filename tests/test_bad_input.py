@@ -307,13 +307,14 @@ def full_store(model: Path, texts: Path, here: Path) -> dict[str, Any]:
 
 
 def full_run_folder(model: Path, texts: Path, here: Path) -> dict[str, Any]:
-    """A run folder with room for one checkpoint, for none, for nothing at all."""
+    """Run folders with room for nothing, for the config but not the log, for 0 to 2 checkpoints."""
     lines, codes = [], []
-    for size in (4, 60, 180):
+    for size in (4, 20, 24, 60, 180):
         folder = here / f"run{size}"
         mount(folder, f"size={size}k")
         command = small_job(model, texts, folder, store__dir=str(here / "store"))
-        lines.append(run_here(*command).refusal())
+        # At exit Python closes the log, which has a line left that it cannot write.
+        lines.append((run_apart if size == 20 else run_here)(*command).refusal())
         remount(folder, "size=50m")
         codes.append(run_here(*command).code)
         assert leftovers(folder) == []
@@ -358,7 +359,7 @@ def test_a_full_disk_under_the_run_folder_is_one_clear_line_and_the_run_goes_on_
     found = in_a_namespace_of_its_own(full_run_folder, tiny_gpt2, texts, tmp_path)
     for line in found["lines"]:
         assert "the disk is full; free some space and run the same command again" in line
-    assert found["codes"] == [0, 0, 0]
+    assert found["codes"] == [0] * 5
 
 
 @pytest.mark.slow
