@@ -12,7 +12,7 @@ LOG_EVERY_SECONDS = 10.0
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Log lines on stderr that do not tear a progress bar."""
+    """Log lines that do not tear the progress bar on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False) and sys.stderr.isatty():

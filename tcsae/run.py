@@ -36,6 +36,7 @@ from tcsae.files import (
     make_folder,
     read_json,
     remove_temporaries,
+    tensors_digest,
     write_json,
 )
 from tcsae.memory import keep_large_blocks
@@ -56,6 +57,15 @@ class Stream:
     model: LanguageModel
     train: ActivationBatches
     evaluation: ActivationBatches
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Names of what was really read, whatever paths the config has."""
+        parts = {"training_contexts": self.train, "held_out_contexts": self.evaluation}
+        ids = {name: {"ids": part.source.contexts.ids} for name, part in parts.items()}
+        return {"weights": self.model.weights.identity} | {
+            name: tensors_digest(tensors) for name, tensors in ids.items()
+        }
 
 
 def open_stream(config: Config, stop: StopRequest) -> Stream:
@@ -107,6 +117,20 @@ def _claim(config: Config, folder: Path) -> None:
     write_json(own, config.dump())
 
 
+def _check_content(stream: Stream, folder: Path) -> None:
+    """Raises UserError if the run was begun with other text or weights under the same paths."""
+    known, content = folder / "content.json", stream.content
+    if (folder / "checkpoint").exists() and known.is_file():
+        before = read_json(known)
+        changed = [name for name, value in content.items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{folder} was begun with other content ({', '.join(changed)} changed since): "
+                "remove it, choose another folder, or restore what was there"
+            )
+    write_json(known, content)
+
+
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Do the job, or what is left of it, in `folder`; the content of final_info.json.
 
@@ -120,7 +144,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         finished = folder / "final_info.json"
         if finished.is_file():
             if not config.rerun:
-                if not (folder / "report.html").is_file():
+                if not (folder / "notes.txt").is_file():  # the last of the pages
                     write_pages(folder)
                 log.info(f"already finished: {folder} (rerun=true repeats it)")
                 return read_json(finished)
@@ -135,6 +159,7 @@ def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, An
     started = time.monotonic()
     keep_large_blocks()
     stream = open_stream(config, stop)
+    _check_content(stream, folder)
     torch.manual_seed(config.seed)
     tracker = Tracker(config, folder)
     exit_code = 1

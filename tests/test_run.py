@@ -20,6 +20,7 @@ from helpers import (
     small_config,
     small_job,
     weights_digest,
+    write_texts,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,6 +211,24 @@ def test_another_config_in_the_same_folder_is_refused(
     assert "choose another folder or remove it" in line
     assert weights_digest(finished) == before
     assert run_here(*arguments(finished)).code == 0
+
+
+def test_a_run_does_not_go_on_with_other_text_under_the_same_path(
+    tiny_gpt2: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    text = write_texts(tmp_path / "texts")
+    config = small_config(tiny_gpt2, text, store__dir=str(store), layer="1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tcsae.run.evaluate", die)
+        run(config, tmp_path / "run")
+    write_texts(text, seed=1)
+    with pytest.raises(UserError, match="begun with other content .*training_contexts"):
+        run(config, tmp_path / "run")
+    write_texts(text)
+    assert run(config, tmp_path / "run")["training_steps"] == config.steps
 
 
 def test_where_it_is_written_and_tracked_is_not_another_config(

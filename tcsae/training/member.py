@@ -194,7 +194,7 @@ class Member:
         return {
             **{f"loss/{name}": value.item() for name, value in losses.items()},
             "loss/total": self.last_loss.item(),
-            "l0": ((features > 0) & kept).sum().item() / len(x),
+            "l0": ((features > 0) & kept).sum().item() / max(len(x), 1),
             "explained_variance": 1 - (error / (x - x.mean(0)).square().sum()).item(),
             "window_variance": s2_F.sum().item(),
             "window_consistency": 1 - (s2_F.sum() / v_F.sum().clamp(min=1e-30)).item(),
