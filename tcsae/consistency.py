@@ -37,20 +37,15 @@ class Laplacian(NamedTuple):
     n_windows: Tensor
 
 
-def _window_pairs(window: int, positions_T: Tensor, allowed_BS: Tensor) -> Tensor:
+def _window_pairs(window: int, allowed_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, T]: how many allowed windows hold both positions; allowed_BS by first position."""
-    n_positions = positions_T.numel()
-    running = nn.functional.pad(allowed_BS.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
-    high = torch.maximum(positions_T[:, None], positions_T[None, :])
-    low = torch.minimum(positions_T[:, None], positions_T[None, :])
-    # Windows holding both start from high - W + 1 to low.
-    last = (low + 1).clamp(max=n_positions - window + 1)
-    first = (high - window + 1).clamp(min=0)
-    last = torch.maximum(last, first.clamp(max=n_positions - window + 1))
-    first = torch.minimum(first, last)
-    flat_last, flat_first = last.reshape(-1), first.reshape(-1)
-    pairs = running[:, flat_last] - running[:, flat_first]
-    return pairs.view(-1, n_positions, n_positions)
+    before_BT = nn.functional.pad(allowed_BS.to(dtype).cumsum(-1), (1, 0))
+    # Of a pair t <= u, windows that hold both start from u - W + 1 to t.
+    padding = window - 1
+    up_to_t = nn.functional.pad(before_BT[:, None, 1:], (0, padding), mode="replicate")[:, 0]
+    before_u = nn.functional.pad(before_BT[:, :-1], (padding, 0))
+    pairs_BTT = (up_to_t[:, :, None] - before_u[:, None, :]).clamp_(min=0).triu_()
+    return pairs_BTT + pairs_BTT.triu(1).transpose(1, 2)
 
 
 def window_laplacian(
@@ -89,8 +84,7 @@ def window_laplacian(
     allowed_BS = (n_invalid[:, window:] == n_invalid[:, :-window]) & (
         n_changes[:, window - 1 :] == n_changes[:, : n_positions - window + 1]
     )
-    positions_T = torch.arange(n_positions, device=valid.device)
-    pairs = _window_pairs(window, positions_T, allowed_BS).to(dtype)
+    pairs = _window_pairs(window, allowed_BS, dtype)
     matrix = (torch.diag_embed(pairs.diagonal(dim1=-2, dim2=-1)) - pairs / window) / (window - 1)
     return Laplacian(matrix, allowed_BS.sum())
 

@@ -54,9 +54,8 @@ class WindowPenalty(torch.autograd.Function):
             ctx.save_for_backward(smooth_BTF)
             return s2_F.sum()
         n_valid = valid_BT.sum().clamp(min=1)
-        wide_BTF = features_BTF.to(laplacian.dtype)
-        mean_F = _column_sums(wide_BTF) / n_valid
-        v_F = _column_sums(wide_BTF.square()) / n_valid - mean_F.square()
+        mean_F = _column_sums(features_BTF) / n_valid
+        v_F = _column_sums(features_BTF.square()) / n_valid - mean_F.square()
         alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(v_F.dtype).tiny
         ratio_F = torch.where(alive_F, s2_F / v_F, 0) / n_valid
         ctx.save_for_backward(smooth_BTF, features_BTF, mean_F, ratio_F, alive_F, valid_BT)

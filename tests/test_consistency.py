@@ -283,3 +283,23 @@ def test_permuting_the_laplacian_is_permuting_the_positions() -> None:
     moved = features.gather(1, order[..., None].expand_as(features))
     expected = window_variance(moved, 4, segments=segments, valid=valid)
     assert control.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("form", ["scale_free", "window_variance"])
+def test_bfloat16_features_give_the_float32_penalty_within_their_rounding(form: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    features = torch.randn(16, 64, 50, generator=generator).relu()
+    segments = (torch.rand(16, 64, generator=generator) < 0.02).cumsum(1)
+    valid = torch.rand(16, 64, generator=generator) > 0.02
+    features = torch.where(valid[..., None], features, 0).bfloat16().float().detach()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = features.detach().to(dtype).requires_grad_()
+        value = Consistency(form, 8)(leaf, segments=segments, valid=valid)
+        value.backward()
+        assert leaf.grad is not None
+        results.append((value.item(), leaf.grad.float()))
+    (exact, gradient), (rounded, rounded_gradient) = results
+    assert rounded == pytest.approx(exact, rel=2e-3)
+    error = (rounded_gradient - gradient).norm() / gradient.norm()
+    assert error < 0.01
