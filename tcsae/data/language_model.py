@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,8 +230,12 @@ def _quiet() -> Iterator[None]:
     lens_before = lens.level
     lens.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+            if not sys.stderr.isatty():
+                # The bar of a conversion obeys no setting, and in a log it is one long line.
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         transformers.utils.logging.set_verbosity(before)
