@@ -115,7 +115,10 @@ class Contents:
     def _overrides(self) -> list[str]:
         recorded = self.run.folder / ".hydra" / "overrides.yaml"
         if recorded.is_file():
-            return yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
+            overrides = yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
+            # An experiment may be a sweep by itself; of its jobs this is one.
+            has_experiment = any(o.startswith("+experiment=") for o in overrides)
+            return [*overrides, "hydra.mode=RUN"] if has_experiment else overrides
         # A run that was not started by the command: every key, in groups that set no others.
         config = self.run.config.dump()
         groups = {"model": "other", "dataset": "files", "sae": config["sae"]["architecture"]}

@@ -132,6 +132,18 @@ def test_the_command_is_the_one_that_was_given(contents: Contents, tmp_path: Pat
     ]
 
 
+def test_a_job_of_an_experiment_is_repeated_alone(contents: Contents, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(contents.run.folder, folder)
+    (folder / ".hydra").mkdir()
+    record = "- lambda=0.3\n- +experiment=lambda_ablation\n"
+    (folder / ".hydra" / "overrides.yaml").write_text(record)
+    command = Contents.of(load_run(folder)).command()
+    assert shlex.split(command)[3:] == [
+        *("lambda=0.3", "+experiment=lambda_ablation", "hydra.mode=RUN")
+    ]
+
+
 def test_without_a_record_the_command_spells_the_config_out(contents: Contents) -> None:
     from hydra import compose, initialize_config_dir
 
