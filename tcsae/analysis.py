@@ -50,6 +50,7 @@ correlation.safetensors:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ from tcsae.metrics.top_contexts import (
 from tcsae.progress import Progress
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 ENCODE_CONTEXTS = 32
 THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_overlap": 0.3}
@@ -170,6 +173,7 @@ def analyse(
     W_dec = sae.W_dec.detach().cpu().float()
     correlated, redundancy = _redundancy(seen, W_dec, known)
     stop.check()
+    log.info("clustering features, with the checks of the clusters")
     found = cluster_features(seen.firings.compute(), W_dec[seen.close], min_firings=MIN_FIRINGS)
     stop.check()
     statistics = seen.tokens.compute()

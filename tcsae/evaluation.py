@@ -119,6 +119,7 @@ def evaluate(
     reconstruction, suite = _on_activations(sae, config, batches, stop)
     behaviour = _on_the_model(sae, config, model, batches, stop)
     n_boot = config.evaluation.bootstrap
+    log.info(f"resampling the contexts {n_boot} times for the intervals")
     core = saebench_core_json(
         reconstruction.compute(),
         behaviour.compute(),
