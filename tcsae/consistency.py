@@ -2,7 +2,7 @@
 
 Shapes: B contexts, T positions, F features. A window is `window` consecutive positions (stride 1),
 all valid and all in one segment; for "document" it is the valid positions of one segment. With
-s2[w, j] the unbiased variance of feature j in window w (`metrics.md`-style notation in
+s2[w, j] the unbiased variance of feature j in window w (notation as in
 docs/method.md):
 
     window_variance = (1 / windows) * sum over windows w, features j of s2[w, j]
