@@ -15,15 +15,11 @@ from torch import Tensor
 from tcsae.config import Config, identity
 from tcsae.errors import UserError
 from tcsae.files import load_tensors, read_json
+from tcsae.report.labels import HEADLINE
 from tcsae.report.paired import core_draws
 
 CORE = (
-    "explained_variance",
-    "l0",
-    "frac_alive",
-    "l2_ratio",
-    "ce_loss_score",
-    "kl_div_score",
+    *HEADLINE,
     "ce_loss_with_sae",
     "kl_div_with_sae",
     "mse",
