@@ -14,7 +14,7 @@ test: $(VENV)/.test lint
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.test
-	@$(VENV)/bin/ruff check tcsae tests scripts
+	@$(VENV)/bin/ruff check tcsae hydra_plugins tests scripts
 	@$(VENV)/bin/mypy
 
 # Every version is pinned by requirements.lock. The two packages that carry the embedded model and

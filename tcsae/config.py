@@ -133,9 +133,17 @@ class StoreConfig(StrictModel):
 
 
 class TrackingConfig(StrictModel):
+    """What W&B gets, beside metrics.jsonl. Lengths are W&B's own limits."""
+
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "tcsae"
     entity: str | None = None
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Runs of one group are shown together: the sweep."""
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    """Beside those that every run has (tcsae/tracking.py)."""
+    artifacts: bool = True
+    """Whether the SAE and the report go along."""
 
 
 class Config(StrictModel):

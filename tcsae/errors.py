@@ -12,3 +12,7 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything that can be resumed has been saved."""
+
+
+class SweepFailed(UserError):
+    """Some jobs of a sweep failed; the table has said which, and why."""

@@ -1,8 +1,11 @@
-"""One job: its folder, its identity, its stages.
+"""Jobs: their folders, their identity, their stages; one alone, or a bank on one stream.
 
 Stages: contexts -> harvest -> train -> save `sae/` -> evaluate -> analyse -> `final_info.json`,
 which marks the run as finished -> the pages made from all that. The same config finds the same
 folder: it goes on where it was interrupted, and is not repeated once finished.
+
+The jobs of a bank share the activations and the order of batches, and nothing else: each has its
+own folder, checkpoint and W&B run, ends with the very weights it would have alone, and fails alone.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +25,16 @@ import torch
 
 from tcsae.analysis import analyse
 from tcsae.config import Config, parse, run_id
-from tcsae.data.language_model import LanguageModel, bfloat16_is_native
-from tcsae.data.store import (
-    ActivationBatches,
-    ActivationStore,
-    StreamSource,
-    calibrate,
-    load_or_build_contexts,
-)
-from tcsae.errors import UserError
+from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.stream import Stream, open_stream
+from tcsae.errors import Interrupted, UserError
 from tcsae.evaluation import Evaluation, evaluate
-from tcsae.files import (
-    Lock,
-    locked,
-    make_folder,
-    read_json,
-    remove_temporaries,
-    tensors_digest,
-    write_json,
-)
+from tcsae.files import Lock, locked, make_folder, read_json, remove_temporaries, write_json
 from tcsae.memory import keep_large_blocks
+from tcsae.progress import Progress, listening
 from tcsae.run_folder import load_run
+from tcsae.run_log import speaking_of
+from tcsae.run_state import StateFile
 from tcsae.sae.saelens_format import load_saelens, save_saelens
 from tcsae.signals import StopRequest, stop_on_signal
 from tcsae.tracking import Tracker
@@ -51,44 +45,90 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Training and held-out activations of one job (or of a bank of jobs that share them)."""
+class Outcome:
+    """How a job of a bank ended: with the content of final_info.json, or with an error."""
 
-    model: LanguageModel
-    train: ActivationBatches
-    evaluation: ActivationBatches
-
-    @property
-    def content(self) -> dict[str, str]:
-        """Names of what was really read, whatever paths the config has."""
-        parts = {"training_contexts": self.train, "held_out_contexts": self.evaluation}
-        ids = {name: {"ids": part.source.contexts.ids} for name, part in parts.items()}
-        return {"weights": self.model.weights.identity} | {
-            name: tensors_digest(tensors) for name, tensors in ids.items()
-        }
+    info: dict[str, Any] | None = None
+    error: Exception | None = None
+    repeated: bool = True
+    """False: the folder showed it as finished, and nothing was done."""
 
 
-def open_stream(config: Config, stop: StopRequest) -> Stream:
-    """Contexts packed, activations harvested (or streamed), masks and scale known."""
-    model = LanguageModel(config.model, config.layer)
-    root = Path(config.store.dir).expanduser()
-    contexts = load_or_build_contexts(config.dataset, model, root, stop)
-    sources: list[Any] = []
-    for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
-        if config.store.mode == "stream":
-            sources.append(StreamSource(model, part))
-            continue
-        store = ActivationStore(root, model, part, config.store.shard_contexts)
-        store.harvest(stop, what)
-        sources.append(store)
-    calibration = calibrate(sources[0], config.dataset.norm_filter)
-    log.info(
-        f"{len(contexts[0].ids)} training and {len(contexts[1].ids)} held-out contexts; median "
-        f"norm {calibration.median_norm:.4g}, {100 * calibration.massive_share:.2f} % massive "
-        "tokens left out"
-    )
-    batches = [ActivationBatches(source, calibration, model.device) for source in sources]
-    return Stream(model, *batches)
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Do the job, or what is left of it, in `folder`; the content of final_info.json.
+
+    Raises:
+        UserError: what the user can mend, in one line.
+        Interrupted: a signal came; calling it again goes on.
+    """
+    with stop_on_signal() as stop:
+        outcome = run_bank([(config, folder)], stop)[0]
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.info is not None
+    return outcome.info
+
+
+def run_bank(jobs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[Outcome]:
+    """The jobs side by side on one stream; one outcome a job, in their order.
+
+    They must agree in model, layer, hook, dataset and training.batch_contexts. A job that fails
+    leaves the others alone; what they share (the stream) fails them all.
+
+    Raises:
+        Interrupted: a signal came; every job has saved, and calling it again goes on.
+    """
+    bank = [_Job(config, Path(folder)) for config, folder in jobs]
+    with contextlib.ExitStack() as held:
+        for job in bank:
+            with job.guarded():
+                job.claim(held)
+        waiting = [job for job in bank if job.outcome is None]
+        try:
+            if waiting:
+                _work(waiting, stop)
+        except Interrupted:
+            raise
+        except Exception as error:
+            for job in waiting:
+                job.fail(error)
+        finally:
+            for job in waiting:
+                job.close()
+    return [job.outcome for job in bank if job.outcome is not None]
+
+
+def _work(bank: list[_Job], stop: StopRequest) -> None:
+    started = time.monotonic()
+    keep_large_blocks()
+    for job in bank:
+        job.state.begin()
+        job.state.stage("load the model")
+    with listening(partial(_tell, bank)):
+        stream = open_stream(bank[0].config, stop)
+        for job in bank:
+            with job.guarded():
+                job.begin(stream)
+        seats = [job.seat for job in bank if job.seat is not None]
+        train_bank(seats, stream.train, stop)
+    for index, job in enumerate(bank):
+        if len(bank) > 1:
+            log.info(f"-- {index + 1} of {len(bank)}: {job.config.name or job.folder.name}")
+        with job.guarded(), listening(partial(_tell, bank[index:])):
+            job.finish(stream, stop, started)
+
+
+def _tell(bank: Sequence[_Job], progress: Progress) -> None:
+    """What the bank does now, into the state files; behind a job's evaluation the others wait."""
+    p, shared = progress, progress.what not in OWN_STAGES
+    for index, job in enumerate(bank):
+        if job.seat is not None and job.seat.error is not None:
+            job.fail(job.seat.error)
+            job.close()
+        elif job.outcome is None and (shared or index == 0):
+            job.state.stage(p.what, p.done, p.total, p.unit, p.rate, p.note)
+        elif job.outcome is None:
+            job.state.stage("waiting for its evaluation")
 
 
 @contextlib.contextmanager
@@ -131,75 +171,127 @@ def _check_content(stream: Stream, folder: Path) -> None:
     write_json(known, content)
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
-    """Do the job, or what is left of it, in `folder`; the content of final_info.json.
+class _Job:
+    """One run, from its claim on a folder to its pages."""
 
-    Raises:
-        UserError: what the user can mend, in one line.
-        Interrupted: a signal came; calling it again goes on.
-    """
-    folder = Path(folder)
-    with _owned(folder):
-        _claim(config, folder)
-        finished = folder / "final_info.json"
-        if finished.is_file():
-            if not config.rerun:
-                if not (folder / "notes.txt").is_file():  # the last of the pages
-                    write_pages(folder)
-                log.info(f"already finished: {folder} (rerun=true repeats it)")
-                return read_json(finished)
-            # Checkpoints first: a repetition that is interrupted must go on, not start again.
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            finished.unlink()
-        with stop_on_signal() as stop:
-            return _run_stages(config, folder, stop)
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.state = StateFile(folder)
+        self.tracker: Tracker | None = None
+        self.seat: Seat | None = None
+        self.outcome: Outcome | None = None
+        self.is_closed = False
 
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """An error in the block is this job's outcome, and stops nobody else."""
+        with speaking_of(self.folder):
+            try:
+                yield
+            except Interrupted:
+                raise
+            except Exception as error:
+                self.fail(error)
 
-def _run_stages(config: Config, folder: Path, stop: StopRequest) -> dict[str, Any]:
-    started = time.monotonic()
-    keep_large_blocks()
-    stream = open_stream(config, stop)
-    _check_content(stream, folder)
-    torch.manual_seed(config.seed)
-    tracker = Tracker(config, folder)
-    exit_code = 1
-    try:
+    def fail(self, error: Exception) -> None:
+        if self.outcome is None:
+            self.outcome = Outcome(error=error)
+
+    def claim(self, held: contextlib.ExitStack) -> None:
+        """Take the folder for as long as `held` lasts; a finished run has its outcome at once."""
+        held.enter_context(_owned(self.folder))
+        _claim(self.config, self.folder)
+        finished = self.folder / "final_info.json"
+        if not finished.is_file():
+            return
+        if not self.config.rerun:
+            if not (self.folder / "notes.txt").is_file():  # the last of the pages
+                write_pages(self.folder)
+            log.info(f"already finished: {self.folder} (rerun=true repeats it)")
+            self.outcome = Outcome(read_json(finished), repeated=False)
+            return
+        # Checkpoints first: a repetition that is interrupted must go on, not start again.
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        finished.unlink()
+
+    def begin(self, stream: Stream) -> None:
+        _check_content(stream, self.folder)
+        torch.manual_seed(self.config.seed)
+        self.tracker = Tracker(self.config, self.folder)
         member = Member(
-            config,
+            self.config,
             stream.model.d_in,
             stream.train.calibration,
             stream.model.device,
-            autocast=_bfloat16_products(config, stream.model.device),
+            autocast=_bfloat16_products(self.config, stream.model.device),
         )
-        seat = Seat(member, folder, tracker)
-        train_bank([seat], stream.train, stop)
-        save_saelens(folder / "sae", member.finished_sae(), _saelens_metadata(config, stream))
-        sae, sae_cfg = load_saelens(folder / "sae")
+        self.seat = Seat(member, self.folder, self.tracker)
+
+    def finish(self, stream: Stream, stop: StopRequest, started: float) -> None:
+        """From the trained SAE to the pages, unless the job has failed."""
+        if self.outcome is not None:
+            return
+        assert self.seat is not None and self.tracker is not None
+        if self.seat.error is not None:
+            raise self.seat.error
         stop.check()
-        evaluation = evaluate(sae, config, stream.model, stream.evaluation, stop, sae_cfg)
-        evaluation.write(folder / "eval")
-        if config.evaluation.analysis:
-            analysis = analyse(
-                sae,
-                config,
-                stream.model,
-                stream.evaluation,
-                evaluation.per_feature,
-                stop,
-                config.evaluation.redundancy_max_lag,
-            )
-            analysis.write(folder / "analysis")
-            tracker.summary(analysis.headline)
-        info = _final_info(config, seat, stream, evaluation, time.monotonic() - started)
-        tracker.summary(evaluation.headline)
-        write_json(folder / "final_info.json", info)
-        write_pages(folder)
-        _send_pages(folder, tracker)
-        exit_code = 0
-        _say_results(folder, evaluation)
-        return info
-    finally:
-        tracker.finish(exit_code)
+        evaluation = _results(self.seat, stream, stop, self.tracker)
+        info = _final_info(
+            self.config, self.seat, stream, evaluation, time.monotonic() - started
+        )
+        self.tracker.summary(evaluation.headline)
+        write_json(self.folder / "final_info.json", info)
+        write_pages(self.folder)
+        _send_pages(self.folder, self.tracker)
+        _say_results(self.folder, evaluation)
+        self.outcome = Outcome(info)
+        self.close()
+
+    def close(self) -> None:
+        """The last word of the state file and of W&B; a second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        error = self.outcome.error if self.outcome else None
+        if self.outcome is None:
+            self.state.end("interrupted")
+        elif error is None:
+            self.state.end("done")
+        else:
+            self.state.end("failed", _first_line(error), "".join(traceback.format_exception(error)))
+        if self.tracker is not None:
+            self.tracker.finish(int(self.outcome is None or error is not None))
+        self.tracker = self.seat = None  # a bank's memory is given back job by job
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+OWN_STAGES = ("evaluate features", "evaluate model", "analyse features")
+"""Names of the progress that one job of a bank makes while the others wait."""
+
+
+def _results(seat: Seat, stream: Stream, stop: StopRequest, tracker: Tracker) -> Evaluation:
+    """Save the SAE, and measure what was saved: `sae/`, `eval/` and `analysis/`."""
+    config, folder = seat.member.config, seat.folder
+    save_saelens(folder / "sae", seat.member.finished_sae(), _saelens_metadata(config, stream))
+    sae, sae_cfg = load_saelens(folder / "sae")
+    evaluation = evaluate(sae, config, stream.model, stream.evaluation, stop, sae_cfg)
+    evaluation.write(folder / "eval")
+    if config.evaluation.analysis:
+        analysis = analyse(
+            sae,
+            config,
+            stream.model,
+            stream.evaluation,
+            evaluation.per_feature,
+            stop,
+            config.evaluation.redundancy_max_lag,
+        )
+        analysis.write(folder / "analysis")
+        tracker.summary(analysis.headline)
+    return evaluation
 
 
 def _bfloat16_products(config: Config, device: str) -> bool:

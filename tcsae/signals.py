@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a job to save and stop; the handler only sets a flag."""
+"""SIGTERM, SIGINT and SIGUSR2 ask a job to save and stop; the handler only sets a flag."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import FrameType
 
 from tcsae.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""SIGUSR2 is how a Slurm job hears that its time limit is near."""
 
 
 class StopRequest:

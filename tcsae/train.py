@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,11 +22,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tcsae import numbers
-from tcsae.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, Interrupted, UserError
+from tcsae.errors import (
+    INTERRUPTED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    Interrupted,
+    SweepFailed,
+    UserError,
+)
 from tcsae.files import disk_reason
 
 log = logging.getLogger(__name__)
 
+JOB_FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130  # as shells say it of SIGINT
 
 
@@ -37,21 +43,12 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def _to_config(composed: DictConfig) -> Any:
-    """The checked Config of what Hydra composed (its own node left out)."""
-    from tcsae.config import parse
-
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    assert isinstance(container, dict)
-    return parse(container)  # type: ignore[arg-type]
-
-
 def _run_name(*, _root_: DictConfig) -> str:
     """Resolver: the run's folder name. A config that is not valid has none, so nothing is made."""
+    from tcsae.composed import to_config
     from tcsae.config import run_name
 
-    return run_name(_to_config(_root_))
+    return run_name(to_config(_root_))
 
 
 def _sweep_name(arguments: list[str]) -> str:
@@ -62,13 +59,20 @@ def _sweep_name(arguments: list[str]) -> str:
     return f"{named[0] if named else 'sweep'}-{digest}"
 
 
+def _dry_run(arguments: list[str]) -> list[str]:
+    """`--dry-run`, as the key it stands for."""
+    key = "hydra.launcher.dry_run=true"
+    return [a for a in arguments if a != "--dry-run"] + [key] * ("--dry-run" in arguments)
+
+
 def _task(composed: DictConfig) -> float:
+    from tcsae.composed import to_config
     from tcsae.run import run
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        info = run(_to_config(composed), folder)
+        info = run(to_config(composed), folder)
     except Interrupted as stopped:
         log.warning(f"{stopped}; the same command goes on from here")
         sys.exit(INTERRUPTED_EXIT_CODE)
@@ -154,6 +158,7 @@ def main() -> None:
     # Threads that wait by spinning take the cores from whatever else runs on the machine, and on a
     # busy one each other's. Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.argv[1:] = _dry_run(sys.argv[1:])
     numbers.install()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     # By the environment, because the jobs of a sweep see their own overrides only.
@@ -170,7 +175,7 @@ def main() -> None:
         if line is None:
             raise
         _say(line)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        sys.exit(JOB_FAILED_EXIT_CODE if isinstance(error, SweepFailed) else USER_ERROR_EXIT_CODE)
 
 
 if __name__ == "__main__":

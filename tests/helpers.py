@@ -162,12 +162,13 @@ def small_config(weights: Path, texts: Path, **changes: str) -> Any:
     from hydra import compose, initialize_config_dir
 
     from tcsae import numbers
-    from tcsae.train import _to_config, conf_folder
+    from tcsae.composed import to_config
+    from tcsae.train import conf_folder
 
     numbers.install()
     arguments = [a for a in small_job(weights, texts, "unused", **changes) if "hydra." not in a]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return _to_config(compose("train", arguments))
+        return to_config(compose("train", arguments))
 
 
 # ------------------------------------------------------------------------------ the command
@@ -310,8 +311,8 @@ def harvest_together(
 
     from tcsae.data import store
     from tcsae.data.language_model import LanguageModel
+    from tcsae.data.stream import open_stream
     from tcsae.files import tensors_digest
-    from tcsae.run import open_stream
     from tcsae.signals import StopRequest
 
     with pytest.MonkeyPatch.context() as patch:

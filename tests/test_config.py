@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae import numbers
+from tcsae.composed import to_config
 from tcsae.config import Config, parse, resolve_layer, run_id, run_name
 from tcsae.errors import UserError
-from tcsae.train import _sweep_name, _to_config, conf_folder
+from tcsae.train import _sweep_name, conf_folder
 
 CONF = conf_folder()
 
@@ -21,7 +22,7 @@ CONF = conf_folder()
 def config(*overrides: str) -> Config:
     numbers.install()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return _to_config(compose("train", list(overrides)))
+        return to_config(compose("train", list(overrides)))
 
 
 def options() -> list[str]:

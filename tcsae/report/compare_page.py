@@ -34,7 +34,7 @@ def write_compare_report(comparison: Comparison, path: Path) -> Path:
     for stream in content["streams"]:
         groups = [g for g in content["groups"] if g["stream"] == stream["id"]]
         grids = [g for g in content["grids"] if g["stream"] == stream["id"]]
-        drawn = _figures(groups, grids, content)
+        drawn = stream_figures(groups, grids, content)
         figures |= {f"s{stream['id']}-{name}": figure for name, figure in drawn.items()}
         streams.append(_stream_context(stream, groups, grids, content))
     context = {"content": content, "streams": streams, "command": _command(content)}
@@ -61,16 +61,17 @@ def _window_metric(content: Mapping[str, Any]) -> str | None:
 # ---------------------------------------------------------------- figures
 
 
-def _figures(
+def stream_figures(
     groups: Sequence[Group], grids: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
 ) -> dict[str, Figure]:
+    """Every figure of one stream: planes, curves, differences, heat maps of the headline."""
     figures = _planes(groups, _window_metric(content)) | _curves(groups, content)
     for name in _headline(content):
         if (forest := _forest(groups, name)) is not None:
             figures[f"delta-{name}"] = forest
     for index, grid in enumerate(grids):
         for name in _headline(content):
-            figures[f"grid-{index}-{name}"] = _grid(grid, name, groups)
+            figures[f"grid-{index}-{name}"] = heat_map(grid, name, groups)
     return figures
 
 
@@ -160,7 +161,8 @@ def _forest(groups: Sequence[Group], name: str) -> Figure | None:
     return plots.forest(rows, "difference from the baseline") if rows else None
 
 
-def _grid(grid: Mapping[str, Any], name: str, groups: Sequence[Group]) -> Figure:
+def heat_map(grid: Mapping[str, Any], name: str, groups: Sequence[Group]) -> Figure:
+    """Window x lambda of one metric, of one of the comparison's grids."""
     values, by_id = grid["metrics"][name], {group["id"]: group for group in groups}
     text = [
         [

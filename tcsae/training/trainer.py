@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +42,15 @@ class Seat:
     seconds: float = 0.0
     """Training time so far, over all sessions."""
     last_metrics: dict[str, float] = field(default_factory=dict)
+    error: Exception | None = None
+    """Why the member trains no further; the others of its bank do."""
+
+    @property
+    def steps(self) -> int:
+        return self.member.config.steps
+
+    def works_at(self, step: int) -> bool:
+        return self.error is None and self.member.step == step < self.steps
 
     @property
     def checkpoints(self) -> Path:
@@ -86,33 +97,52 @@ def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest)
     """Train every member to its last step, from its last checkpoint if there is one.
 
     The members share the order of data and the batch size, and nothing else: each ends with the
-    very weights it would have alone.
+    very weights it would have alone. A member's error (a loss that is not finite, say) is kept in
+    `seat.error`; its last good checkpoint stays.
 
-    Raises:
-        Interrupted: a signal came; every member has saved.
-        UserError: a loss that is not finite; the last good checkpoint stays.
+    Raises Interrupted if a signal came; every member has saved.
     """
     for seat in seats:
-        seat.resume()
+        with _own_error(seat):
+            seat.resume()
+    if not seats:
+        return
     config = seats[0].member.config
     size = config.training.batch_contexts
     per_step = size * config.dataset.context_size
     first = min(seat.member.step for seat in seats)
-    with Progress("train", config.steps * per_step, done=first * per_step) as progress:
-        for step in range(first, config.steps):
+    steps = max(seat.steps for seat in seats)
+    with Progress("train", steps * per_step, done=first * per_step) as progress:
+        for step in range(first, steps):
+            working = [seat for seat in seats if seat.works_at(step)]
+            if all(seat.error for seat in seats):
+                return
             started = time.monotonic()
             indices = shuffled_indices(step, size, len(batches), config.dataset.seed)
             batch = batches.batch(indices)
-            for seat in seats:
-                if seat.member.step == step:
+            for seat in working:
+                with _own_error(seat):
                     started = _one_step(seat, batch, started)
             progress.update(per_step, _note(seats[0]))
             if stop:
-                for seat in seats:
-                    seat.save()
+                _save_all(seats)
                 stop.check()
+    _save_all(seats)
+
+
+@contextlib.contextmanager
+def _own_error(seat: Seat) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        seat.error = error
+
+
+def _save_all(seats: list[Seat]) -> None:
     for seat in seats:
-        seat.save()
+        if seat.error is None:
+            with _own_error(seat):
+                seat.save()
 
 
 def _one_step(seat: Seat, batch: object, started: float) -> float:

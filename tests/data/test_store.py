@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import Calibration, StreamSource, calibrate, shuffled_indices
+from tcsae.data.stream import Stream, open_stream
 from tcsae.errors import Interrupted, UserError
 from tcsae.files import Lock, atomic, load_tensors, locked, save_tensors, write_text
-from tcsae.run import Stream, open_stream
 from tcsae.signals import StopRequest
 
 SHARDS = 7  # 48 training and 8 held-out contexts, 8 in a shard

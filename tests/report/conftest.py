@@ -14,8 +14,9 @@ def run_folder(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFa
     from helpers import small_config
 
     from tcsae.analysis import analyse
+    from tcsae.data.stream import open_stream
     from tcsae.files import load_tensors
-    from tcsae.run import open_stream, run
+    from tcsae.run import run
     from tcsae.run_folder import load_run
     from tcsae.signals import stop_on_signal
 

@@ -109,11 +109,11 @@ def test_a_browser_draws_everything_and_has_no_complaint(page: Path) -> None:
 
 
 def test_a_grid_writes_the_difference_and_marks_noise(comparison: Comparison) -> None:
-    from tcsae.report.compare_page import _figures
+    from tcsae.report.compare_page import stream_figures
 
     content = comparison.to_json()
     name = f"C_{comparison.headline_window}"
-    heat = _figures(content["groups"], content["grids"], content)[f"grid-0-{name}"].data[0]
+    heat = stream_figures(content["groups"], content["grids"], content)[f"grid-0-{name}"].data[0]
     grid = content["grids"][0]
     marked = [cell.count("<br>~ ") for row in heat.text for cell in row]
     deltas = [content["groups"][i]["deltas"].get(name) for row in grid["groups"] for i in row]

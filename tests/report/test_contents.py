@@ -148,12 +148,13 @@ def test_without_a_record_the_command_spells_the_config_out(contents: Contents) 
     from hydra import compose, initialize_config_dir
 
     from tcsae import numbers
-    from tcsae.train import _to_config, conf_folder
+    from tcsae.composed import to_config
+    from tcsae.train import conf_folder
 
     numbers.install()
     arguments = shlex.split(contents.command())[3:]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        again = _to_config(compose("train", arguments))
+        again = to_config(compose("train", arguments))
     assert again == contents.run.config
     assert dict(flat(again.dump()))["dataset.context_size"] == 16
 

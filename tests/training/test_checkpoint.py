@@ -11,8 +11,9 @@ from helpers import leftovers, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.data.stream import open_stream
 from tcsae.errors import UserError
-from tcsae.run import open_stream, run
+from tcsae.run import run
 from tcsae.signals import StopRequest
 from tcsae.tracking import JsonLines
 from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -130,6 +131,8 @@ def seat(tiny_gpt2: Path, texts: Path, tmp_path: Path) -> Callable[..., Seat]:
 
 def train(seat: Seat) -> None:
     train_bank([seat], seat.stream.train, StopRequest())  # type: ignore[attr-defined]
+    if seat.error is not None:
+        raise seat.error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

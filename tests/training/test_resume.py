@@ -13,9 +13,10 @@ import torch
 from helpers import metric_lines, small_config, weights_digest
 
 from tcsae.config import Config
+from tcsae.data.stream import Stream, open_stream
 from tcsae.errors import Interrupted
 from tcsae.files import load_tensors
-from tcsae.run import Stream, open_stream, run
+from tcsae.run import run
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.signals import StopRequest
 from tcsae.tracking import JsonLines
@@ -275,14 +276,31 @@ def test_a_bank_that_was_interrupted_unevenly_ends_as_it_would_have(
     def die_in_the_third_member() -> None:
         calls.append(1)
         if len(calls) == 3:
-            raise MemoryError
+            raise KeyboardInterrupt
 
     calls: list[int] = []
     with monkeypatch.context() as patch:
         before_step(patch, 7, die_in_the_third_member)
-        with pytest.raises(MemoryError):
+        with pytest.raises(KeyboardInterrupt):
             solo.train([0, 1, 2, 3], "bank")
     # One member lost its newest checkpoint as well, another one every one.
     (solo.folder / "bank" / "1" / "checkpoint" / "step-00000004.safetensors").unlink()
     seats = solo.train([0, 1, 2, 3], "bank")
     solo.assert_equal(seats)
+
+
+def test_a_member_that_fails_leaves_the_others_alone_and_can_catch_up(
+    solo: Solo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_in_the_third_member() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        before_step(patch, 7, fail_in_the_third_member)
+        seats = solo.train([0, 1, 2, 3], "bank")
+    assert [type(seat.error) for seat in seats] == [type(None), type(None), MemoryError, type(None)]
+    assert [seat.member.step for seat in seats] == [STEPS, STEPS, 7, STEPS]
+    solo.assert_equal(solo.train([0, 1, 2, 3], "bank"))

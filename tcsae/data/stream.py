@@ -1,0 +1,63 @@
+"""The activations of one job, or of a bank of jobs that share them: contexts, harvest, scale."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcsae.config import Config
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import (
+    ActivationBatches,
+    ActivationStore,
+    StreamSource,
+    calibrate,
+    load_or_build_contexts,
+)
+from tcsae.files import tensors_digest
+from tcsae.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Training and held-out activations of one job (or of a bank of jobs that share them)."""
+
+    model: LanguageModel
+    train: ActivationBatches
+    evaluation: ActivationBatches
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Names of what was really read, whatever paths the config has."""
+        parts = {"training_contexts": self.train, "held_out_contexts": self.evaluation}
+        ids = {name: {"ids": part.source.contexts.ids} for name, part in parts.items()}
+        return {"weights": self.model.weights.identity} | {
+            name: tensors_digest(tensors) for name, tensors in ids.items()
+        }
+
+
+def open_stream(config: Config, stop: StopRequest) -> Stream:
+    """Contexts packed, activations harvested (or streamed), masks and scale known."""
+    model = LanguageModel(config.model, config.layer)
+    root = Path(config.store.dir).expanduser()
+    contexts = load_or_build_contexts(config.dataset, model, root, stop)
+    sources: list[Any] = []
+    for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
+        if config.store.mode == "stream":
+            sources.append(StreamSource(model, part))
+            continue
+        store = ActivationStore(root, model, part, config.store.shard_contexts)
+        store.harvest(stop, what)
+        sources.append(store)
+    calibration = calibrate(sources[0], config.dataset.norm_filter)
+    log.info(
+        f"{len(contexts[0].ids)} training and {len(contexts[1].ids)} held-out contexts; median "
+        f"norm {calibration.median_norm:.4g}, {100 * calibration.massive_share:.2f} % massive "
+        "tokens left out"
+    )
+    batches = [ActivationBatches(source, calibration, model.device) for source in sources]
+    return Stream(model, *batches)

@@ -1,0 +1,42 @@
+"""The end of a sweep: its comparison page, also when jobs failed; and the same in W&B."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tcsae.errors import UserError
+
+if TYPE_CHECKING:
+    from tcsae.config import TrackingConfig
+
+log = logging.getLogger(__name__)
+
+
+def write_sweep_page(sweep: Path) -> Path | None:
+    """The comparison of a sweep's finished jobs; None, with a warning, if it cannot be made."""
+    from tcsae.compare import FOLDER, write_comparison
+    from tcsae.report.comparison import compare_runs
+    from tcsae.tracking import send_comparison
+
+    folder = sweep / FOLDER
+    try:
+        comparison = compare_runs([sweep])
+        write_comparison(comparison, folder)
+        tracking = _tracking(sweep)
+    except UserError as error:
+        log.warning(f"no comparison page: {error}")
+        return None
+    log.info(f"the comparison: {folder / 'report.html'}")
+    if tracking.group is not None:
+        send_comparison(comparison, folder, tracking, tracking.group)
+    return folder
+
+
+def _tracking(sweep: Path) -> TrackingConfig:
+    """As the sweep's jobs have it; they differ in nothing that matters here."""
+    from tcsae.config import parse
+    from tcsae.files import read_json
+
+    return parse(read_json(next(sweep.glob("*/config.json")))).tracking

@@ -1,0 +1,100 @@
+"""The jobs of a grid, and the packs in which one process does several of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcsae.config import Config, parse, run_id
+from tcsae.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class GridJob:
+    """One point of a grid."""
+
+    number: int
+    name: str
+    """What varies: "window=8,lambda=0.1"."""
+    overrides: tuple[str, ...]
+    config: Config
+    folder: Path
+    """Absolute."""
+    hydra_files: dict[str, str]
+    """The content of its `.hydra` folder."""
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "final_info.json").is_file()
+
+
+def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """For every job the overrides in which the jobs differ, the seed last; "job" if in none."""
+    values = [dict(o.lstrip("+").split("=", 1) for o in job if "=" in o) for job in overrides]
+    keys = sorted(dict.fromkeys(key for job in values for key in job), key="seed".__eq__)
+    varying = [key for key in keys if len({job.get(key) for job in values}) > 1]
+    return [",".join(f"{key}={job[key]}" for key in varying if key in job) or "job"
+            for job in values]
+
+
+def stream_key(config: Config) -> str:
+    """Equal for jobs that can be trained side by side: the same activations, in the same order."""
+    parts = config.dump()
+    shared = {key: parts[key] for key in ("model", "layer", "dataset", "store")}
+    return json.dumps(shared | {"batch": config.training.batch_contexts}, sort_keys=True)
+
+
+def make_packs(
+    jobs: Sequence[GridJob], size: Callable[[list[GridJob]], int]
+) -> list[list[GridJob]]:
+    """Jobs of one stream together, in packs of nearly equal length.
+
+    `size` says for the jobs of one stream how many may be in one process.
+    """
+    streams: dict[str, list[GridJob]] = {}
+    for job in jobs:
+        streams.setdefault(stream_key(job.config), []).append(job)
+    packs = []
+    for together in streams.values():
+        n = -(-len(together) // max(size(together), 1))
+        bounds = [len(together) * i // n for i in range(n + 1)]
+        packs += [together[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return packs
+
+
+def write_pack(path: Path, pack: Sequence[GridJob], sweep: Path) -> None:
+    """A pack as JSON, for the process that will do it."""
+    jobs = [
+        {
+            "number": job.number,
+            "name": job.name,
+            "overrides": job.overrides,
+            "config": job.config.dump(),
+            "folder": str(job.folder),
+            "hydra_files": job.hydra_files,
+        }
+        for job in pack
+    ]
+    write_json(path, {"sweep": str(sweep), "jobs": jobs})
+
+
+def read_pack(path: Path) -> list[GridJob]:
+    return [_job(described) for described in read_json(path)["jobs"]]
+
+
+def _job(described: dict[str, Any]) -> GridJob:
+    return GridJob(
+        described["number"],
+        described["name"],
+        tuple(described["overrides"]),
+        parse(described["config"]),
+        Path(described["folder"]),
+        described["hydra_files"],
+    )
+
+
+def same_run(job: GridJob, other: GridJob) -> bool:
+    return run_id(job.config) == run_id(other.config)

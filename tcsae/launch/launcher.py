@@ -1,0 +1,164 @@
+"""What every launcher does: check the whole grid, pack it, run it, and tell the truth at the end.
+
+Free of torch and of submitit: Hydra imports its launchers at every start.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tcsae.errors import UserError
+from tcsae.run_log import console
+
+if TYPE_CHECKING:
+    from tcsae.launch.jobs import GridJob
+    from tcsae.launch.options import Options
+    from tcsae.launch.sweep_folder import SweepFolder
+
+log = logging.getLogger(__name__)
+
+Packs = list[list["GridJob"]]
+
+
+class GridLauncher(Launcher):
+    """A launcher's options come from conf/hydra/launcher/ (tcsae/launch/options.py)."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        self.given = {key: _plain(value) for key, value in options.items()}
+        self.context: HydraContext | None = None
+        self.config: DictConfig | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+
+    # ---- what a launcher has of its own ----
+
+    @property
+    @abstractmethod
+    def options(self) -> Options:
+        """The options, checked. Raises UserError."""
+
+    @abstractmethod
+    def processes(self) -> int | None:
+        """How many packs run at once; None if that is not known."""
+
+    def preflight(self, packs: Packs) -> None:
+        """Raises UserError for what makes launching impossible, before anything is written."""
+        return
+
+    @abstractmethod
+    def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str] | None:
+        """Run the packs to their end; what to say of jobs whose own folder does not say it.
+
+        None if they have been sent and are not waited for.
+        """
+
+    # ---- what they share ----
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run the jobs; one JobReturn each, whatever became of the others.
+
+        Raises UserError before anything is written or sent if one of them is not valid.
+        """
+        from tcsae.launch.plan import packed, plan_lines
+        from tcsae.launch.results import results_of, table
+        from tcsae.launch.sweep_folder import SweepFolder
+
+        options = self.options
+        console()
+        jobs = self.compose(job_overrides, initial_job_idx)
+        assert self.config is not None
+        sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
+        sweep.check(jobs)
+        before = {job.number for job in jobs if job.is_finished and not job.config.rerun}
+        packs = packed([job for job in jobs if job.number not in before], options, self.processes())
+        for line in plan_lines(jobs, packs, before, options, sweep):
+            log.info(line)
+        if options.dry_run:
+            return [self._returned(job, None, None) for job in jobs]
+        self.preflight(packs)
+        sweep.describe(jobs, self.kind, sys.argv[1:])
+        said = self.execute(sweep, packs) if packs else {}
+        if said is None:
+            return [self._returned(job, None, None) for job in jobs]
+        results = results_of(jobs, before, said)
+        print(table(results), flush=True)
+        return [
+            self._returned(result.job, result.value, None if result.is_good else result.message)
+            for result in results
+        ]
+
+    def compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[GridJob]:
+        """The jobs of a grid, every one of them checked."""
+        from tcsae.composed import to_config
+        from tcsae.launch.jobs import GridJob, names_of
+        from tcsae.progress import shown
+
+        assert self.context is not None and self.config is not None
+        jobs: list[GridJob] = []
+        names = names_of(job_overrides)
+        numbered = enumerate(zip(job_overrides, names, strict=True), first)
+        for number, (overrides, name) in shown(numbered, len(names)):
+            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = number
+            try:
+                config = to_config(composed)
+            except UserError as error:
+                raise UserError(f"job {number} ({name}): {error}") from None
+            folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
+            config = _named(config, name, Path(composed.hydra.sweep.dir).name)
+            files = _hydra_files(composed, overrides)
+            jobs.append(
+                GridJob(number, name, tuple(overrides), config, folder.absolute(), files)
+            )
+        return jobs
+
+    def _returned(self, job: GridJob, value: Any, error: str | None) -> JobReturn:
+        status = JobStatus.COMPLETED if error is None else JobStatus.FAILED
+        return JobReturn(
+            overrides=list(job.overrides),
+            working_dir=str(job.folder),
+            task_name="train",
+            status=status,
+            _return_value=value if error is None else UserError(error),
+        )
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _named(config: Any, name: str, sweep: str) -> Any:
+    """What W&B shows of a job of a sweep, unless the user has chosen it."""
+    tracking = config.tracking
+    if tracking.group is None:
+        tracking = tracking.model_copy(update={"group": sweep})
+    return config.model_copy(update={"name": config.name or name, "tracking": tracking})
+
+
+def _hydra_files(composed: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
+    """What Hydra itself writes into a job's .hydra folder."""
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    hydra_part = OmegaConf.masked_copy(composed, ["hydra"])
+    return {
+        "config.yaml": OmegaConf.to_yaml(own),
+        "hydra.yaml": OmegaConf.to_yaml(hydra_part),
+        "overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(overrides))),
+    }

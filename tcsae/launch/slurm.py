@@ -1,0 +1,243 @@
+"""hydra/launcher=slurm: a job array on a Slurm cluster, sent with submitit.
+
+Every element of the array does one pack. A job that fails is FAILED for Slurm, with the traceback
+in its log; one that is preempted, or nears its time limit, saves and is queued again
+(tcsae/launch/slurm_job.py). A last job, which waits for the array, writes the comparison page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tcsae.errors import UserError
+from tcsae.launch.launcher import GridLauncher, Packs
+from tcsae.progress import clock
+
+if TYPE_CHECKING:
+    from tcsae.launch.options import SlurmOptions
+    from tcsae.launch.sweep_folder import SweepFolder
+
+log = logging.getLogger(__name__)
+
+LEAST_SECONDS = 60
+"""What a job has at least between its start and the call to save."""
+CLOSING_MINUTES = 60
+SAY_EVERY = 60.0
+QUIET_LOOKS = 3
+"""Looks at the queue without a job after which it has ended: Slurm's lists lag behind."""
+
+
+class SlurmLauncher(GridLauncher):
+    kind = "slurm"
+
+    @property
+    def options(self) -> SlurmOptions:
+        from tcsae.launch.options import SlurmOptions, checked
+
+        return checked(SlurmOptions, self.given)
+
+    def processes(self) -> int | None:
+        return None
+
+    def preflight(self, packs: Packs) -> None:
+        options = self.options
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "there is no Slurm on this machine (no sbatch): run this on a login node, or use "
+                "hydra/launcher=local for several processes here"
+            )
+        if options.timeout_min * 60 < options.signal_delay_s + LEAST_SECONDS:
+            raise UserError(
+                f"hydra.launcher.timeout_min = {options.timeout_min}: shorter than one interval; a "
+                f"job is told to save {options.signal_delay_s} s before the limit "
+                f"(hydra.launcher.signal_delay_s) and needs {LEAST_SECONDS} s before that"
+            )
+
+    def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str] | None:
+        options = self.options
+        jobs, closing = submit(sweep, packs, options)
+        said = f"python -m tcsae.status {sweep.path}"
+        log.info(f"sent as Slurm job {jobs[0].job_id.partition('_')[0]}; {said} shows how they are")
+        if not options.wait:
+            return None
+        try:
+            ended = _wait(jobs + ([closing] if closing else []), options)
+        except KeyboardInterrupt:
+            log.warning(f"no longer watching; the jobs go on: {said}; the same command watches on")
+            raise
+        messages: dict[int, str] = {}
+        for pack, job in zip(packs, jobs, strict=True):
+            if ended[job.job_id]:
+                messages |= {member.number: ended[job.job_id] for member in pack}
+        if closing and ended[closing.job_id]:
+            log.warning(f"no comparison page: {ended[closing.job_id]}")
+        return messages
+
+
+def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[list[Any], Any]:
+    """The array's jobs and the closing job (or None). Raises UserError if Slurm refuses them."""
+    from tcsae.launch.jobs import write_pack
+    from tcsae.launch.slurm_job import ClosingJob, PackJob
+    from tcsae.launch.sweep_folder import PACKS
+
+    folder = sweep.path / PACKS / time.strftime("slurm-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    with _nothing_left_of_a_refusal(folder, sweep):
+        files = [folder / f"{index}.json" for index in range(len(packs))]
+        for file, pack in zip(files, packs, strict=True):
+            write_pack(file, pack, sweep.path)
+        executor = _executor(folder, options, "tcsae-" + sweep.name)
+        jobs = executor.map_array(PackJob(), [str(file) for file in files])
+    closing = None
+    if options.compare:
+        array_id = jobs[0].job_id.partition("_")[0]
+        executor = _executor(folder, _closing_options(options, array_id), "tcsae-compare")
+        closing = executor.submit(ClosingJob(), str(sweep.path))
+    ids = [job.job_id for job in jobs]
+    sweep.add_submission(packs, ids, closing.job_id if closing else None)
+    _mark_queued(packs, ids)
+    return jobs, closing
+
+
+def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=folder / "%j", max_num_timeout=1_000_000)
+    extra = {"requeue": True, **options.additional_parameters}
+    chosen = {
+        "job_name": name,
+        "time": options.timeout_min,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "exclude": options.exclude,
+        "nodelist": options.nodelist,
+        "gpus_per_node": options.gpus_per_node or None,
+        "cpus_per_task": options.cpus_per_task,
+        "mem": f"{round(options.mem_gb * 1024)}MB",
+        "setup": options.setup or None,
+        "signal_delay_s": options.signal_delay_s,
+        "array_parallelism": options.array_parallelism,
+        "stderr_to_stdout": True,
+        "ntasks_per_node": 1,
+        "additional_parameters": extra,
+    }
+    executor.update_parameters(**{key: value for key, value in chosen.items() if value is not None})
+    return executor
+
+
+def _closing_options(options: SlurmOptions, array_id: str) -> SlurmOptions:
+    """Small, without a GPU, after the array's end however that comes."""
+    extra = {**options.additional_parameters, "dependency": f"afterany:{array_id}"}
+    return options.model_copy(
+        update={
+            "partition": options.closing_partition or options.partition,
+            "gpus_per_node": 0,
+            "cpus_per_task": min(options.cpus_per_task, 2),
+            "mem_gb": min(options.mem_gb, 16),
+            "timeout_min": CLOSING_MINUTES,
+            "additional_parameters": extra,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[None]:
+    """Slurm's own words in one line, and the folder as it was, if it takes no job."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(folder)
+        only_ours = [path for path in sweep.path.rglob("*") if path.is_file()]
+        if [path.name for path in only_ours] == ["sweep.json"]:
+            shutil.rmtree(sweep.path)
+        text = " ".join(str(error).split())
+        reason = re.sub(r"sbatch: (error: )?", "", text) or "no reason was given"
+        raise UserError(
+            f"Slurm refused the jobs: {reason} (asked for with hydra.launcher.partition, "
+            "gpus_per_node, cpus_per_task, mem_gb, timeout_min, account; sinfo shows what there is)"
+        ) from error
+
+
+def _mark_queued(packs: Packs, job_ids: list[str]) -> None:
+    from tcsae.run_state import queued
+
+    for pack, job_id in zip(packs, job_ids, strict=True):
+        for job in pack:
+            queued(job.folder, job_id)
+
+
+# ---------------------------------------------------------------------------- waiting for them
+
+
+def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
+    """By job id: empty for a job that ended well, else what there is to say of it."""
+    started = said_at = time.monotonic()
+    ended: dict[str, str] = {}
+    missing = dict.fromkeys((job.job_id for job in jobs), 0)
+    while len(ended) < len(jobs):
+        queue = in_queue([job.job_id for job in jobs if job.job_id not in ended])
+        for job in jobs:
+            name = job.job_id
+            if name in ended:
+                continue
+            if queue is not None:
+                missing[name] = 0 if name in queue else missing[name] + 1
+            if missing[name] and job.paths.result_pickle.exists():
+                ended[name] = _failure(job)
+            elif missing[name] >= QUIET_LOOKS:
+                state = accounting_state(name)
+                ended[name] = f"{state}, with no result; its log: {job.paths.stdout}"
+        if time.monotonic() - said_at >= SAY_EVERY:
+            said_at = time.monotonic()
+            states = sorted((queue or {}).values())
+            counted = ", ".join(f"{states.count(s)} {s.lower()}" for s in dict.fromkeys(states))
+            queued = counted or "the queue is not known"
+            log.info(f"{clock(said_at - started)}: {len(ended)} ended, {queued}")
+        if len(ended) < len(jobs):
+            time.sleep(options.poll_seconds)
+    return ended
+
+
+def _failure(job: Any) -> str:
+    """Empty, or the last line of what the job raised."""
+    error = job.exception()
+    if error is None:
+        return ""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{lines[-1].strip()}; its log: {job.paths.stdout}"
+
+
+def in_queue(job_ids: list[str]) -> dict[str, str] | None:
+    """State by job id ("12_3") of those that Slurm still has to end; None if it does not answer."""
+    main = ",".join(dict.fromkeys(name.partition("_")[0] for name in job_ids))
+    command = ["squeue", "--noheader", "--array", "--jobs", main, "--format", "%i %T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    if answer.returncode:
+        return {} if "Invalid job id" in answer.stderr else None
+    states = (line.split() for line in answer.stdout.splitlines())
+    return {name: state for name, state in states}
+
+
+def accounting_state(job_id: str) -> str:
+    """CANCELLED, OUT_OF_MEMORY, ... where the cluster keeps accounts; else what is sure."""
+    command = ["sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State"]
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if answer.returncode == 0 and answer.stdout.split():
+            return answer.stdout.split()[0]
+    return "it left the queue"

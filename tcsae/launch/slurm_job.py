@@ -1,0 +1,101 @@
+"""Inside a Slurm job: do the pack; when told to stop, save, and be queued again."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tcsae.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.launch.jobs import read_pack
+from tcsae.run_state import queued, slurm_job_id
+
+log = logging.getLogger(__name__)
+
+KILL_WAIT = 600.0
+"""Seconds to wait for Slurm's kill where this job cannot queue itself again."""
+
+
+class PackJob:
+    """What submitit sends: the pack is in a JSON file."""
+
+    def __call__(self, path: str) -> None:
+        from tcsae.launch.worker import work_or_raise
+        from tcsae.signals import stop_on_signal
+
+        before = progress_mark(Path(path))
+        try:
+            with stop_on_signal() as stop:
+                work_or_raise(Path(path), stop)
+        except Interrupted as stopped:
+            log.warning(str(stopped))
+            _be_queued_again(Path(path), is_stuck=progress_mark(Path(path)) == before)
+
+    def checkpoint(self, path: str) -> object:
+        """submitit's own hook, for a signal before `__call__` has begun: nothing is lost."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, path)
+
+
+class ClosingJob:
+    def __call__(self, sweep: str) -> None:
+        from tcsae.launch.closing import write_sweep_page
+        from tcsae.run_log import console
+
+        console()
+        if write_sweep_page(Path(sweep)) is None:
+            raise UserError("no comparison page")
+
+
+def progress_mark(path: Path) -> tuple[int, ...]:
+    """Numbers that grow whenever something of the pack's work has been saved."""
+    pack = read_pack(path)
+    names = ("sae/cfg.json", "eval/core.json", "analysis", "final_info.json")
+    made = sum((job.folder / name).exists() for job in pack for name in names)
+    steps = [int(file.stem.partition("-")[2]) for job in pack
+             for file in (job.folder / "checkpoint").glob("step-*.safetensors")]
+    stores = {Path(job.config.store.dir).expanduser() for job in pack}
+    shards = sum(1 for store in stores for _ in store.rglob("*.safetensors"))
+    return made, sum(steps), shards
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def _be_queued_again(path: Path, is_stuck: bool) -> None:
+    """Leave, in a way that Slurm starts this job again unless somebody has cancelled it.
+
+    Slurm queues a preempted job again only if it has to kill it: one that saves and ends by itself
+    counts as ended. So it queues itself again, at once, which also frees the node sooner than the
+    grace time would.
+
+    Raises UserError if the time limit is too short for any progress.
+    """
+    # As "12_3": the plain id of an array's last task is that of the whole array.
+    job_id = slurm_job_id()
+    assert job_id is not None
+    shown = _slurm("scontrol", "show", "job", job_id, "--oneliner").stdout
+    facts = dict(part.split("=", 1) for part in shown.split() if "=" in part)
+    if facts.get("JobState", "RUNNING") != "RUNNING":
+        log.warning(f"{facts['JobState']}: leaving")  # Slurm ends it, and knows whether for good
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    was_preempted = facts.get("PreemptTime", "None") != "None"
+    if is_stuck and not was_preempted:
+        raise UserError(
+            f"the time limit ({facts.get('TimeLimit', 'of this job')}) is shorter than one "
+            "interval: nothing was saved since the job began; raise hydra.launcher.timeout_min or "
+            "lower training.checkpoint_every"
+        )
+    answer = _slurm("scontrol", "requeue", job_id)
+    if answer.returncode:
+        log.warning(f"cannot queue this job again ({answer.stderr.strip()}): waiting for Slurm")
+        time.sleep(KILL_WAIT)
+    log.warning("queued again")
+    for job in read_pack(path):
+        if not job.is_finished:
+            queued(job.folder, job_id)
+    sys.exit(INTERRUPTED_EXIT_CODE)

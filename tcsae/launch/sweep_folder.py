@@ -1,0 +1,86 @@
+"""A sweep's own folder: `sweep.json` says which jobs it has and where they were sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcsae.config import run_id
+from tcsae.errors import UserError
+from tcsae.files import make_folder, read_json, write_json
+from tcsae.launch.jobs import GridJob
+
+PACKS = ".packs"
+"""Where packs, submission files and the logs of their processes are."""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    path: Path
+    """Absolute."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def check(self, jobs: Sequence[GridJob]) -> None:
+        """Raises UserError if the folder is another grid's. Nothing is written."""
+        file = self.path / "sweep.json"
+        if not file.is_file():
+            return
+        before = {job["run_id"] for job in read_json(file)["jobs"]}
+        now = {run_id(job.config) for job in jobs}
+        if before != now:
+            raise UserError(
+                f"{self.path} holds another grid ({len(before)} jobs, of which this one has "
+                f"{len(before & now)}): choose another folder with hydra.sweep.dir=..., or remove "
+                "it"
+            )
+
+    def describe(self, jobs: Sequence[GridJob], launcher: str, command: Sequence[str]) -> None:
+        """Write `sweep.json`, with the submissions there were before."""
+        make_folder(self.path)
+        file = self.path / "sweep.json"
+        before = read_json(file) if file.is_file() else {}
+        write_json(
+            file,
+            {
+                "name": self.name,
+                "created": before.get("created", time.time()),
+                "command": list(command),
+                "launcher": launcher,
+                "jobs": [
+                    {
+                        "number": job.number,
+                        "run_id": run_id(job.config),
+                        "name": job.name,
+                        "overrides": list(job.overrides),
+                        "folder": str(job.folder.relative_to(self.path)),
+                    }
+                    for job in jobs
+                ],
+                "submissions": before.get("submissions", []),
+            },
+        )
+
+    def add_submission(
+        self,
+        packs: Sequence[Sequence[GridJob]],
+        job_ids: Sequence[str | None],
+        closing_job_id: str | None = None,
+    ) -> None:
+        content: dict[str, Any] = read_json(self.path / "sweep.json")
+        content["submissions"].append(
+            {
+                "time": time.time(),
+                "packs": [
+                    {"jobs": [job.number for job in pack], "job_id": job_id}
+                    for pack, job_id in zip(packs, job_ids, strict=True)
+                ],
+                "closing_job_id": closing_job_id,
+            }
+        )
+        write_json(self.path / "sweep.json", content)

@@ -1,0 +1,71 @@
+"""The sweeper: the grid of a --multirun command or of a preset, checked whole before it begins."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, ListConfig
+
+from tcsae.errors import SweepFailed
+
+
+class GridSweeper(Sweeper):
+    """Every combination of `params` and of the command line's lists, for every one of `points`.
+
+    Args:
+        params: override -> its values as on the command line ("0,0.3,1"); for presets.
+        points: overrides in one string each ("window=8 lambda=0.1"), in which lists may stand
+            too; the grid is made once for each of them. The command line wins over `params`.
+    """
+
+    def __init__(
+        self, params: DictConfig | None = None, points: Sequence[str] | None = None
+    ) -> None:
+        self.params = dict(params or {})
+        self.points = list(points or []) or [""]
+        self.launcher: Any = None
+        self.context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Raises SweepFailed, after everything else has ended, if a job failed."""
+        results = self.launcher.launch(self.grid(arguments), initial_job_idx=0)
+        failed = [result for result in results if result.status == JobStatus.FAILED]
+        if failed:
+            raise SweepFailed(f"{len(failed)} of {len(results)} jobs did not finish")
+        return [results]
+
+    def grid(self, arguments: Sequence[str]) -> list[list[str]]:
+        """One list of overrides a job, each job once."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        assert self.context is not None
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        preset = [f"{key!s}={_as_written(value)}" for key, value in self.params.items()]
+        jobs: dict[tuple[str, ...], None] = {}
+        for point in self.points:
+            parsed = parser.parse_overrides([*preset, *shlex.split(point), *arguments])
+            for job in BasicSweeper.split_arguments(parsed, None)[0]:
+                jobs[tuple(job)] = None
+        if not jobs:
+            raise HydraException("the grid has no job")
+        return [list(job) for job in jobs]
+
+
+def _as_written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, ListConfig) else str(value)

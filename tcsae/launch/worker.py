@@ -1,0 +1,89 @@
+"""`python -m tcsae.launch.worker PACK.json`: the jobs of a pack, side by side in this process.
+
+Exit codes: 0 all done, 1 at least one failed (the others are done all the same), 75 stopped by a
+signal with everything saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from tcsae.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.files import disk_errors, make_folder, write_text
+from tcsae.launch.jobs import GridJob, read_pack
+from tcsae.run_log import console, run_logs
+from tcsae.signals import StopRequest, stop_on_signal
+
+log = logging.getLogger(__name__)
+
+
+class JobsFailed(Exception):
+    """Jobs of this pack failed; their tracebacks stand above."""
+
+
+def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
+    """Do the jobs; the errors of those that failed, by job number.
+
+    Raises Interrupted if a signal came: everything is saved.
+    """
+    from tcsae.run import run_bank
+
+    for job in pack:
+        _write_hydra_files(job)
+    with run_logs([job.folder for job in pack]):
+        outcomes = run_bank([(job.config, job.folder) for job in pack], stop)
+    errors = {
+        job.number: outcome.error
+        for job, outcome in zip(pack, outcomes, strict=True)
+        if outcome.error is not None
+    }
+    for job in pack:
+        if (error := errors.get(job.number)) is not None:
+            log.error(f"job {job.number} ({job.name}) failed: {error}")
+    return errors
+
+
+def _write_hydra_files(job: GridJob) -> None:
+    folder = make_folder(job.folder / ".hydra")
+    with disk_errors(folder):
+        for name, text in job.hydra_files.items():
+            write_text(folder / name, text)
+
+
+def work_or_raise(path: Path, stop: StopRequest) -> None:
+    """Do the pack in the file `path`. Raises JobsFailed if a job failed, after the others' end."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    console()
+    pack = read_pack(path)
+    errors = work(pack, stop)
+    if errors:
+        for error in errors.values():
+            traceback.print_exception(error)
+        said = "; ".join(f"{pack_job_name(pack, n)}: {error}" for n, error in errors.items())
+        raise JobsFailed(f"{len(errors)} of {len(pack)} jobs failed ({said})")
+
+
+def pack_job_name(pack: Sequence[GridJob], number: int) -> str:
+    return next(f"job {job.number}, {job.name}" for job in pack if job.number == number)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    path = Path((arguments or sys.argv[1:])[0])
+    try:
+        with stop_on_signal() as stop:
+            work_or_raise(path, stop)
+    except Interrupted as stopped:
+        log.warning(str(stopped))
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except (JobsFailed, UserError) as failed:
+        print(f"tcsae: {failed}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
