@@ -56,6 +56,10 @@ class GridLauncher(Launcher):
     def processes(self) -> int | None:
         """How many packs run at once; None if that is not known."""
 
+    def device(self) -> str:
+        """What the jobs will run on, for the estimate: "cuda" or "cpu"."""
+        return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+
     def preflight(self, packs: Packs) -> None:
         """Raises UserError for what makes launching impossible, before anything is written."""
         return
@@ -87,8 +91,9 @@ class GridLauncher(Launcher):
         sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
         sweep.check(jobs)
         before = {job.number for job in jobs if job.is_finished and not job.config.rerun}
-        packs = packed([job for job in jobs if job.number not in before], options, self.processes())
-        for line in plan_lines(jobs, packs, before, options, sweep):
+        to_do = [job for job in jobs if job.number not in before]
+        packs = packed(_each_once(to_do), options, self.processes(), self.device())
+        for line in plan_lines(jobs, packs, before, options, sweep, self.device()):
             log.info(line)
         if options.dry_run:
             return [self._returned(job, None, None) for job in jobs]
@@ -139,6 +144,11 @@ class GridLauncher(Launcher):
             status=status,
             _return_value=value if error is None else UserError(error),
         )
+
+
+def _each_once(jobs: Sequence[GridJob]) -> list[GridJob]:
+    """Without jobs that are the same run as an earlier one (seed=0 and seed=00, say)."""
+    return list({job.folder: job for job in reversed(jobs)}.values())[::-1]
 
 
 def _plain(value: Any) -> Any:

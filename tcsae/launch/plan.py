@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence, Set
 
+from tcsae.launch.estimate import Machine, members_that_fit, model_facts, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, stream_key
 from tcsae.launch.options import Options
 from tcsae.launch.sweep_folder import SweepFolder
 
 LARGEST_AUTO_PACK = 16
-SHOWN = 40
 
 
 def packed(
-    jobs: Sequence[GridJob], options: Options, processes: int | None
+    jobs: Sequence[GridJob], options: Options, processes: int | None, device: str
 ) -> list[list[GridJob]]:
-    """The packs, each the work of one process."""
+    """The packs, each the work of one process on a device ("cuda" or "cpu")."""
 
     def size(together: list[GridJob]) -> int:
         if options.pack != "auto":
             return options.pack
         spread = -(-len(together) // processes) if processes else len(together)
-        return min(LARGEST_AUTO_PACK, spread)
+        memory = options.device_memory_gb or _half_of_memory_gb() / (processes or 1)
+        machine = _machine(options, device)
+        fit = min(
+            members_that_fit(job.config, model_facts(job.config.model), memory, machine)
+            for job in together
+        )
+        return min(LARGEST_AUTO_PACK, spread, fit)
 
     return make_packs(jobs, size)
+
+
+def _machine(options: Options, device: str) -> Machine:
+    return Machine(options.tflops, options.bandwidth_gb_s, device)
+
+
+def _half_of_memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9
 
 
 def plan_lines(
@@ -32,6 +47,7 @@ def plan_lines(
     before: Set[int],
     options: Options,
     sweep: SweepFolder,
+    device: str,
 ) -> list[str]:
     """The jobs, the packing, and the estimated cost."""
     n_streams = len({stream_key(job.config) for job in jobs})
@@ -48,6 +64,12 @@ def plan_lines(
         for job in jobs:
             place = f"process {where[job.number]}" if job.number in where else "finished"
             lines.append(f"  {job.number:>4}  {place:<12} {job.name}")
+    to_do = [job for pack in packs for job in pack]
+    if to_do:
+        index = {job.number: i for i, job in enumerate(to_do)}
+        numbers = [[index[job.number] for job in pack] for pack in packs]
+        cost = sweep_cost([job.config for job in to_do], numbers, _machine(options, device))
+        lines += cost.lines()
     return lines
 
 

@@ -8,6 +8,7 @@ in its log; one that is preempted, or nears its time limit, saves and is queued 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import shutil
@@ -46,6 +47,9 @@ class SlurmLauncher(GridLauncher):
 
     def processes(self) -> int | None:
         return None
+
+    def device(self) -> str:
+        return "cuda" if self.options.gpus_per_node else "cpu"
 
     def preflight(self, packs: Packs) -> None:
         options = self.options
@@ -156,7 +160,8 @@ def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[Non
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            yield
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder)
         only_ours = [path for path in sweep.path.rglob("*") if path.is_file()]

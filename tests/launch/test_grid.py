@@ -155,10 +155,10 @@ def test_packs_hold_every_job_once_one_stream_each_and_no_more_than_allowed(
 def test_automatic_packs_are_spread_over_the_processes(packable: GridJob) -> None:
     jobs = [replace(packable, number=i) for i in range(20)]
     auto = checked(Options, {})
-    assert [len(p) for p in packed(jobs, auto, processes=4)] == [5, 5, 5, 5]
-    assert max(len(p) for p in packed(jobs, auto, processes=1)) <= 16
-    assert [len(p) for p in packed(jobs, checked(Options, {"pack": 8}), None)] == [6, 7, 7]
-    assert len(packed(jobs, checked(Options, {"pack": 1}), None)) == 20
+    assert [len(p) for p in packed(jobs, auto, 4, "cpu")] == [5, 5, 5, 5]
+    assert max(len(p) for p in packed(jobs, auto, 1, "cpu")) <= 16
+    assert [len(p) for p in packed(jobs, checked(Options, {"pack": 8}), None, "cpu")] == [6, 7, 7]
+    assert len(packed(jobs, checked(Options, {"pack": 1}), None, "cpu")) == 20
 
 
 def test_a_pack_comes_back_from_its_file_as_it_was(

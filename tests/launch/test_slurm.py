@@ -13,6 +13,7 @@ import pytest
 from helpers import Outcome, finish, run_here, start, weights_digest
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
+from tcsae.files import locked
 from tcsae.run_state import RunState, read_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
@@ -220,12 +221,16 @@ def test_a_cancelled_job_stays_cancelled_and_is_told(grid: Grid, tmp_path: Path)
 def test_a_limit_too_short_for_any_progress_is_an_error_and_no_endless_loop(
     grid: Grid, tmp_path: Path
 ) -> None:
-    sweep = tmp_path / "sweep"
-    process = start(*grid(sweep, store="stream", **LONG), *SMALL_JOB)
-    wait_for(lambda: any(p.name == "state.json" for p in sweep.glob("*/state.json")))
-    wait_for(lambda: (state := read_state(folders(sweep)["job"])) and state.state == "running")
-    near_its_limit(job_id(sweep, "job"))
-    outcome = finish(process)
+    sweep, store = tmp_path / "sweep", tmp_path / "store"
+    assert run_here(*grid(tmp_path / "before", store__dir=str(store))).code == 0
+    contexts = next((store / "contexts").iterdir())
+    (contexts / "train.safetensors").unlink()
+    with locked(contexts / ".lock"):  # what this job waits for takes longer than its limit
+        process = start(*grid(sweep, store__dir=str(store), seed="1"), *SMALL_JOB)
+        wait_for(lambda: any(sweep.glob("*/state.json")))
+        wait_for(lambda: (state := read_state(folders(sweep)["job"])) and state.state == "running")
+        near_its_limit(job_id(sweep, "job"))
+        outcome = finish(process)
     assert outcome.code == 1
     assert "shorter than one interval: nothing was saved" in outcome.stdout
 
@@ -239,7 +244,7 @@ def test_a_limit_too_short_for_any_progress_is_an_error_and_no_endless_loop(
         (["hydra.launcher.partition=nowhere"], "invalid partition specified: nowhere"),
         (["hydra.launcher.gpus_per_node=64"], "Requested node configuration is not available"),
         (["hydra.launcher.timeout_min=2"], "timeout_min = 2: shorter than one interval"),
-        (["hydra.launcher.additional_parameters={nonsense: 1}"], "unrecognized option"),
+        (["+hydra.launcher.additional_parameters.nonsense=1"], "unrecognized option"),
     ],
 )
 def test_what_slurm_cannot_do_is_one_line_and_leaves_nothing(

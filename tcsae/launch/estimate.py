@@ -1,0 +1,392 @@
+"""What a sweep will cost, before anything is submitted: device hours, disk, memory.
+
+Counted from configs and the shapes of their language models (tcsae/launch/counted.py); nothing is
+loaded. Hours follow from rates that are assumed (`Machine`). docs/scaling.md says what the formulas
+mean, how they compare with what was measured, and what they leave out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tcsae.launch import counted
+from tcsae.launch.counted import MACHINES, Machine, Sizes, Stage, Work
+from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
+
+if TYPE_CHECKING:
+    from tcsae.config import Config
+
+__all__ = [
+    "MACHINES", "Cost", "Machine", "SweepCost", "harvest_key", "job_cost", "members_that_fit",
+    "model_facts", "sweep_cost",
+]  # fmt: skip
+
+HOST_BASE = {"cpu": 0.8e9, "cuda": 3e9}
+"""A process with its libraries alone: 0.7 GB measured on a CPU; CUDA's share is assumed."""
+SLACK = 1.2
+"""Allocators hold more than is in use: up to 1.3 measured on a CPU."""
+PACKING_BYTES, CONTEXT_BYTES = 23, 7
+"""Host memory a token: while text becomes contexts, and of the contexts (on disk, too)."""
+PACKING_SECONDS = 3e-6
+"""A token of text into contexts, on two cores. Measured."""
+CALIBRATION_CONTEXTS = 256
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one job costs. Bytes of memory are peaks."""
+
+    harvest: Stage
+    """Contexts and activations: once for all jobs that share them. With store=stream contexts
+    alone."""
+    stream: Stage
+    """What a process does once for all its members: reads the store, or runs the model."""
+    train: Stage
+    evaluate: Stage
+    harvest_tokens: int
+    store_bytes: float
+    run_bytes: float
+    """The run folder with the last two checkpoints."""
+    member_bytes: float
+    """Device memory of this SAE in training."""
+    shared_bytes: float
+    """Device memory of a process beside its members: the model, and the largest workspace."""
+    loaded_bytes: float
+    """Host memory of contexts and calibration; beside a GPU also of the model on its way there."""
+    packing_bytes: float
+    """Host memory while the contexts are packed, before anything else is there."""
+    device: str
+
+    @property
+    def harvest_flops(self) -> float:
+        """Of the language model, in the store's making or in the stream."""
+        return _flops((*self.harvest, *self.stream))
+
+    @property
+    def train_flops(self) -> float:
+        return _flops(self.train)
+
+    @property
+    def evaluate_flops(self) -> float:
+        return _flops(self.evaluate)
+
+    @property
+    def device_bytes(self) -> float:
+        """Of a process with this job alone."""
+        return self.shared_bytes + self.member_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """Of a process with this job alone; on a CPU, the device's memory is in it."""
+        return self.host_bytes_beside(self.device_bytes)
+
+    def host_bytes_beside(self, device_bytes: float) -> float:
+        held = self.loaded_bytes + (device_bytes if self.device == "cpu" else 0)
+        return HOST_BASE[self.device] + max(held, self.packing_bytes)
+
+
+def _flops(stage: Iterable[Work]) -> float:
+    return sum(work.flops + work.float32_flops for work in stage)
+
+
+def hours(stage: Iterable[Work], machine: Machine) -> float:
+    """Device hours of a stage at the machine's rates."""
+    return sum(work.seconds(machine) for work in stage) / 3600
+
+
+def job_cost(
+    config: Config, facts: ModelFacts | None, machine: Machine = MACHINES["a100"]
+) -> Cost | None:
+    """The cost of one job; None if the model's shape or the amount of text is not known.
+
+    Of `machine`, only its kind matters here: what `auto` comes to, and whether it is a CPU.
+    """
+    contexts = text_contexts(config.dataset)
+    if facts is None or contexts is None:
+        return None
+    z = counted.sizes(config, facts, machine)
+    tokens = sum(contexts) * z.T
+    harvest, stream, store_bytes = _stream(config, facts, z, contexts, machine)
+    workspace = max(
+        counted.step_workspace(z),
+        counted.evaluate_workspace(config, facts, z),
+        counted.forward_workspace(config, facts, z),
+    )
+    sample = 3 * 4.0 * min(CALIBRATION_CONTEXTS, contexts[0]) * z.T * z.D
+    model_bytes = facts.n_params * z.model_s
+    return Cost(
+        harvest=harvest,
+        stream=stream,
+        train=counted.train_stage(config, z),
+        evaluate=counted.evaluate_stage(config, facts, z, contexts[1]),
+        harvest_tokens=0 if config.store.mode == "stream" else tokens,
+        store_bytes=CONTEXT_BYTES * tokens + store_bytes,
+        run_bytes=_run_bytes(config, z),
+        member_bytes=counted.member_bytes(config, z),
+        shared_bytes=model_bytes + SLACK * workspace,
+        loaded_bytes=CONTEXT_BYTES * tokens
+        + sample
+        + (0 if machine.device == "cpu" else model_bytes),
+        packing_bytes=float(PACKING_BYTES * tokens),
+        device=machine.device,
+    )
+
+
+def _stream(
+    config: Config, facts: ModelFacts, z: Sizes, contexts: tuple[int, int], machine: Machine
+) -> tuple[Stage, Stage, float]:
+    """(harvest, stream, bytes of activations on disk)."""
+    n_blocks, trained, tokens = _layer(config, facts) + 1, z.steps * z.N, sum(contexts) * z.T
+    pack = Work("pack the text", host_seconds=PACKING_SECONDS * tokens)
+    if config.store.mode == "stream":
+        # Held-out contexts are run for the metrics and again for the analysis.
+        held_out = (1 + config.evaluation.analysis) * contexts[1] * z.T
+        passed = trained + held_out
+        return (pack,), counted.forward_stage(config, facts, z, passed, n_blocks, "stream"), 0.0
+    size = float(tokens * z.D * z.model_s)
+    harvest = (
+        pack,
+        *counted.forward_stage(config, facts, z, tokens, n_blocks, "harvest"),
+        Work("write the store", disk_bytes=size, hash_bytes=size),
+    )
+    # A shard is read whole when it is first opened, to verify its checksum.
+    again = 0 if size <= machine.page_cache_gb * 1e9 else trained * z.D * z.model_s
+    return harvest, (Work("read the store", disk_bytes=size + again, hash_bytes=size),), size
+
+
+def _run_bytes(config: Config, z: Sizes) -> float:
+    """Checkpoints, `sae/`, `eval/`, and roughly `analysis/`, the report and W&B's files."""
+    per_feature = 4 * (config.evaluation.max_lag + 1 + 2 * z.T) + 2_000
+    close = min(z.F, counted.CLOSE_FEATURES) if config.evaluation.analysis else 0
+    pages = 1e6 + 6e6 * config.evaluation.analysis + close * (16 * z.T + 1_500)
+    return 2 * counted.checkpoint_bytes(config, z) + 4 * z.P + z.F * per_feature + pages
+
+
+def _layer(config: Config, facts: ModelFacts) -> int:
+    from tcsae.config import resolve_layer
+
+    try:
+        return resolve_layer(config.layer, facts.n_layers)
+    except ValueError:
+        return facts.n_layers - 1  # the job refuses such a layer; its cost has no meaning
+
+
+def harvest_key(config: Config) -> str:
+    """Equal for jobs that read the same store: what addresses it, as far as a config says."""
+    dataset = config.dataset.model_dump(mode="json", exclude={"name", "norm_filter"})
+    model = config.model.model_dump(
+        mode="json", exclude={"n_layers", "default_layer", "forward_contexts", "extra_masked_ids"}
+    )
+    if model["path"] is not None or model["package"] is not None:
+        del model["name"]
+    if model["dtype"] != "auto":
+        del model["device"]
+    facts = model_facts(config.model)
+    layer = config.layer if facts is None else _layer(config, facts)
+    identity = [model, layer, dataset, config.store.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def members_that_fit(
+    config: Config,
+    facts: ModelFacts | None,
+    device_gb: float,
+    machine: Machine = MACHINES["a100"],
+) -> int:
+    """How many SAEs of this config train side by side in that memory; at least 1.
+
+    `device_gb` (1e9 bytes) is a GPU's memory, or what a process on a CPU may use of the host's.
+    """
+    cost = job_cost(config, facts, machine)
+    if cost is None:
+        return 1
+    free = device_gb * 1e9 - cost.shared_bytes
+    if machine.device == "cpu":
+        free -= HOST_BASE["cpu"] + cost.loaded_bytes
+    return max(1, int(free // cost.member_bytes))
+
+
+# --------------------------------------------------------------------------------------- sweeps
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """What a sweep costs; hours are None where the machine has no rates."""
+
+    machine: Machine
+    n_jobs: int
+    n_unknown: int
+    """Jobs that were not estimated, and are in no figure."""
+    pack_sizes: tuple[int, ...]
+    n_harvests: int
+    """Stores that have to be made."""
+    harvest_tokens: int
+    harvest_hours: float | None
+    """With packing the text."""
+    train_hours: float | None
+    """With reading the store, or running the model beside."""
+    evaluate_hours: float | None
+    pack_hours: tuple[float, ...]
+    """By process, with the whole harvest that it needs."""
+    store_bytes: float
+    """New on disk."""
+    run_bytes: float
+    device_bytes: float
+    """Of the largest process."""
+    host_bytes: float
+    """Of the largest process."""
+
+    @property
+    def device_hours(self) -> float | None:
+        if not self.machine.has_rates:
+            return None
+        parts = (self.harvest_hours, self.train_hours, self.evaluate_hours)
+        return sum(part or 0.0 for part in parts)
+
+    def lines(self) -> list[str]:
+        """For people, before anything is submitted."""
+        n_known = self.n_jobs - self.n_unknown
+        out = []
+        if self.n_unknown:
+            out.append(
+                f"{self.n_unknown} of {self.n_jobs} jobs are not estimated (a model or text whose "
+                "size is not known beforehand)"
+            )
+        if not n_known:
+            return out
+        harvest = "nothing to harvest"
+        if self.n_harvests:
+            times = "1 harvest" if self.n_harvests == 1 else f"{self.n_harvests} harvests"
+            harvest = f"{times} of {self.harvest_tokens / 1e6:,.1f} M tokens in all"
+        out.append(f"{n_known} jobs in {_processes(self.pack_sizes)}; {harvest}")
+        out += self._hours_lines()
+        out.append(
+            f"disk: activations {size(self.store_bytes)}, runs {size(self.run_bytes)} "
+            f"({size(self.run_bytes / n_known)} each)"
+        )
+        memory = f"host {size(self.host_bytes)}"
+        if self.machine.device != "cpu":
+            memory = f"device {size(self.device_bytes)}, {memory}"
+        out.append(f"memory of the largest process: {memory}")
+        return out
+
+    def _hours_lines(self) -> list[str]:
+        if self.device_hours is None:
+            return ["hours: not estimated (set hydra.launcher.tflops and bandwidth_gb_s)"]
+        kind = "process" if self.machine.device == "cpu" else "GPU"
+        return [
+            f"about {span(self.device_hours)} of {kind} time: harvest {span(self.harvest_hours)}, "
+            f"training {span(self.train_hours)}, evaluation {span(self.evaluate_hours)}; "
+            f"the longest process {span(max(self.pack_hours))}",
+            f"  computed from operations and bytes at an assumed {self.machine.tflops:g} TFLOP/s, "
+            f"{self.machine.bandwidth_gb_s:g} GB/s of memory and {self.machine.disk_gb_s:g} GB/s "
+            "of disk, not measured; without queueing and start-up",
+        ]
+
+
+@dataclass(frozen=True)
+class _Process:
+    """The jobs of a pack, and the store that they wait for if it is not there."""
+
+    members: list[Cost]
+    harvest: Stage
+
+    @property
+    def shared(self) -> Stage:
+        """The longest stream: shorter members end on the way."""
+        return max((cost.stream for cost in self.members), key=_most)
+
+    @property
+    def own(self) -> list[Stage]:
+        return [cost.train + cost.evaluate for cost in self.members]
+
+    @property
+    def device_bytes(self) -> float:
+        shared = max(cost.shared_bytes for cost in self.members)
+        return shared + sum(cost.member_bytes for cost in self.members)
+
+    @property
+    def host_bytes(self) -> float:
+        return max(cost.host_bytes_beside(self.device_bytes) for cost in self.members)
+
+    def hours(self, machine: Machine) -> float:
+        return sum(hours(stage, machine) for stage in (self.harvest, self.shared, *self.own))
+
+
+def _most(stage: Stage) -> float:
+    return sum(work.flops + work.float32_flops + work.disk_bytes for work in stage)
+
+
+def sweep_cost(
+    configs: Sequence[Config],
+    packs: Sequence[Sequence[int]],
+    machine: Machine,
+    harvested: Callable[[Config], bool] | None = None,
+) -> SweepCost:
+    """What the jobs cost together.
+
+    Args:
+        packs: indices into `configs`, one list for each process. The jobs of a pack read one
+            stream.
+        machine: what each process runs on.
+        harvested: whether a job's store is there already; None: none is.
+    """
+    costs = [job_cost(config, model_facts(config.model), machine) for config in configs]
+    new: dict[str, Cost] = {}
+    for config, cost in zip(configs, costs, strict=True):
+        if cost is not None and not (harvested and harvested(config)):
+            new.setdefault(harvest_key(config), cost)
+    processes = []
+    for pack in packs:
+        members = [(harvest_key(configs[i]), cost) for i in pack if (cost := costs[i])]
+        if members:
+            harvest = new[members[0][0]].harvest if members[0][0] in new else ()
+            processes.append(_Process([cost for _, cost in members], harvest))
+    jobs = [cost for process in processes for cost in process.members]
+
+    def total(*stages: Stage) -> float | None:
+        return sum(hours(stage, machine) for stage in stages) if machine.has_rates else None
+
+    return SweepCost(
+        machine=machine,
+        n_jobs=len(configs),
+        n_unknown=sum(cost is None for cost in costs),
+        pack_sizes=tuple(len(process.members) for process in processes),
+        n_harvests=sum(cost.harvest_tokens > 0 for cost in new.values()),
+        harvest_tokens=sum(cost.harvest_tokens for cost in new.values()),
+        harvest_hours=total(*(cost.harvest for cost in new.values())),
+        train_hours=total(*(p.shared for p in processes), *(cost.train for cost in jobs)),
+        evaluate_hours=total(*(cost.evaluate for cost in jobs)),
+        pack_hours=tuple(p.hours(machine) for p in processes) if machine.has_rates else (),
+        store_bytes=sum(cost.store_bytes for cost in new.values()),
+        run_bytes=sum(cost.run_bytes for cost in jobs),
+        device_bytes=max((process.device_bytes for process in processes), default=0.0),
+        host_bytes=max((process.host_bytes for process in processes), default=0.0),
+    )
+
+
+def _processes(sizes: Sequence[int]) -> str:
+    if len(sizes) == 1:
+        return "one process" if sizes[0] == 1 else f"one process, {sizes[0]} side by side"
+    low, high = min(sizes), max(sizes)
+    return f"{len(sizes)} processes of {low if low == high else f'{low} to {high}'}"
+
+
+def size(n_bytes: float) -> str:
+    """1.23 TB, 45.6 GB, 7.8 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes / 1e6:.3g} MB"
+
+
+def span(n_hours: float | None) -> str:
+    """4.3 min or 12 h: the two digits that an estimate may claim; "0" for none."""
+    if not n_hours:
+        return "0"
+    value, unit = (n_hours, "h") if n_hours >= 1 else (60 * n_hours, "min")
+    return f"{value:.2g} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
