@@ -102,6 +102,9 @@ class TrainingConfig(StrictModel):
     )
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """Features active on a token, on average: the sparsity coefficient is steered until it is so
+    (tcsae/training/sparsity.py), or k set to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     checkpoint_every: Count = 100
     log_every: Count = 10
@@ -165,6 +168,25 @@ class Config(StrictModel):
     evaluation: EvaluationConfig
     store: StoreConfig
     tracking: TrackingConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_is_k(cls, raw: Any) -> Any:
+        """Architectures with a k have that L0 by construction."""
+        if not isinstance(raw, dict):
+            return raw
+        sae, training = raw.get("sae"), raw.get("training")
+        if not isinstance(sae, dict) or not isinstance(training, dict) or "k" not in sae:
+            return raw
+        target = training.get("target_l0")
+        if not isinstance(target, int | float):
+            return raw
+        if target != round(target):
+            raise ValueError(
+                f"training.target_l0 = {target}: sae={sae.get('architecture')} has a whole number "
+                "of features a token"
+            )
+        return {**raw, "sae": {**sae, "k": round(target)}}
 
     @field_validator("sae", mode="before")
     @classmethod
@@ -257,7 +279,11 @@ _NOT_IDENTITY = ("name", "rerun", "tracking", "store")
 
 def identity(config: Config) -> dict[str, Any]:
     """The part of the config that determines the result."""
-    return {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
+    content = {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
+    # Younger than the first runs: where it is not used, they keep their names.
+    if content["training"]["target_l0"] is None:
+        del content["training"]["target_l0"]
+    return content
 
 
 def run_id(config: Config) -> str:

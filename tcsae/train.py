@@ -106,9 +106,10 @@ def _known_keys() -> list[str]:
         if not isinstance(content, dict):
             continue
         is_global = "@package _global_" in file.read_text() or file.name == "train.yaml"
-        prefix = "" if is_global else f"{file.parent.name}."
+        group = ".".join(file.relative_to(conf_folder()).parent.parts)
+        prefix = "" if is_global else f"{group}."
         for key, value in content.items():
-            if key in ("defaults", "hydra"):
+            if key in ("defaults", "hydra", "_target_"):
                 continue
             inner = [f"{key!s}.{name!s}" for name in value] if isinstance(value, dict) else []
             keys |= set(inner or [prefix + str(key)])

@@ -53,3 +53,13 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("TCSAE_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "store"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A skip is loud: whoever reads the last lines sees what was not tested."""
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if "NOT TESTED" in str(reason):
+            terminalreporter.section("NOT EVERYTHING WAS TESTED", red=True)
+            terminalreporter.write_line(str(reason))
+            break

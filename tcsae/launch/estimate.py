@@ -221,7 +221,6 @@ class SweepCost:
     n_jobs: int
     n_unknown: int
     """Jobs that were not estimated, and are in no figure."""
-    pack_sizes: tuple[int, ...]
     n_harvests: int
     """Stores that have to be made."""
     harvest_tokens: int
@@ -262,7 +261,7 @@ class SweepCost:
         if self.n_harvests:
             times = "1 harvest" if self.n_harvests == 1 else f"{self.n_harvests} harvests"
             harvest = f"{times} of {self.harvest_tokens / 1e6:,.1f} M tokens in all"
-        out.append(f"{n_known} jobs in {_processes(self.pack_sizes)}; {harvest}")
+        out.append(f"{harvest}, if no store has them yet" if self.n_harvests else harvest)
         out += self._hours_lines()
         out.append(
             f"disk: activations {size(self.store_bytes)}, runs {size(self.run_bytes)} "
@@ -355,7 +354,6 @@ def sweep_cost(
         machine=machine,
         n_jobs=len(configs),
         n_unknown=sum(cost is None for cost in costs),
-        pack_sizes=tuple(len(process.members) for process in processes),
         n_harvests=sum(cost.harvest_tokens > 0 for cost in new.values()),
         harvest_tokens=sum(cost.harvest_tokens for cost in new.values()),
         harvest_hours=total(*(cost.harvest for cost in new.values())),
@@ -367,13 +365,6 @@ def sweep_cost(
         device_bytes=max((process.device_bytes for process in processes), default=0.0),
         host_bytes=max((process.host_bytes for process in processes), default=0.0),
     )
-
-
-def _processes(sizes: Sequence[int]) -> str:
-    if len(sizes) == 1:
-        return "one process" if sizes[0] == 1 else f"one process, {sizes[0]} side by side"
-    low, high = min(sizes), max(sizes)
-    return f"{len(sizes)} processes of {low if low == high else f'{low} to {high}'}"
 
 
 def size(n_bytes: float) -> str:
@@ -388,5 +379,7 @@ def span(n_hours: float | None) -> str:
     """4.3 min or 12 h: the two digits that an estimate may claim; "0" for none."""
     if not n_hours:
         return "0"
+    if n_hours < 1 / 60:
+        return "<1 min"
     value, unit = (n_hours, "h") if n_hours >= 1 else (60 * n_hours, "min")
     return f"{value:.2g} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"

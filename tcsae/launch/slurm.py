@@ -168,7 +168,7 @@ def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[Non
         if [path.name for path in only_ours] == ["sweep.json"]:
             shutil.rmtree(sweep.path)
         text = " ".join(str(error).split())
-        reason = re.sub(r"sbatch: (error: )?", "", text) or "no reason was given"
+        reason = re.sub(r"sbatch: (error: )?", "; ", text).strip("; ") or "no reason was given"
         raise UserError(
             f"Slurm refused the jobs: {reason} (asked for with hydra.launcher.partition, "
             "gpus_per_node, cpus_per_task, mem_gb, timeout_min, account; sinfo shows what there is)"

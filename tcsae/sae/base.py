@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tcsae.sae.statistics import geometric_median, total_variance
 from tcsae.schema import StrictModel
 from tcsae.sparse import SparseCodes
 
@@ -61,6 +62,8 @@ class Codes(NamedTuple):
     pre_NF: Tensor | None = None
     """Pre-activations, for the losses that need them."""
     sparse: SparseCodes | None = None
+    extra: tuple[Tensor, ...] = ()
+    """What else the architecture's own losses need."""
 
 
 class SAELensState(NamedTuple):
@@ -126,20 +129,35 @@ class SparseAutoencoder(nn.Module, ABC):
         `centred_ND` = x - b_dec without gradient, zero at tokens that are not valid; the
         encoder's gradient reaches b_dec through `b_dec_gradient_path`.
         """
-        bias_F = self.b_enc + self.b_dec_gradient_path()
-        # Zero pre-activations are zero features, so no later step has to know the mask.
-        pre_NF = torch.addmm(bias_F, centred_ND, self.W_enc).mul_(valid_N1)
+        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
         features_NF = self.activation(pre_NF)
         return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
 
+    def training_pre_activations(self, centred_ND: Tensor, valid_N1: Tensor) -> Tensor:
+        """[N, d_sae], zero at tokens that are not valid; arguments as of `training_codes`."""
+        bias_F = self.b_enc + self.b_dec_gradient_path()
+        # Zero pre-activations are zero features, so no later step has to know the mask.
+        return torch.addmm(bias_F, centred_ND, self.W_enc).mul_(valid_N1)
+
     def architecture_losses(
-        self, codes: Codes, x_ND: Tensor, n_valid: Tensor, sparsity_warmup: float
+        self,
+        codes: Codes,
+        x_ND: Tensor,
+        n_valid: Tensor,
+        *,
+        sparsity_warmup: float | Tensor,
+        progress: float,
     ) -> dict[str, Tensor]:
         """Loss terms beside the reconstruction, weighted; called with autocast off.
 
         `x_ND` equals b_dec at tokens that are not valid, so that x_hat - x is zero there.
+        `sparsity_warmup` and `progress` as of `training_forward`.
         """
         return {}
+
+    def constrain(self) -> None:
+        """What holds after every optimizer step: decoder rows of norm 1."""
+        self.normalise_decoder()
 
     def reset_encoder_vectors(self, dead_J: Tensor) -> None:
         """Give the encoder vectors of the features with indices `dead_J` their first values."""
@@ -186,15 +204,22 @@ class SparseAutoencoder(nn.Module, ABC):
     # ---- training ----
 
     def training_forward(
-        self, x_BTD: Tensor, valid_BT: Tensor, *, sparsity_warmup: float, dead_F: Tensor
+        self,
+        x_BTD: Tensor,
+        valid_BT: Tensor,
+        *,
+        sparsity_warmup: float | Tensor,
+        dead_F: Tensor,
+        progress: float = 0.0,
     ) -> TrainingOutput:
         """Features, reconstruction and loss terms of a batch; x is data and gets no gradient.
 
         reconstruction = mean over valid tokens of sum over d_in of (x_hat - x)^2; the other
         terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
-        value nor gradient, whatever they hold. `sparsity_warmup` in [0, 1] multiplies the
-        sparsity term; `dead_F` [d_sae] bool marks dead features. Under torch.autocast the
-        products run in its dtype, sums and losses in float32, gradients arrive in float32.
+        value nor gradient, whatever they hold. `sparsity_warmup` multiplies the
+        sparsity term; `dead_F` [d_sae] bool marks dead features; `progress` in [0, 1] is the
+        share of the run that is done. Under torch.autocast the products run in its dtype, sums
+        and losses in float32, gradients arrive in float32.
         """
         valid_N1 = valid_BT.reshape(-1, 1)
         b_dec = self.b_dec.detach()
@@ -206,7 +231,9 @@ class SparseAutoencoder(nn.Module, ABC):
             x_hat_ND = codes.decoded_ND.float() + self.b_dec
             error_ND = x_hat_ND - x_ND
             losses = {"reconstruction": error_ND.square().sum() / n_valid}
-            losses |= self.architecture_losses(codes, x_ND, n_valid, sparsity_warmup)
+            losses |= self.architecture_losses(
+                codes, x_ND, n_valid, sparsity_warmup=sparsity_warmup, progress=progress
+            )
         if self.cfg.revival == "auxk":
             residual_ND = -error_ND.detach()
             losses["auxk"] = self.auxk_loss(centred_ND, residual_ND, valid_N1, n_valid, dead_F)
@@ -256,10 +283,10 @@ class SparseAutoencoder(nn.Module, ABC):
         rebuilt_ND = pre_NJ @ self.W_dec[dead_J]
         with torch.autocast(residual_ND.device.type, enabled=False):
             error = (rebuilt_ND.float() - residual_ND).square().sum() / n_valid
-            var_x = _total_variance(centred_ND, n_valid)
+            var_x = total_variance(centred_ND, n_valid)
             # A residual of no variance (one token, a perfect fit) must not divide by zero.
             floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
-            weight = var_x / _total_variance(residual_ND, n_valid).maximum(floor)
+            weight = var_x / total_variance(residual_ND, n_valid).maximum(floor)
             return self.cfg.auxk_coefficient * weight * error
 
     def dead_pre_activations(self, centred_ND: Tensor, dead_J: Tensor) -> Tensor:
@@ -290,7 +317,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Give every decoder row norm 1. Call it after the optimizer's step."""
+        """Give every decoder row norm 1."""
         self.W_dec.copy_(normalize(self.W_dec, dim=1))
 
     @torch.no_grad()
@@ -345,29 +372,3 @@ class SparseAutoencoder(nn.Module, ABC):
             raise ValueError(f"input scale is {scale}: it must be a finite number above 0")
         for name in (*self.preactivation_units, "b_dec"):
             getattr(self, name).div_(scale)
-
-
-def _total_variance(centred_ND: Tensor, n_valid: Tensor) -> Tensor:
-    """Variance summed over d_in of the valid tokens; the others must be zero."""
-    mean_D = centred_ND.sum(0) / n_valid
-    return centred_ND.square().sum() / n_valid - mean_D.square().sum()
-
-
-@torch.no_grad()
-def geometric_median(x_ND: Tensor, max_steps: int = 200, tolerance: float = 1e-5) -> Tensor:
-    """The point [d_in] with the least sum of Euclidean distances to the tokens [N, d_in].
-
-    Weiszfeld's iteration from the mean: weights 1 / distance, until a step is shorter than
-    `tolerance` times the mean distance. Massive tokens hardly move it, unlike the mean.
-    """
-    x_ND = x_ND.float()
-    median_D = x_ND.mean(0)
-    for _ in range(max_steps):
-        distance_N = (x_ND - median_D).norm(dim=1)
-        typical = distance_N.mean()
-        weight_N = 1 / distance_N.clamp_min(1e-6 * typical + torch.finfo(torch.float32).tiny)
-        step_D = (weight_N @ x_ND) / weight_N.sum() - median_D
-        median_D = median_D + step_D
-        if step_D.norm() <= tolerance * typical:
-            break
-    return median_D

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 _CLASSES = {
     "standard": "tcsae.sae.standard:StandardSAE",
     "topk": "tcsae.sae.topk:TopKSAE",
+    "p_anneal": "tcsae.sae.p_anneal:PAnnealSAE",
+    "batchtopk": "tcsae.sae.batchtopk:BatchTopKSAE",
+    "jumprelu": "tcsae.sae.jumprelu:JumpReLUSAE",
+    "gated": "tcsae.sae.gated:GatedSAE",
+    "matryoshka": "tcsae.sae.matryoshka:MatryoshkaSAE",
 }
 
 

@@ -42,7 +42,13 @@ class StandardSAE(SparseAutoencoder):
         return torch.relu(pre)
 
     def architecture_losses(
-        self, codes: Codes, x_ND: Tensor, n_valid: Tensor, sparsity_warmup: float
+        self,
+        codes: Codes,
+        x_ND: Tensor,
+        n_valid: Tensor,
+        *,
+        sparsity_warmup: float | Tensor,
+        progress: float,
     ) -> dict[str, Tensor]:
         # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
         total_F = codes.features_NF.sum(0, dtype=torch.float32)

@@ -24,6 +24,7 @@ from tcsae.training.optimizer import (
     optimizer_tensors,
     ramp,
 )
+from tcsae.training.sparsity import L0Controller
 
 
 def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
@@ -62,6 +63,9 @@ class Member:
             config.consistency, config.window, config.sae.d_sae
         ).to(device)
         self.optimizer = build_optimizer(self.sae, config.training)
+        self.controller = None
+        if config.training.target_l0 is not None and not hasattr(config.sae, "k"):
+            self.controller = L0Controller(config.training.target_l0, config.steps, device)
         self.average = copy.deepcopy(self.sae) if config.training.ema_decay is not None else None
         self.step = 0
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=device)
@@ -80,8 +84,9 @@ class Member:
             output = self.sae.training_forward(
                 x_BTD,
                 batch.valid,
-                sparsity_warmup=ramp(step, steps, cfg.sparsity_warmup),
+                sparsity_warmup=self._sparsity_weight(),
                 dead_F=dead_F,
+                progress=step / steps,
             )
         losses = dict(output.losses)
         if weight > 0 and self.config.consistency.form != "none":
@@ -91,10 +96,18 @@ class Member:
         lr = learning_rate(step, steps, cfg)
         self._update(total, lr)
         self._count(output.features, batch.valid)
+        if self.controller is not None:
+            l0 = output.features.count_nonzero() / batch.valid.sum().clamp(min=1)
+            self.controller.observe(step, l0)
         self.last_loss = total.detach()
         self.step += 1
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
+
+    def _sparsity_weight(self) -> float | Tensor:
+        """What the sparsity term is multiplied by at this step."""
+        warmup = ramp(self.step, self.config.steps, self.config.training.sparsity_warmup)
+        return warmup * self.controller.multiplier(self.step) if self.controller else warmup
 
     def _penalty(self, output: TrainingOutput, batch: Batch) -> Tensor:
         generator = None
@@ -118,12 +131,15 @@ class Member:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.sae.normalise_decoder()
+        self.sae.constrain()
         if self.average is not None:
             assert cfg.ema_decay is not None
             with torch.no_grad():
                 for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
                     mean.lerp_(now, 1 - cfg.ema_decay)
+                # Thresholds estimated on the way are moving averages already.
+                for kept, new in zip(self.average.buffers(), self.sae.buffers(), strict=True):
+                    kept.copy_(new)
 
     @torch.no_grad()
     def _count(self, features_BTF: Tensor, valid_BT: Tensor) -> None:
@@ -210,6 +226,8 @@ class Member:
         tensors |= {f"consistency.{k}": v for k, v in self.consistency.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        if self.controller is not None:
+            tensors |= {f"controller.{k}": v for k, v in self.controller.state.items()}
         tensors |= {
             "counters.tokens_since_fired": self.tokens_since_fired,
             "counters.tokens_seen": self.tokens_seen,
@@ -231,6 +249,8 @@ class Member:
         self.consistency.load_state_dict(part("consistency"))
         if self.average is not None:
             self.average.load_state_dict(part("average"))
+        if self.controller is not None:
+            self.controller.load(part("controller"))
         counters = part("counters")
         self.tokens_since_fired.copy_(counters["tokens_since_fired"])
         self.tokens_seen.copy_(counters["tokens_seen"])
@@ -248,6 +268,6 @@ class Member:
         """A copy that works on raw activations: averaged weights if kept, scale folded in."""
         source = self.sae if self.average is None else self.average
         sae = copy.deepcopy(source).to("cpu")
-        sae.normalise_decoder()
+        sae.constrain()
         sae.fold_input_scale(self.scale)
         return sae

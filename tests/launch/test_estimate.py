@@ -262,7 +262,7 @@ def test_unknown_jobs_are_named_and_left_out(
 def test_the_lines_say_what_was_assumed_and_that_it_was_not_measured(grid: list[Config]) -> None:
     sweep = sweep_cost(grid, [[0, 1], [2, 3]], A100)
     first, about, assumed, disk, memory = sweep.lines()
-    assert first == "4 jobs in 2 processes of 2; 1 harvest of 10.1 M tokens in all"
+    assert first == "1 harvest of 10.1 M tokens in all, if no store has them yet"
     assert f"about {span(sweep.device_hours)} of GPU time" in about
     assert "assumed 156 TFLOP/s, 1430 GB/s" in assumed and "not measured" in assumed
     assert size(sweep.store_bytes) in disk and size(sweep.run_bytes) in disk
@@ -327,6 +327,7 @@ def test_sizes_read_well(n_bytes: float, words: str) -> None:
     [
         (None, "0"),
         (0, "0"),
+        (0.01, "<1 min"),
         (0.0719, "4.3 min"),
         (0.2, "12 min"),
         (1.96, "2 h"),

@@ -180,10 +180,14 @@ def test_a_job_that_is_stopped_saves_and_goes_on_bit_for_bit(
     action: Callable[[str], None], grid: Grid, alone: Path, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
-    process = start(*grid(sweep, **LONG), *SMALL_JOB)
+    process = start(*grid(sweep, tracking="offline", **LONG), *SMALL_JOB)
     disturb(sweep, "job", 1, action)
     outcome = finish(process)
     assert outcome.code == 0, words(outcome)
+    sessions = list((folders(sweep)["job"] / "wandb").glob("offline-run-*"))
+    assert len(sessions) == 2  # of one and the same W&B run
+    identity = folders(sweep)["job"].name.rpartition("-")[2]
+    assert {session.name.rpartition("-")[2] for session in sessions} == {identity}
     assert weights_digest(folders(sweep)["job"]) == weights_digest(alone)
     state = read_state(folders(sweep)["job"])
     assert state is not None and (state.state, state.attempt) == ("done", 2)

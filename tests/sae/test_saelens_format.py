@@ -11,15 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from saes import build, disturb, every_variant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tcsae.sae import architectures, config_class, sae_class
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.saelens_format import CFG_NAME, WEIGHTS_NAME, load_saelens, save_saelens
 
 D_IN, D_SAE = 12, 40
 OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 6}, "standard": {"l1_coefficient": 0.3}}
+EXPORTED_AS = {
+    "p_anneal": "standard",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "jumprelu, tanh": "jumprelu",
+}
 METADATA = {
     "model_name": "gpt2",
     "hook_name": "blocks.6.hook_resid_post",
@@ -29,18 +35,10 @@ METADATA = {
     "tcsae": {"seed": 7, "training": {"lr": 1e-3}},
 }
 
-every_architecture = pytest.mark.parametrize("name", architectures())
-
 
 def trained(name: str) -> SparseAutoencoder:
-    """Non-trivial biases, unit-norm rows, a folded input scale."""
-    cfg = config_class(name)(**{"d_sae": D_SAE, **OPTIONS.get(name, {})})
-    generator = torch.Generator().manual_seed(0)
-    sae = sae_class(name)(cfg, D_IN, generator)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    sae.normalise_decoder()
+    """Non-trivial biases and thresholds, unit-norm rows, a folded input scale."""
+    sae = disturb(build(name, D_IN, **{"d_sae": D_SAE, **OPTIONS.get(name, {})}), 0.3)
     sae.fold_input_scale(0.25)
     return sae
 
@@ -73,13 +71,15 @@ def refusal(folder: Path) -> str:
 # ---------------------------------------------------------------- SAELens reads it
 
 
-@every_architecture
+@every_variant
 def test_sae_lens_gives_the_same_codes_and_reconstructions(name: str, tmp_path: Path) -> None:
     from sae_lens import SAE
 
     sae = trained(name)
     save_saelens(tmp_path, sae, METADATA)
     theirs = SAE.load_from_disk(tmp_path)
+    architecture = name.partition(",")[0]
+    assert theirs.cfg.architecture() == EXPORTED_AS.get(name, architecture)
     x_ND = 4 * torch.randn(200, D_IN) + 1
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(x_ND), sae.encode(x_ND), atol=1e-4, rtol=0)
@@ -87,8 +87,37 @@ def test_sae_lens_gives_the_same_codes_and_reconstructions(name: str, tmp_path: 
         assert (sae.encode(x_ND) > 0).any(0).sum() > D_SAE / 2
     metadata = theirs.cfg.metadata
     assert (metadata.model_name, metadata.hook_name) == ("gpt2", "blocks.6.hook_resid_post")
-    assert metadata.window == 8 and metadata.tcsae["sae"]["architecture"] == name
+    assert metadata.window == 8 and metadata.tcsae["sae"]["architecture"] == architecture
     assert theirs.cfg.d_in == D_IN and theirs.cfg.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["standard", "jumprelu", "gated"])
+def test_what_sae_lens_saved_itself_gives_the_same_here(name: str, tmp_path: Path) -> None:
+    from sae_lens import (
+        GatedSAE,
+        GatedSAEConfig,
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+    )
+
+    classes: dict[str, Any] = {
+        "standard": (StandardSAE, StandardSAEConfig),
+        "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
+        "gated": (GatedSAE, GatedSAEConfig),
+    }
+    their_class, their_cfg = classes[name]
+    theirs = their_class(their_cfg(d_in=D_IN, d_sae=D_SAE))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs.save_model(tmp_path)
+    ours, _ = load_saelens(tmp_path)
+    assert ours.cfg.architecture == name
+    x_ND = torch.randn(200, D_IN)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x_ND), theirs.encode(x_ND), atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(x_ND), theirs(x_ND), atol=1e-4, rtol=0)
 
 
 def test_a_topk_sae_that_sae_lens_trained_with_rescaled_codes_is_read_right(
@@ -112,7 +141,7 @@ def test_a_topk_sae_that_sae_lens_trained_with_rescaled_codes_is_read_right(
 # ---------------------------------------------------------------- what is written
 
 
-@every_architecture
+@every_variant
 def test_a_saved_sae_comes_back_the_same(name: str, tmp_path: Path) -> None:
     sae = trained(name)
     save_saelens(tmp_path, sae, METADATA)
@@ -155,6 +184,21 @@ def test_cfg_has_every_key_that_sae_lens_knows(folder: Path) -> None:
         "b_dec": [D_IN],
     }
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+@every_variant
+def test_the_tensors_are_those_that_sae_lens_expects(name: str, tmp_path: Path) -> None:
+    save_saelens(tmp_path, trained(name))
+    exported = json.loads((tmp_path / CFG_NAME).read_text())["architecture"]
+    further = {
+        "standard": {"b_enc"},
+        "topk": {"b_enc"},
+        "jumprelu": {"b_enc", "threshold"},
+        "gated": {"b_gate", "b_mag", "r_mag"},
+    }
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    assert set(tensors) == {"W_enc", "W_dec", "b_dec"} | further[exported]
+    assert all(tensors[vector].shape == (D_SAE,) for vector in further[exported])
 
 
 def test_saving_leaves_two_files_that_others_may_read(folder: Path) -> None:
@@ -202,7 +246,7 @@ def test_weights_in_half_precision_are_read_as_float32(folder: Path) -> None:
 def test_a_folder_without_our_metadata_is_read_by_its_cfg_alone(folder: Path) -> None:
     edit_cfg(folder, metadata="DROP")
     sae, _ = load_saelens(folder)
-    assert sae.cfg == config_class("topk")(d_sae=D_SAE, k=6)
+    assert sae.cfg == build("topk", d_sae=D_SAE, k=6).cfg
 
 
 # ---------------------------------------------------------------- what is refused

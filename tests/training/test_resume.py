@@ -39,6 +39,7 @@ JOBS: dict[str, dict[str, str]] = {
     "literal, whole documents": {"consistency": "window_variance", "window": "document"},
     "bfloat16 products": {"training__precision": "bfloat16"},
     "streamed": {"store": "stream"},
+    "steered L0": {"sae": "standard", "training__target_l0": "6"},
 }
 
 

@@ -1,0 +1,98 @@
+"""The BatchTopK SAE: the k * N largest pre-activations of a batch of N tokens, then ReLU.
+
+Bussmann, Leask and Nanda 2024 (arXiv 2412.06410). A token gets as many features as it needs, k on
+average. Outside training a token must not depend on its batch: there a feature fires above one
+threshold, the mean over training batches of the least activation that was kept.
+Initialisation and AuxK are those of TopK (Gao et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+
+
+class BatchTopKConfig(SAEConfig):
+    """k features per token on average."""
+
+    architecture: Literal["batchtopk"] = "batchtopk"
+    k: int = Field(default=32, ge=1)
+    """Features per token, on average over the valid tokens of a batch."""
+    threshold_rate: float = Field(default=0.1, gt=0, le=1)
+    """Weight of a batch in the moving average of the threshold. The threshold falls as training
+    goes on: an average that reaches far back is too high, and too few features fire in use."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
+        return self
+
+
+class BatchTopKSAE(SparseAutoencoder):
+    """Training: f = pre where it is among the k * N largest of the batch and above 0, else 0.
+    Use: f = pre where pre > threshold, else 0.
+
+    `threshold` [d_sae], the same for all features, is a buffer; it is the plain mean of the batches
+    until 1 / threshold_rate of them were seen. In bfloat16 many pre-activations are equal: all that
+    tie with the smallest chosen one are kept.
+    """
+
+    config_class: ClassVar[type[SAEConfig]] = BatchTopKConfig
+    preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    # As in topk: at 0.2 a resampled feature hardly gets among the largest.
+    resampled_encoder_norm: ClassVar[float] = 1.0
+    cfg: BatchTopKConfig
+    threshold: Tensor
+    n_batches: Tensor
+
+    def add_encoder_vectors(self) -> None:
+        super().add_encoder_vectors()
+        self.register_buffer("threshold", torch.zeros(self.d_sae))
+        self.register_buffer("n_batches", torch.zeros((), dtype=torch.long))
+
+    def activation(self, pre: Tensor) -> Tensor:
+        return torch.where(pre > self.threshold, pre, 0).relu()
+
+    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
+        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
+        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(valid_N1.sum()))
+        return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
+
+    def batch_activation(self, pre_NF: Tensor, n_kept: int) -> Tensor:
+        """The `n_kept` largest entries that are above 0; counts the batch for the threshold."""
+        with torch.no_grad():
+            smallest = self._smallest_kept(pre_NF, n_kept)
+            if smallest is None:
+                return pre_NF * 0
+            self.n_batches += 1
+            rate = (1 / self.n_batches).clamp(min=self.cfg.threshold_rate)
+            self.threshold.lerp_(smallest.to(self.threshold).expand_as(self.threshold), rate)
+        return torch.where(pre_NF >= smallest, pre_NF, 0)
+
+    def _smallest_kept(self, pre_NF: Tensor, n_kept: int) -> Tensor | None:
+        """The `n_kept`-th largest entry, or the least above 0 if that is larger; None: nothing."""
+        # Few entries are far above the usual threshold: to select among them is several times
+        # quicker than among all, and gives the same.
+        candidates = pre_NF[pre_NF > 0.7 * self.threshold[0]]
+        if len(candidates) < n_kept:
+            candidates = pre_NF[pre_NF > 0]
+        if n_kept == 0 or len(candidates) == 0:
+            return None
+        return candidates.kthvalue(max(len(candidates) - n_kept, 0) + 1).values
+
+    def saelens_state(self) -> SAELensState:
+        # SAELens saves its own BatchTopK SAEs under this name, and loads them under no other.
+        state = super().saelens_state()
+        tensors = {**state.tensors, "threshold": self.threshold}
+        return SAELensState("jumprelu", {}, tensors)
+
+    def load_saelens(self, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().load_saelens(cfg, tensors)
+        self.threshold.copy_(tensors["threshold"])

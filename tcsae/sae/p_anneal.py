@@ -1,0 +1,106 @@
+"""The p-annealed SAE: a ReLU SAE whose L1 penalty turns step by step into an Lp penalty, p < 1.
+
+Karvonen et al. 2024 (arXiv 2408.00113, "p-annealing"), and their code in dictionary_learning.
+L1 shrinks all activations alike; as p falls towards 0 the penalty counts features instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+
+# An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
+# others together; this much, as a share of the inputs' norm, bounds it.
+SMOOTHING = 1e-3
+
+
+class PAnnealConfig(SAEConfig):
+    """ReLU SAE with a p-annealed penalty."""
+
+    architecture: Literal["p_anneal"] = "p_anneal"
+    revival: Literal["auxk", "resample", "none"] = "resample"
+    """As SAEConfig.revival; the authors' code resamples."""
+    l1_coefficient: float = Field(default=0.06, ge=0)
+    """Weight of the penalty while p is 1, counted as in `standard`."""
+    p_end: float = Field(default=0.2, gt=0, le=1)
+    """The last exponent; the first is 1."""
+    anneal_start: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the run after which p begins to fall; it should be over the sparsity warm-up."""
+    anneal_stages: int = Field(default=10, ge=1)
+    """Equal steps in which p falls; the last stage has p_end."""
+
+
+class PAnnealSAE(SparseAutoencoder):
+    """f = ReLU(pre), with the sparsity term
+
+    c_p * sqrt(d_in) * warmup * mean over valid tokens of sum_j ((f_j + e)^p - e^p),
+
+    e = SMOOTHING * sqrt(d_in); p = 1 gives the L1 term of `standard`, c_1 = l1_coefficient.
+    Whenever p falls, c_p is multiplied by penalty(old p) / penalty(new p), so that the strength of
+    the term does not jump (the paper averages the ratio over the last batches, small ones; here it
+    is that of the batch at hand). Units cancel in it. `exponent` and `strength` (c_p / c_1) are
+    buffers: a run that is resumed goes on with them.
+    """
+
+    config_class: ClassVar[type[SAEConfig]] = PAnnealConfig
+    cfg: PAnnealConfig
+    exponent: Tensor
+    strength: Tensor
+
+    def add_encoder_vectors(self) -> None:
+        super().add_encoder_vectors()
+        self.register_buffer("exponent", torch.ones(()))
+        self.register_buffer("strength", torch.ones(()))
+
+    def activation(self, pre: Tensor) -> Tensor:
+        return torch.relu(pre)
+
+    def scheduled_exponent(self, progress: float) -> float:
+        """p at `progress` in [0, 1]: 1 before anneal_start, then a stairway down to p_end."""
+        cfg = self.cfg
+        if progress < cfg.anneal_start:
+            return 1.0
+        done = (progress - cfg.anneal_start) / (1 - cfg.anneal_start)
+        stage = min(int(done * cfg.anneal_stages) + 1, cfg.anneal_stages)
+        return 1 - (1 - cfg.p_end) * stage / cfg.anneal_stages
+
+    def architecture_losses(
+        self,
+        codes: Codes,
+        x_ND: Tensor,
+        n_valid: Tensor,
+        *,
+        sparsity_warmup: float | Tensor,
+        progress: float,
+    ) -> dict[str, Tensor]:
+        before, exponent = self.exponent.item(), self.scheduled_exponent(progress)
+        penalty = self._penalty(codes.features_NF, exponent)
+        if not math.isclose(before, exponent, rel_tol=1e-6):
+            self._change_exponent(codes.features_NF, before, exponent)
+        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
+        return {"sparsity": weight * self.strength * penalty / n_valid}
+
+    def _penalty(self, features_NF: Tensor, exponent: float) -> Tensor:
+        """Sum over tokens and features, float32."""
+        if exponent == 1:
+            return features_NF.sum(dtype=torch.float32)
+        smoothing = SMOOTHING * math.sqrt(self.d_in)
+        # Powers are dear, and those of zeros add nothing.
+        on_M = features_NF[features_NF > 0].float()
+        return ((on_M + smoothing).pow(exponent) - smoothing**exponent).sum()
+
+    @torch.no_grad()
+    def _change_exponent(self, features_NF: Tensor, before: float, after: float) -> None:
+        old, new = self._penalty(features_NF, before), self._penalty(features_NF, after)
+        # A batch in which nothing fires says nothing about the ratio.
+        self.strength.mul_(torch.where((old > 0) & (new > 0), old / new, 1))
+        self.exponent.fill_(after)
+
+    def saelens_state(self) -> SAELensState:
+        return super().saelens_state()._replace(architecture="standard")

@@ -1,0 +1,68 @@
+"""`training.target_l0`: the sparsity coefficient is steered until L0 is what was asked for.
+
+With e = ln(L0) - ln(reference), smoothed over some steps and looked at HORIZON of the run ahead,
+along its present slope,
+
+    coefficient = its configured value * exp(PROPORTIONAL * e + integral),
+
+a PID controller in logarithms: L0 falls about as a power of the coefficient, so the same gains
+serve any target and any configured value. The reference goes from the first L0 to the target,
+geometrically, over the first REACHED of the run: L0 follows a coefficient only as fast as the
+learning rate lets the weights move, and without a reachable reference the controller would wind up
+and overshoot. For the same reason the integral grows only where the error is small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PROPORTIONAL = 4.0
+INTEGRAL = 40.0
+"""Over the whole run, for an error of 1."""
+HORIZON = 0.03
+REACHED = 0.3
+SMOOTHING = 0.8
+LARGEST_ERROR = 2.0
+INTEGRATED_ERROR = 0.5
+
+
+class L0Controller:
+    """The controller of one run of `steps` steps; nothing in it synchronises with the device."""
+
+    def __init__(self, target: float, steps: int, device: str) -> None:
+        self.target, self.steps = math.log(target), steps
+        nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
+        self.state = {"first": nan, "log_l0": nan, "slope": zero, "integral": zero}
+
+    def _error(self, step: int) -> Tensor:
+        """e of the module's docstring; 0 before the first observation."""
+        share = min(step / (REACHED * self.steps), 1.0)
+        first = self.state["first"]
+        reference = (1 - share) * first + share * self.target
+        reference_slope = (self.target - first) / (REACHED * self.steps) if share < 1 else 0.0
+        ahead = HORIZON * self.steps * (self.state["slope"] - reference_slope)
+        error = self.state["log_l0"] - reference + ahead
+        return error.nan_to_num(0.0).clamp(-LARGEST_ERROR, LARGEST_ERROR)
+
+    def multiplier(self, step: int) -> Tensor:
+        """Scalar for the sparsity coefficient of step number `step`."""
+        return (PROPORTIONAL * self._error(step) + self.state["integral"]).exp()
+
+    def observe(self, step: int, l0: Tensor) -> None:
+        """Take note of the mean number of active features per valid token at step number `step`."""
+        log_l0 = l0.clamp(min=0.1).log()
+        before = torch.where(self.state["log_l0"].isnan(), log_l0, self.state["log_l0"])
+        smooth = SMOOTHING * before + (1 - SMOOTHING) * log_l0
+        slope = SMOOTHING * self.state["slope"] + (1 - SMOOTHING) * (smooth - before)
+        first = torch.where(self.state["first"].isnan(), log_l0, self.state["first"])
+        self.state |= {"first": first, "log_l0": smooth, "slope": slope}
+        error = self._error(step + 1)
+        grown = torch.where(error.abs() < INTEGRATED_ERROR, error, torch.zeros_like(error))
+        self.state["integral"] = self.state["integral"] + INTEGRAL / self.steps * grown
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Exactly the state that was saved."""
+        self.state = {k: state[k].to(v.device, copy=True) for k, v in self.state.items()}

@@ -1,0 +1,94 @@
+"""The controller of L0, on plants whose answer is known; what it is for k-architectures."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcsae.config import run_id
+from tcsae.errors import UserError
+from tcsae.training.sparsity import L0Controller
+
+STEPS = 400
+
+
+def follow(
+    controller: L0Controller, power: float, shift: float, lag: float, steps: range, log_l0: float
+) -> float:
+    """ln L0 of a plant that falls as coefficient^-power, with a lag, a top speed and noise."""
+    noise = random.Random(0)
+    for step in steps:
+        wanted = controller.target + shift - power * math.log(controller.multiplier(step).item())
+        slower = min(1.0, (STEPS - step) / (0.2 * STEPS))  # as the learning rate falls
+        log_l0 += max(-0.1, min(0.1, (wanted - log_l0) / lag)) * slower
+        controller.observe(step, torch.tensor(math.exp(log_l0 + noise.gauss(0, 0.03))))
+    return log_l0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    target=st.floats(4, 200),
+    power=st.floats(0.5, 1.2),
+    shift=st.floats(-1.5, 1.5),
+    lag=st.floats(10, 40),
+)
+def test_l0_ends_at_the_target_whatever_the_coefficient_was(
+    target: float, power: float, shift: float, lag: float
+) -> None:
+    controller = L0Controller(target, STEPS, "cpu")
+    log_l0 = follow(controller, power, shift, lag, range(STEPS), math.log(1100))
+    assert math.exp(log_l0) == pytest.approx(target, rel=0.1)
+
+
+def test_without_it_l0_ends_elsewhere() -> None:
+    """The plant of the test above is no easy one: left alone, it is far off."""
+
+    class Idle(L0Controller):
+        def multiplier(self, step: int) -> torch.Tensor:
+            return torch.ones(())
+
+    log_l0 = follow(Idle(32, STEPS, "cpu"), 1.0, 1.0, 20, range(STEPS), math.log(1100))
+    assert math.exp(log_l0) > 2 * 32
+
+
+def test_a_saved_controller_goes_on_exactly() -> None:
+    whole, first, second = (L0Controller(32, STEPS, "cpu") for _ in range(3))
+    plant = (1.0, 1.0, 20.0)
+    follow(whole, *plant, range(200), math.log(1100))
+    half = follow(first, *plant, range(200), math.log(1100))
+    second.load(first.state)
+    follow(whole, *plant, range(200, 300), half)
+    follow(second, *plant, range(200, 300), half)
+    assert second.multiplier(300) == whole.multiplier(300)
+
+
+def test_before_anything_was_seen_the_coefficient_is_as_configured() -> None:
+    assert L0Controller(32, STEPS, "cpu").multiplier(0) == 1
+
+
+@pytest.fixture
+def config(tiny_gpt2: Path, texts: Path) -> Callable[..., object]:
+    return lambda **changes: small_config(tiny_gpt2, texts, **changes)
+
+
+def test_architectures_with_a_k_take_the_target_as_k(config: Callable[..., object]) -> None:
+    steered = config(training__target_l0="12")
+    assert steered.sae.k == 12  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"target_l0 = 12.5: sae=topk has a whole number"):
+        config(training__target_l0="12.5")
+
+
+def test_a_target_is_part_of_what_a_run_is_and_none_is_not(config: Callable[..., object]) -> None:
+    plain, steered = config(sae="standard"), config(sae="standard", training__target_l0="12")
+    assert run_id(plain) != run_id(steered)  # type: ignore[arg-type]
+    # Runs from before there was such a key keep their names.
+    content = plain.dump()["training"]  # type: ignore[attr-defined]
+    assert content["target_l0"] is None
