@@ -64,6 +64,10 @@ class GridLauncher(Launcher):
         """Raises UserError for what makes launching impossible, before anything is written."""
         return
 
+    def in_progress(self, sweep: SweepFolder) -> set[int]:
+        """Numbers of the jobs that an earlier command has sent and that have not ended."""
+        return set()
+
     @abstractmethod
     def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str] | None:
         """Run the packs to their end; what to say of jobs whose own folder does not say it.
@@ -91,15 +95,16 @@ class GridLauncher(Launcher):
         sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
         sweep.check(jobs)
         before = {job.number for job in jobs if job.is_finished and not job.config.rerun}
-        to_do = [job for job in jobs if job.number not in before]
+        sent = self.in_progress(sweep) - before
+        to_do = [job for job in jobs if job.number not in before | sent]
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
-        for line in plan_lines(jobs, packs, before, options, sweep, self.device()):
+        for line in plan_lines(jobs, packs, before, sent, options, sweep, self.device()):
             log.info(line)
         if options.dry_run:
             return [self._returned(job, None, None) for job in jobs]
         self.preflight(packs)
         sweep.describe(jobs, self.kind, sys.argv[1:])
-        said = self.execute(sweep, packs) if packs else {}
+        said = self.execute(sweep, packs) if packs or sent else {}
         if said is None:
             return [self._returned(job, None, None) for job in jobs]
         results = results_of(jobs, before, said)

@@ -45,6 +45,7 @@ def plan_lines(
     jobs: Sequence[GridJob],
     packs: Sequence[Sequence[GridJob]],
     before: Set[int],
+    sent: Set[int],
     options: Options,
     sweep: SweepFolder,
     device: str,
@@ -54,6 +55,8 @@ def plan_lines(
     lines = [f"{len(jobs)} jobs in {sweep.path}"]
     if before:
         lines.append(f"{len(before)} are finished already and are left alone (rerun=true: not)")
+    if sent:
+        lines.append(f"{len(sent)} have been sent before and have not ended: they are waited for")
     n_left = sum(len(pack) for pack in packs)
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
     lines.append(
@@ -62,7 +65,9 @@ def plan_lines(
     if options.dry_run:
         where = {job.number: index for index, pack in enumerate(packs) for job in pack}
         for job in jobs:
-            place = f"process {where[job.number]}" if job.number in where else "finished"
+            place = "sent before" if job.number in sent else "finished"
+            if job.number in where:
+                place = f"process {where[job.number]}"
             lines.append(f"  {job.number:>4}  {place:<12} {job.name}")
     to_do = [job for pack in packs for job in pack]
     if to_do:

@@ -13,12 +13,13 @@ import logging
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcsae.errors import UserError
+from tcsae.errors import INTERRUPTED_EXIT_CODE, UserError
 from tcsae.launch.launcher import GridLauncher, Packs
 from tcsae.progress import clock
 
@@ -65,25 +66,52 @@ class SlurmLauncher(GridLauncher):
                 f"(hydra.launcher.signal_delay_s) and needs {LEAST_SECONDS} s before that"
             )
 
+    def in_progress(self, sweep: SweepFolder) -> set[int]:
+        return {number for numbers, _ in _sent_before(sweep) for number in numbers}
+
     def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str] | None:
-        options = self.options
-        jobs, closing = submit(sweep, packs, options)
-        said = f"python -m tcsae.status {sweep.path}"
-        log.info(f"sent as Slurm job {jobs[0].job_id.partition('_')[0]}; {said} shows how they are")
+        options, said = self.options, f"python -m tcsae.status {sweep.path}"
+        watched = _sent_before(sweep)
+        closing = None
+        if packs:
+            jobs, closing = submit(sweep, packs, options)
+            log.info(f"sent as Slurm job {jobs[0].job_id.partition('_')[0]}; {said} shows them")
+            numbers = [[job.number for job in pack] for pack in packs]
+            watched += list(zip(numbers, jobs, strict=True))
         if not options.wait:
             return None
         try:
+            jobs = [job for _, job in watched]
             ended = _wait(jobs + ([closing] if closing else []), options)
         except KeyboardInterrupt:
             log.warning(f"no longer watching; the jobs go on: {said}; the same command watches on")
-            raise
-        messages: dict[int, str] = {}
-        for pack, job in zip(packs, jobs, strict=True):
-            if ended[job.job_id]:
-                messages |= {member.number: ended[job.job_id] for member in pack}
+            sys.exit(INTERRUPTED_EXIT_CODE)
         if closing and ended[closing.job_id]:
             log.warning(f"no comparison page: {ended[closing.job_id]}")
-        return messages
+        return {n: text for numbers, job in watched if (text := ended[job.job_id]) for n in numbers}
+
+
+def _sent_before(sweep: SweepFolder) -> list[tuple[list[int], Any]]:
+    """(numbers of jobs, submitit's job) of every pack that an earlier command has sent and that
+    Slurm has not ended."""
+    import submitit
+
+    sent: list[tuple[list[int], Any]] = [
+        (pack["jobs"], submitit.SlurmJob(sweep.path / submission["folder"] / "%j", pack["job_id"]))
+        for submission in sweep.submissions()
+        if submission["folder"] is not None
+        for pack in submission["packs"]
+        if pack["job_id"] is not None
+    ]
+    if not sent or shutil.which("squeue") is None:
+        return []
+    queue = in_queue([job.job_id for _, job in sent])
+    if queue is None:
+        raise UserError(
+            "Slurm does not say which of the jobs sent before have ended (squeue fails): try again "
+            "when it does"
+        )
+    return [(numbers, job) for numbers, job in sent if job.job_id in queue]
 
 
 def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[list[Any], Any]:
@@ -106,7 +134,7 @@ def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[lis
         executor = _executor(folder, _closing_options(options, array_id), "tcsae-compare")
         closing = executor.submit(ClosingJob(), str(sweep.path))
     ids = [job.job_id for job in jobs]
-    sweep.add_submission(packs, ids, closing.job_id if closing else None)
+    sweep.add_submission(packs, ids, closing.job_id if closing else None, folder)
     _mark_queued(packs, ids)
     return jobs, closing
 
@@ -220,8 +248,9 @@ def _failure(job: Any) -> str:
     error = job.exception()
     if error is None:
         return ""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{lines[-1].strip()}; its log: {job.paths.stdout}"
+    traced = re.search(r"-{10,}\n(.*?)\n-{10,}", str(error), re.DOTALL)
+    lines = (traced[1] if traced else str(error)).strip().splitlines()
+    return f"{lines[-1].partition(': ')[2] or lines[-1]}; its log: {job.paths.stdout}"
 
 
 def in_queue(job_ids: list[str]) -> dict[str, str] | None:

@@ -66,12 +66,19 @@ class SweepFolder:
             },
         )
 
+    def submissions(self) -> list[dict[str, Any]]:
+        """What was sent so far, the oldest first."""
+        file = self.path / "sweep.json"
+        return read_json(file)["submissions"] if file.is_file() else []
+
     def add_submission(
         self,
         packs: Sequence[Sequence[GridJob]],
         job_ids: Sequence[str | None],
         closing_job_id: str | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """`folder`: where the launcher keeps what it needs to find the jobs again."""
         content: dict[str, Any] = read_json(self.path / "sweep.json")
         content["submissions"].append(
             {
@@ -81,6 +88,7 @@ class SweepFolder:
                     for pack, job_id in zip(packs, job_ids, strict=True)
                 ],
                 "closing_job_id": closing_job_id,
+                "folder": str(folder.relative_to(self.path)) if folder else None,
             }
         )
         write_json(self.path / "sweep.json", content)

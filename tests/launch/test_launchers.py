@@ -13,6 +13,7 @@ from helpers import (
     finish,
     leftovers,
     metric_lines,
+    run_apart,
     run_here,
     start,
     weights_digest,
@@ -192,7 +193,7 @@ def test_a_sweep_stopped_by_a_signal_goes_on_to_the_same_weights(
     assert stopped.code == 75, stopped.stderr
     states = [read_state(folder) for folder in folders(sweep).values()]
     assert [state and state.state for state in states] == ["interrupted", "interrupted"]
-    assert run_here(*arguments).code == 0
-    assert run_here(*grid(whole, **many)).code == 0
+    assert run_apart(*arguments).code == 0
+    assert run_apart(*grid(whole, **many)).code == 0
     for name, folder in folders(whole).items():
         assert weights_digest(folders(sweep)[name]) == weights_digest(folder)

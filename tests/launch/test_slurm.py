@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, finish, run_here, start, weights_digest
+from helpers import Outcome, finish, run_apart, run_here, start, weights_digest
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
 from tcsae.files import locked
@@ -84,7 +84,7 @@ def alone(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run that the others are held against."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     arguments = grid(folder, **LONG)[1:-1]
-    outcome = run_here(*arguments, f"hydra.run.dir={folder}")
+    outcome = run_apart(*arguments, f"hydra.run.dir={folder}")
     assert outcome.code == 0, outcome.stderr
     return folder
 
@@ -207,7 +207,7 @@ def test_a_killed_process_loses_at_most_one_interval(
     disturb(sweep, "job", 1, lambda job: slurm("scancel", "--signal=KILL", "--full", job))
     outcome = finish(process)
     assert outcome.code == 1
-    assert run_here(*arguments).code == 0
+    assert run_apart(*arguments).code == 0
     assert weights_digest(folders(sweep)["job"]) == weights_digest(alone)
     assert "resuming at step" in (folders(sweep)["job"] / "train.log").read_text()
 
@@ -237,6 +237,24 @@ def test_a_limit_too_short_for_any_progress_is_an_error_and_no_endless_loop(
         outcome = finish(process)
     assert outcome.code == 1
     assert "shorter than one interval: nothing was saved" in outcome.stdout
+
+
+def test_the_same_command_while_jobs_run_watches_them_and_sends_nothing_twice(
+    grid: Grid, alone: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    arguments = [*grid(sweep, **LONG), *SMALL_JOB]
+    first = run_here(*arguments, "hydra.launcher.wait=false")
+    assert first.code == 0, words(first)
+    wait_for(lambda: is_training(folders(sweep)["job"], 1))
+    second = run_here(*arguments)
+    assert second.code == 0, words(second)
+    assert "1 have been sent before and have not ended" in words(second)
+    assert "1 done" in second.stdout
+    assert len(json.loads((sweep / "sweep.json").read_text())["submissions"]) == 1
+    assert weights_digest(folders(sweep)["job"]) == weights_digest(alone)
+    state = read_state(folders(sweep)["job"])
+    assert state is not None and state.attempt == 1
 
 
 # --------------------------------------------------------------------------------- refusals
