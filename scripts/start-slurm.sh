@@ -2,13 +2,15 @@
 # A real Slurm on one machine, for tests and for trying things out: one node, partitions debug, low
 # (jobs are preempted by those in high) and high. Needs root; installs what is missing on Debian.
 # No systemd, no cgroups. Daemons that run already (by pid file) are left alone.
-#   SLURM_ROOT   state, logs, pid files                 (default $HOME/.cache/tcsae-slurm)
+#   SLURM_ROOT   state, logs, pid files                 (default /var/tmp/tcsae-slurm; MariaDB's user
+#                must be able to enter it, so not below root's home)
 #   ACCT         dbd = mariadb+slurmdbd, sacct works    (default) | none = sacct does not work
 #   FAKE_CPUS    CPUs the node claims to have           (default nproc)
 #   FAKE_GPUS    GPUs the node claims to have           (default 2; 0 = none); nothing computes there
 # scripts/stop-slurm.sh stops it.
 set -euo pipefail
-ROOT=${SLURM_ROOT:-$HOME/.cache/tcsae-slurm}
+trap 'echo "start-slurm.sh: line $LINENO failed; logs: ${SLURM_ROOT:-/var/tmp/tcsae-slurm}/log" >&2' ERR
+ROOT=${SLURM_ROOT:-/var/tmp/tcsae-slurm}
 ACCT=${ACCT:-dbd}
 CPUS=${FAKE_CPUS:-$(nproc)}
 GPUS=${FAKE_GPUS:-2}

@@ -11,7 +11,8 @@ from tcsae.config import Config, parse
 from tcsae.errors import UserError
 from tcsae.files import read_json
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.saelens_format import load_saelens
+from tcsae.sae.dictionary_learning_format import AE_NAME, load_dictionary_learning
+from tcsae.sae.saelens_format import CFG_NAME, load_saelens
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def load_run(folder: str | Path) -> LoadedRun:
         raise UserError(f"{folder} is not a run folder (no config.json there)")
     if not (folder / "final_info.json").is_file():
         raise UserError(f"the run in {folder} has not finished: run its command again to go on")
-    sae, _ = load_saelens(folder / "sae")
+    sae = load_sae(folder / "sae")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return LoadedRun(
         folder=folder,
@@ -51,13 +52,16 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
-    """The SAE of a run folder, or of any folder in SAELens format; raw activations in and out.
+    """The SAE of a run or an export, or of any folder of SAELens or dictionary_learning.
 
-    Raises UserError if there is none or it is damaged.
+    Raw activations in and out. Raises UserError if there is none or it is damaged.
     """
     folder = Path(folder)
-    inner = folder / "sae"
     try:
-        return load_saelens(inner if (inner / "cfg.json").is_file() else folder)[0]
+        if (folder / "sae" / CFG_NAME).is_file():
+            return load_saelens(folder / "sae")[0]
+        if (folder / AE_NAME).is_file() and not (folder / CFG_NAME).is_file():
+            return load_dictionary_learning(folder)[0]
+        return load_saelens(folder)[0]
     except ValueError as error:
         raise UserError(str(error)) from None

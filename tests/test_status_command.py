@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ def in_terminal(*arguments: object, **env: str) -> tuple[subprocess.Popen[bytes]
         [*COMMAND, *map(str, arguments)],
         stdout=slave,
         env=environment(TERM="xterm", COLUMNS="100", LINES="50", **env),
+        # Where the tests run in the background, a shell has told them to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(slave)
     return process, master

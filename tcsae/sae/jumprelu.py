@@ -38,7 +38,7 @@ class JumpReLUConfig(SAEConfig):
     """Width of the kernel: entries this near a threshold, half on each side, move it. The paper's
     0.001 is for billions of tokens; with fewer so few entries are near that it hardly learns."""
     tanh_scale: float = Field(default=96.0, gt=0)
-    """penalty=tanh: the update's 4 for inputs of norm sqrt(576)."""
+    """penalty=tanh: 96 is the update's 4 for inputs of norm sqrt(576)."""
     preact_coefficient: float = Field(default=0.0, ge=0)
     """Weight of sum_j ReLU(threshold_j - pre_j), which gives features that never fire a gradient
     (the update has it on all features; 0 is without)."""
@@ -78,8 +78,12 @@ class JumpReLUSAE(SparseAutoencoder):
 
     def add_encoder_vectors(self) -> None:
         super().add_encoder_vectors()
-        first = self.cfg.initial_threshold * math.sqrt(self.d_in) / self.threshold_unit
-        self.scaled_threshold = torch.nn.Parameter(torch.full((self.d_sae,), first))
+        first_F = torch.full((self.d_sae,), self.first_scaled_threshold)
+        self.scaled_threshold = torch.nn.Parameter(first_F)
+
+    @property
+    def first_scaled_threshold(self) -> float:
+        return self.cfg.initial_threshold * math.sqrt(self.d_in) / self.threshold_unit
 
     @property
     def threshold_unit(self) -> float:
@@ -151,8 +155,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     def reset_encoder_vectors(self, dead_J: Tensor) -> None:
         super().reset_encoder_vectors(dead_J)
-        first = self.cfg.initial_threshold * math.sqrt(self.d_in) / self.threshold_unit
-        self.scaled_threshold[dead_J] = first
+        self.scaled_threshold[dead_J] = self.first_scaled_threshold
 
     def saelens_state(self) -> SAELensState:
         tensors = dict(super().saelens_state().tensors)

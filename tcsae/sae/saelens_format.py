@@ -39,11 +39,21 @@ METADATA_DEFAULTS: dict[str, Any] = {
 # cfg.json keys that change what an SAE computes, and the values that ours compute. The last two
 # are of SAELens before version 6.
 _COMPUTED_AS: dict[str, tuple[Any, ...]] = {
-    "apply_b_dec_to_input": (True,),
+    "apply_b_dec_to_input": (True, False),
     "normalize_activations": ("none", None, False),
     "reshape_activations": ("none", None),
     "activation_fn_str": ("relu",),
     "finetuning_scaling_factor": (False,),
+}
+
+_WHY_NOT = {
+    "expected_average_only_in": "the factor of the activations is not in the folder; fold it in "
+    "with sae-lens (fold_activation_norm_scaling_factor) and save again",
+    "covariance_whitening": "the whitening is not in the folder; fold it in with sae-lens "
+    "(fold_covariance_whitening) and save again",
+    "constant_norm_rescale": "every token has a factor of its own, which no weights can hold",
+    "layer_norm": "every token has a mean and a factor of its own, which no weights can hold",
+    "hook_z": "activations come here with their heads already side by side, [..., d_in]",
 }
 
 
@@ -99,8 +109,25 @@ def load_saelens(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]
         _check_tensors(tensors, sae)
     except ValueError as error:
         raise ValueError(f"cannot load the SAE in {folder}: {error}") from None
+    if not cfg.get("apply_b_dec_to_input", True):
+        tensors = with_centred_input(tensors)
     sae.load_saelens(cfg, tensors)
     return sae, cfg
+
+
+def with_centred_input(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of x that `tensors` (SAELens' names) are, as the same one of x - b_dec.
+
+    x @ W_enc + b = (x - b_dec) @ W_enc + (b + b_dec @ W_enc); the gated magnitudes' projection
+    is multiplied by exp(r_mag) before their bias, and so is the shift. In float64.
+    """
+    out = dict(tensors)
+    shift_F = tensors["b_dec"].double() @ tensors["W_enc"].double()
+    for name in ("b_enc", "b_gate", "b_mag"):
+        if name in tensors:
+            gain = tensors["r_mag"].double().exp() if name == "b_mag" else 1.0
+            out[name] = (tensors[name].double() + shift_F * gain).float()
+    return out
 
 
 def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -134,8 +161,10 @@ def _read_cfg(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{CFG_NAME}: {key} is {cfg[key]!r}, it must be an integer above 0")
     for key, allowed in _COMPUTED_AS.items():
         if key in cfg and cfg[key] not in allowed:
+            why = _WHY_NOT.get(str(cfg[key]))
             raise ValueError(
                 f"{CFG_NAME}: {key}={cfg[key]!r} is not supported, only {allowed[0]!r}"
+                + (f": {why}" if why else "")
             )
     return cfg
 

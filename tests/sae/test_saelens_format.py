@@ -120,12 +120,19 @@ def test_what_sae_lens_saved_itself_gives_the_same_here(name: str, tmp_path: Pat
         torch.testing.assert_close(ours(x_ND), theirs(x_ND), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("centred", [True, False])
 def test_a_topk_sae_that_sae_lens_trained_with_rescaled_codes_is_read_right(
-    tmp_path: Path,
+    centred: bool, tmp_path: Path
 ) -> None:
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-    rescaled = TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=6, rescale_acts_by_decoder_norm=True)
+    rescaled = TopKSAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        k=6,
+        rescale_acts_by_decoder_norm=True,
+        apply_b_dec_to_input=centred,
+    )
     theirs = TopKSAE(rescaled)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -136,6 +143,28 @@ def test_a_topk_sae_that_sae_lens_trained_with_rescaled_codes_is_read_right(
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x_ND), theirs.encode(x_ND), atol=1e-4, rtol=0)
         torch.testing.assert_close(ours(x_ND), theirs(x_ND), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu", "gated"])
+def test_an_encoder_that_does_not_subtract_b_dec_gives_the_same_codes(
+    name: str, tmp_path: Path
+) -> None:
+    from sae_lens import SAE
+
+    save_saelens(tmp_path / "theirs", trained(name))
+    edit_cfg(tmp_path / "theirs", apply_b_dec_to_input=False)
+    theirs = SAE.load_from_disk(tmp_path / "theirs")
+    assert theirs.cfg.apply_b_dec_to_input is False
+    ours, _ = load_saelens(tmp_path / "theirs")
+    save_saelens(tmp_path / "again", ours)
+    again = SAE.load_from_disk(tmp_path / "again")
+    x_ND = 4 * torch.randn(200, D_IN) + 1
+    with torch.no_grad():
+        wanted_NF = theirs.encode(x_ND)
+        assert not torch.allclose(trained(name).encode(x_ND), wanted_NF, atol=1e-2)
+        for sae in (ours, again):
+            torch.testing.assert_close(sae.encode(x_ND), wanted_NF, atol=1e-4, rtol=0)
+            torch.testing.assert_close(sae(x_ND), theirs(x_ND), atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------- what is written
@@ -292,7 +321,10 @@ def test_a_cfg_of_another_library_is_refused(folder: Path, text: str, says: str)
         ({"k": 2.5}, "k=2.5"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
-        ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input=False"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input=None"),
+        ({"normalize_activations": "expected_average_only_in"}, "factor of the activations"),
+        ({"normalize_activations": "covariance_whitening"}, "whitening is not in the folder"),
+        ({"normalize_activations": "constant_norm_rescale"}, "no weights can hold"),
         ({"activation_fn_str": "topk"}, "activation_fn_str='topk'"),
     ],
 )
