@@ -25,8 +25,8 @@ SMALL_JOB = (
     "hydra.launcher.poll_seconds=0.5",
     "hydra.launcher.pack=1",
 )
-LONG = {"training__tokens": "200000", "training__checkpoint_every": "500"}
-"""Long enough to be interrupted, short enough to be waited for: 1562 steps."""
+LONG = {"training__tokens": "400000", "training__checkpoint_every": "500"}
+"""Long enough to be interrupted, short enough to be waited for: 3125 steps."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,14 @@ def job_id(sweep: Path, name: str) -> str:
 
 def is_training(folder: Path, attempt: int) -> bool:
     state: RunState | None = read_state(folder)
-    return bool(state and (state.stage, state.attempt) == ("train", attempt) and state.done)
+    # Its state is written every few seconds, which a short job may not last; its metrics at once.
+    metrics = folder / "metrics.jsonl"
+    return (
+        state is not None
+        and (state.state, state.stage, state.attempt) == ("running", "train", attempt)
+        and metrics.is_file()
+        and metrics.stat().st_size > 0
+    )
 
 
 def disturb(sweep: Path, name: str, attempt: int, action: Callable[[str], None]) -> None:
