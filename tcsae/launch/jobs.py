@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.config import Config, parse, run_id
+from tcsae.config import Config, parse
 from tcsae.files import read_json, write_json
 
 
@@ -94,7 +94,3 @@ def _job(described: dict[str, Any]) -> GridJob:
         Path(described["folder"]),
         described["hydra_files"],
     )
-
-
-def same_run(job: GridJob, other: GridJob) -> bool:
-    return run_id(job.config) == run_id(other.config)
