@@ -167,7 +167,8 @@ def analyse(
     with Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
-            seen.update(sae.encode(batch.x.float()), batch.ids, batch.segments, batch.valid)
+            features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+            seen.update(features, batch.ids, batch.segments, batch.valid)
             progress.update(batch.valid.numel())
     stop.check()
     W_dec = sae.W_dec.detach().cpu().float()

@@ -184,8 +184,10 @@ def _on_activations(
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             x = batch.x.float()
-            features = sae.encode(x)
-            reconstruction.update(x, sae.decode(features), features, valid=batch.valid)
+            features, x_hat = sae.encode_and_decode(
+                x, segments=batch.segments, valid=batch.valid
+            )
+            reconstruction.update(x, x_hat, features, valid=batch.valid)
             suite.update(features, segments=batch.segments, valid=batch.valid, inputs=x)
             progress.update(batch.valid.numel())
     return reconstruction, suite
@@ -221,7 +223,8 @@ def _on_the_model(
 
 def _splice(sae: SparseAutoencoder, batch: Batch) -> Any:
     def replace(x_BTD: Tensor) -> Tensor:
-        reconstructed = sae(x_BTD.float()).to(x_BTD.dtype)
+        reconstructed = sae(x_BTD.float(), segments=batch.segments, valid=batch.valid)
+        reconstructed = reconstructed.to(x_BTD.dtype)
         return torch.where(batch.valid[..., None], reconstructed, x_BTD)
 
     return replace

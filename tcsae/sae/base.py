@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tcsae.sae.passing import Codes, Places, SAELensState, TrainingOutput
 from tcsae.sae.statistics import geometric_median, total_variance
 from tcsae.schema import StrictModel
-from tcsae.sparse import SparseCodes
 
 
 class SAEConfig(StrictModel):
@@ -39,41 +39,6 @@ class SAEConfig(StrictModel):
     """revival=auxk: weight of the auxiliary loss."""
 
 
-class TrainingOutput(NamedTuple):
-    """One training pass. Positions that are not valid have all features zero."""
-
-    features: Tensor
-    """f_BTF [B, T, d_sae], dense, in the dtype of the products (float32, or bfloat16 under
-    autocast); carries the graph, so that a loss on it trains the encoder."""
-    reconstruction: Tensor
-    """x_hat_BTD [B, T, d_in], float32; b_dec where a position is not valid."""
-    losses: dict[str, Tensor]
-    """Float32 scalars, already multiplied by their coefficients: their sum is the loss."""
-    sparse: SparseCodes | None = None
-    """The same features by their entries, where the architecture has them at hand."""
-
-
-class Codes(NamedTuple):
-    """What an architecture makes of a batch; all of it zero at tokens that are not valid."""
-
-    features_NF: Tensor
-    decoded_ND: Tensor
-    """features @ W_dec, without b_dec."""
-    pre_NF: Tensor | None = None
-    """Pre-activations, for the losses that need them."""
-    sparse: SparseCodes | None = None
-    extra: tuple[Tensor, ...] = ()
-    """What else the architecture's own losses need."""
-
-
-class SAELensState(NamedTuple):
-    """How an SAE is written in SAELens' format: architecture name, further cfg keys, tensors."""
-
-    architecture: str
-    cfg: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-
 class SparseAutoencoder(nn.Module, ABC):
     """f = act((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec.
 
@@ -86,6 +51,8 @@ class SparseAutoencoder(nn.Module, ABC):
     config_class: ClassVar[type[SAEConfig]]
     preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers that scale with the input: biases and thresholds."""
+    sequential: ClassVar[bool] = False
+    """Whether the code of a token depends on the tokens before it."""
     resampled_encoder_norm: ClassVar[float] = 0.2
     """Norm of a resampled encoder column, as a share of the live columns' mean norm."""
 
@@ -123,27 +90,27 @@ class SparseAutoencoder(nn.Module, ABC):
         """x - b_dec [..., d_in] -> [..., d_sae]."""
         return centred @ self.W_enc + self.b_enc
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         """The codes of a training batch, whose tokens may depend on one another.
 
         `centred_ND` = x - b_dec without gradient, zero at tokens that are not valid; the
         encoder's gradient reaches b_dec through `b_dec_gradient_path`.
         """
-        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
+        pre_NF = self.training_pre_activations(centred_ND, places)
         features_NF = self.activation(pre_NF)
         return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
 
-    def training_pre_activations(self, centred_ND: Tensor, valid_N1: Tensor) -> Tensor:
+    def training_pre_activations(self, centred_ND: Tensor, places: Places) -> Tensor:
         """[N, d_sae], zero at tokens that are not valid; arguments as of `training_codes`."""
         bias_F = self.b_enc + self.b_dec_gradient_path()
         # Zero pre-activations are zero features, so no later step has to know the mask.
-        return torch.addmm(bias_F, centred_ND, self.W_enc).mul_(valid_N1)
+        return torch.addmm(bias_F, centred_ND, self.W_enc).mul_(places.valid_N1)
 
     def architecture_losses(
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
@@ -189,17 +156,33 @@ class SparseAutoencoder(nn.Module, ABC):
     def device(self) -> torch.device:
         return self.W_dec.device
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Inputs [..., d_in] -> features [..., d_sae]."""
+    def encode(
+        self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    ) -> Tensor:
+        """Inputs [..., d_in] -> features [..., d_sae].
+
+        An architecture that looks at a token's past (`sequential`) takes whole contexts, x
+        [B, T, d_in], with the document of every position and whether it counts, [B, T] (None: one
+        document, all count). To the others tokens are independent and both are nothing.
+        """
         return self.activation(self.pre_activations(x - self.b_dec))
 
     def decode(self, features: Tensor) -> Tensor:
         """Features [..., d_sae] -> reconstructions [..., d_in]."""
         return features @ self.W_dec + self.b_dec
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Inputs [..., d_in] -> reconstructions of the same shape."""
-        return self.decode(self.encode(x))
+    def encode_and_decode(
+        self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(features, reconstructions); arguments as of `encode`."""
+        features = self.encode(x, segments=segments, valid=valid)
+        return features, self.decode(features)
+
+    def forward(
+        self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    ) -> Tensor:
+        """Inputs [..., d_in] -> reconstructions of the same shape; arguments as of `encode`."""
+        return self.encode_and_decode(x, segments=segments, valid=valid)[1]
 
     # ---- training ----
 
@@ -211,6 +194,8 @@ class SparseAutoencoder(nn.Module, ABC):
         sparsity_warmup: float | Tensor,
         dead_F: Tensor,
         progress: float = 0.0,
+        segments_BT: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> TrainingOutput:
         """Features, reconstruction and loss terms of a batch; x is data and gets no gradient.
 
@@ -218,25 +203,26 @@ class SparseAutoencoder(nn.Module, ABC):
         terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
         value nor gradient, whatever they hold. `sparsity_warmup` multiplies the
         sparsity term; `dead_F` [d_sae] bool marks dead features; `progress` in [0, 1] is the
-        share of the run that is done. Under torch.autocast the products run in its dtype, sums
-        and losses in float32, gradients arrive in float32.
+        share of the run that is done; `segments_BT` [B, T] numbers the documents of each context
+        (None: one), `generator` (on the CPU) is for what an architecture draws. Under
+        torch.autocast the products run in its dtype, sums and losses in float32, gradients arrive
+        in float32.
         """
-        valid_N1 = valid_BT.reshape(-1, 1)
+        places = Places.of(valid_BT, segments_BT, generator)
         b_dec = self.b_dec.detach()
-        x_ND = torch.where(valid_N1, x_BTD.detach().reshape(-1, self.d_in).float(), b_dec)
+        x_ND = torch.where(places.valid_N1, x_BTD.detach().reshape(-1, self.d_in).float(), b_dec)
         centred_ND = x_ND - b_dec
-        n_valid = valid_N1.sum().clamp(min=1)
-        codes = self.training_codes(centred_ND, valid_N1)
+        codes = self.training_codes(centred_ND, places)
         with torch.autocast(x_BTD.device.type, enabled=False):
             x_hat_ND = codes.decoded_ND.float() + self.b_dec
             error_ND = x_hat_ND - x_ND
-            losses = {"reconstruction": error_ND.square().sum() / n_valid}
+            losses = {"reconstruction": error_ND.square().sum() / places.n_valid}
             losses |= self.architecture_losses(
-                codes, x_ND, n_valid, sparsity_warmup=sparsity_warmup, progress=progress
+                codes, x_ND, places, sparsity_warmup=sparsity_warmup, progress=progress
             )
         if self.cfg.revival == "auxk":
             residual_ND = -error_ND.detach()
-            losses["auxk"] = self.auxk_loss(centred_ND, residual_ND, valid_N1, n_valid, dead_F)
+            losses["auxk"] = self.auxk_loss(centred_ND, residual_ND, places, dead_F)
         return TrainingOutput(
             codes.features_NF.view(*x_BTD.shape[:-1], self.d_sae),
             x_hat_ND.view(x_BTD.shape),
@@ -257,8 +243,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self,
         centred_ND: Tensor,
         residual_ND: Tensor,
-        valid_N1: Tensor,
-        n_valid: Tensor,
+        places: Places,
         dead_F: Tensor,
     ) -> Tensor:
         """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): dead features rebuild x - x_hat.
@@ -273,7 +258,7 @@ class SparseAutoencoder(nn.Module, ABC):
             return residual_ND.new_zeros(())
         # Only the dead columns are computed: the cost follows their number, not d_sae.
         dead_J = dead_F.nonzero().squeeze(1)
-        pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * valid_N1
+        pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * places.valid_N1
         silent_J = pre_NJ.amax(0) <= 0
         pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
         k_aux = self.cfg.k_aux or max(self.d_in // 2, 1)
@@ -282,11 +267,11 @@ class SparseAutoencoder(nn.Module, ABC):
             pre_NJ = torch.zeros_like(pre_NJ).scatter(-1, index, values)
         rebuilt_ND = pre_NJ @ self.W_dec[dead_J]
         with torch.autocast(residual_ND.device.type, enabled=False):
-            error = (rebuilt_ND.float() - residual_ND).square().sum() / n_valid
-            var_x = total_variance(centred_ND, n_valid)
+            error = (rebuilt_ND.float() - residual_ND).square().sum() / places.n_valid
+            var_x = total_variance(centred_ND, places.n_valid)
             # A residual of no variance (one token, a perfect fit) must not divide by zero.
             floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
-            weight = var_x / total_variance(residual_ND, n_valid).maximum(floor)
+            weight = var_x / total_variance(residual_ND, places.n_valid).maximum(floor)
             return self.cfg.auxk_coefficient * weight * error
 
     def dead_pre_activations(self, centred_ND: Tensor, dead_J: Tensor) -> Tensor:

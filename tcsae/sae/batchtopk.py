@@ -15,7 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places, SAELensState
 
 
 class BatchTopKConfig(SAEConfig):
@@ -60,9 +61,9 @@ class BatchTopKSAE(SparseAutoencoder):
     def activation(self, pre: Tensor) -> Tensor:
         return torch.where(pre > self.threshold, pre, 0).relu()
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
-        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(valid_N1.sum()))
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
+        pre_NF = self.training_pre_activations(centred_ND, places)
+        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
         return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
 
     def batch_activation(self, pre_NF: Tensor, n_kept: int) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places
 
 
 class GatedConfig(SAEConfig):
@@ -60,11 +61,11 @@ class GatedSAE(SparseAutoencoder):
         magnitude = torch.relu(pre * self.r_mag.exp() + self.b_mag)
         return torch.where(pre + self.b_gate > 0, magnitude, 0)
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         path_F = self.b_dec_gradient_path()
         projected_NF = torch.addmm(path_F, centred_ND, self.W_enc)
         dtype = projected_NF.dtype
-        gate_NF = (projected_NF + self.b_gate.to(dtype)).relu() * valid_N1
+        gate_NF = (projected_NF + self.b_gate.to(dtype)).relu() * places.valid_N1
         magnitude_NF = torch.addcmul(
             self.b_mag.to(dtype), projected_NF, self.r_mag.exp().to(dtype)
         ).relu()
@@ -78,7 +79,7 @@ class GatedSAE(SparseAutoencoder):
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
@@ -87,8 +88,8 @@ class GatedSAE(SparseAutoencoder):
         weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
         error_ND = decoded_by_gate_ND.float() - (x_ND - self.b_dec.detach())
         return {
-            "sparsity": weight * gate_NF.sum(dtype=torch.float32) / n_valid,
-            "gate": error_ND.square().sum() / n_valid,
+            "sparsity": weight * gate_NF.sum(dtype=torch.float32) / places.n_valid,
+            "gate": error_ND.square().sum() / places.n_valid,
         }
 
     def dead_pre_activations(self, centred_ND: Tensor, dead_J: Tensor) -> Tensor:

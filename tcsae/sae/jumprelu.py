@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places, SAELensState
 
 FIRST_FIRINGS = 10_000
 """Features per token that the tanh form starts with (January update); at most half of d_sae."""
@@ -118,34 +119,35 @@ class JumpReLUSAE(SparseAutoencoder):
                 rank = max(round((1 - share) * len(pre_NF)), 1)
                 self.b_enc.copy_(self.threshold - pre_NF.kthvalue(rank, dim=0).values)
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
+        pre_NF = self.training_pre_activations(centred_ND, places)
         to_input = self.cfg.penalty == "tanh"
         features_NF, firings = _JumpReLU.apply(
-            pre_NF, self.threshold, valid_N1, self.bandwidth, to_input
+            pre_NF, self.threshold, places.valid_N1, self.bandwidth, to_input
         )
-        return Codes(features_NF, features_NF @ self.W_dec, pre_NF, extra=(firings, valid_N1))
+        return Codes(features_NF, features_NF @ self.W_dec, pre_NF, extra=(firings,))
 
     def architecture_losses(
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
-        cfg, (count, valid_N1) = self.cfg, codes.extra
+        cfg, (count,) = self.cfg, codes.extra
         if cfg.penalty == "tanh":
             scaled_NF = codes.features_NF * (cfg.tanh_scale / math.sqrt(self.d_in))
             count = scaled_NF.tanh().sum(dtype=torch.float32)
         weight = cfg.l0_coefficient * self.d_in * sparsity_warmup
-        losses = {"sparsity": weight * count / n_valid}
+        losses = {"sparsity": weight * count / places.n_valid}
         if cfg.preact_coefficient > 0:
             assert codes.pre_NF is not None
-            below_NF = (self.threshold.to(codes.pre_NF.dtype) - codes.pre_NF).relu() * valid_N1
+            threshold_F = self.threshold.to(codes.pre_NF.dtype)
+            below_NF = (threshold_F - codes.pre_NF).relu() * places.valid_N1
             weight = cfg.preact_coefficient * math.sqrt(self.d_in)
-            losses["preact"] = weight * below_NF.sum(dtype=torch.float32) / n_valid
+            losses["preact"] = weight * below_NF.sum(dtype=torch.float32) / places.n_valid
         return losses
 
     @torch.no_grad()

@@ -14,8 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig
+from tcsae.sae.base import SAEConfig
 from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from tcsae.sae.passing import Codes, Places
 
 
 class MatryoshkaConfig(BatchTopKConfig):
@@ -62,9 +63,9 @@ class MatryoshkaSAE(BatchTopKSAE):
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaConfig
     cfg: MatryoshkaConfig
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, valid_N1)
-        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(valid_N1.sum()))
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
+        pre_NF = self.training_pre_activations(centred_ND, places)
+        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
         sizes = self.cfg.group_sizes
         groups = zip(features_NF.split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
         *inner, decoded_ND = accumulate((f @ W_dec).float() for f, W_dec in groups)
@@ -74,11 +75,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
         target_ND = x_ND - self.b_dec
         errors = [(decoded_ND - target_ND).square().sum() for decoded_ND in codes.extra]
-        return {"inner": sum(errors, start=target_ND.new_zeros(())) / n_valid}
+        return {"inner": sum(errors, start=target_ND.new_zeros(())) / places.n_valid}

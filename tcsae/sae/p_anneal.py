@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places, SAELensState
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
 # others together; this much, as a share of the inputs' norm, bounds it.
@@ -74,7 +75,7 @@ class PAnnealSAE(SparseAutoencoder):
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
@@ -84,7 +85,7 @@ class PAnnealSAE(SparseAutoencoder):
         if not math.isclose(before, exponent, rel_tol=1e-6):
             self._change_exponent(codes.features_NF, before, exponent)
         weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
-        return {"sparsity": weight * self.strength * penalty / n_valid}
+        return {"sparsity": weight * self.strength * penalty / places.n_valid}
 
     def _penalty(self, features_NF: Tensor, exponent: float) -> Tensor:
         """Sum over tokens and features, float32."""

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import Codes, SAEConfig, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places
 
 
 class StandardConfig(SAEConfig):
@@ -45,13 +46,13 @@ class StandardSAE(SparseAutoencoder):
         self,
         codes: Codes,
         x_ND: Tensor,
-        n_valid: Tensor,
+        places: Places,
         *,
         sparsity_warmup: float | Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
         # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
         total_F = codes.features_NF.sum(0, dtype=torch.float32)
-        l1 = total_F @ self.W_dec.norm(dim=1) / n_valid
+        l1 = total_F @ self.W_dec.norm(dim=1) / places.n_valid
         weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
         return {"sparsity": weight * l1}

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tcsae.sae.base import Codes, SAEConfig, SAELensState, SparseAutoencoder
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places, SAELensState
 from tcsae.sparse import SparseCodes
 
 # Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet near d_sae / k = 16 in bfloat16
@@ -51,15 +52,15 @@ class TopKSAE(SparseAutoencoder):
         values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
-    def training_codes(self, centred_ND: Tensor, valid_N1: Tensor) -> Codes:
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         dense = centred_ND.device.type != "cpu" or SPARSE_FROM_RATIO * self.cfg.k > self.d_sae
         if dense:
-            return super().training_codes(centred_ND, valid_N1)
+            return super().training_codes(centred_ND, places)
         bias_F = self.b_enc + self.b_dec_gradient_path()
         values_NK, index_NK, *entries = _SparseEncode.apply(
             centred_ND, self.W_enc, bias_F, self.cfg.k
         )
-        values_NK = values_NK.relu() * valid_N1
+        values_NK = values_NK.relu() * places.valid_N1
         features_NF = values_NK.new_zeros(len(centred_ND), self.d_sae)
         features_NF = features_NF.scatter(-1, index_NK, values_NK)
         values_NK = values_NK.float()

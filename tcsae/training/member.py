@@ -14,7 +14,8 @@ from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency, feature_window_variance
 from tcsae.data.store import Batch, Calibration
 from tcsae.errors import UserError
-from tcsae.sae.base import SparseAutoencoder, TrainingOutput
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.passing import TrainingOutput
 from tcsae.sae.registry import sae_class
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.optimizer import (
@@ -87,6 +88,8 @@ class Member:
                 sparsity_warmup=self._sparsity_weight(),
                 dead_F=dead_F,
                 progress=step / steps,
+                segments_BT=batch.segments,
+                generator=generator_for(self.config.seed, "pairs", step),
             )
         losses = dict(output.losses)
         if weight > 0 and self.config.consistency.form != "none":

@@ -10,7 +10,8 @@ from hypothesis import settings
 from torch import Tensor
 
 from tcsae.sae import architectures, config_class, sae_class
-from tcsae.sae.base import SparseAutoencoder, TrainingOutput
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.passing import TrainingOutput
 
 D_IN, D_SAE = 10, 64  # at k = 4 topk takes its sparse path
 # A kernel so wide that every threshold has entries near it in a small batch.
