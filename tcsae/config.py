@@ -71,7 +71,7 @@ class DatasetConfig(StrictModel):
 class ConsistencyConfig(StrictModel):
     """Which form of the temporal loss (docs/method.md)."""
 
-    form: Literal["scale_free", "window_variance", "batch_history", "none"]
+    form: Literal["scale_free", "window_variance", "slow", "batch_history", "none"]
     shuffle_positions: bool = False
     scale_by_window: bool = False
     """batch_history only: its second version, lambda / window."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tcsae.sparse import SparseCodes
-from tcsae.window_penalty import SparseWindowPenalty, WindowPenalty
+from tcsae.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 
 Window = int | str  # a number of positions, or "document"
 
@@ -182,7 +182,24 @@ def scale_free_window_variance(
     valid = mask if valid is None else valid
     # Dividing by v_j is blind to an offset: taking out the mean keeps float32 from cancelling.
     centred, _ = _centred(features, valid)
-    return _window_penalty(centred, window, segments, valid, scale_free=True)
+    return _window_penalty(centred, window, segments, valid, "scale_free")
+
+
+def slow_feature_penalty(
+    features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Slow features (Wiskott and Sejnowski 2002): the adjacent difference at variance 1.
+
+    sum_j sg(mean v / v_j) s2_j with windows of 2, s2_j = mean (f_t - f_{t-1})^2 / 2 and the mean of
+    v over features that have variance; the gradient is blind to the scale of a feature, as in
+    `scale_free_window_variance`. So every feature weighs alike, where the other forms weigh by
+    variance (but at most 100 times what it weighs there: a feature that fires twice in a batch must
+    not decide the step). Arguments as of `window_variance`.
+    """
+    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    valid = mask if valid is None else valid
+    centred, _ = _centred(features, valid)
+    return _window_penalty(centred, 2, segments, valid, "slow")
 
 
 def _window_penalty(
@@ -190,8 +207,8 @@ def _window_penalty(
     window: Window,
     segments: Tensor | None,
     valid: Tensor,
+    form: Form,
     *,
-    scale_free: bool,
     sparse: SparseCodes | None = None,
     order_BT: Tensor | None = None,
 ) -> Tensor:
@@ -210,9 +227,9 @@ def _window_penalty(
         matrix = matrix.gather(1, back_BT[:, :, None].expand_as(matrix))
         matrix = matrix.gather(2, back_BT[:, None, :].expand_as(matrix))
     if sparse is None:
-        return WindowPenalty.apply(features_BTF, matrix, count, valid, scale_free)
+        return WindowPenalty.apply(features_BTF, matrix, count, valid, form)
     n_valid = valid.sum().clamp(min=1)
-    return SparseWindowPenalty.apply(sparse.values_NK, sparse, matrix, count, n_valid, scale_free)
+    return SparseWindowPenalty.apply(sparse.values_NK, sparse, matrix, count, n_valid, form)
 
 
 def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
@@ -238,8 +255,9 @@ class Consistency(nn.Module):
     """A temporal penalty as the trainer calls it; `state_dict` holds all the state it has.
 
     Args:
-        form: "scale_free", "window_variance", "batch_history" or "none".
-        window: positions (batches, for batch_history), or "document".
+        form: "scale_free", "window_variance", "slow", "batch_history" or "none".
+        window: positions in a window (batches, for batch_history), or "document"; slow compares
+            neighbours whatever it is.
         shuffle_positions: permute valid positions within their document first (the control).
         scale_by_window: batch_history's second version, divided by `window`.
     """
@@ -287,10 +305,10 @@ class Consistency(nn.Module):
             order_BT = permute_within_segments(segments, valid, generator)
         return _window_penalty(
             features_BTF,
-            self.window,
+            2 if self.form == "slow" else self.window,
             segments,
             valid,
-            scale_free=self.form == "scale_free",
+            self.form,  # type: ignore[arg-type]
             sparse=sparse,
             order_BT=order_BT,
         )

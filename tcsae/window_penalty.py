@@ -1,4 +1,4 @@
-"""Value and gradient of sum_j f_j^T Q f_j, plain or scale-free, written out for speed.
+"""Value and gradient of sum_j f_j^T Q f_j in its forms, written out for speed.
 
 Shapes: B contexts, T positions, N = B * T tokens, F features, k entries a token, M = N * k, G bags.
 `tcsae/consistency.py` makes Q and says what is computed; tests hold both forms to autograd's.
@@ -6,13 +6,31 @@ Shapes: B contexts, T positions, N = B * T tokens, F features, k entries a token
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tcsae.sparse import SparseCodes
+
+Form = Literal["window_variance", "scale_free", "slow"]
+"""docs/method.md has the formulas."""
+LARGEST_SHARE = 100.0
+"""slow: no feature weighs more than this many times what it weighs in scale_free."""
+
+
+def _normalised(form: Form, s2_F: Tensor, mean_F: Tensor, v_F: Tensor) -> tuple[Tensor, Tensor]:
+    """(share, s2 / v) by feature; s2 counts share_j times.
+
+    A feature without variance has neither.
+    """
+    alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(v_F.dtype).tiny
+    share_F = alive_F.to(v_F.dtype)
+    if form == "slow":
+        typical = (v_F * share_F).sum() / share_F.sum().clamp(min=1)
+        share_F = share_F * (typical / v_F.clamp(min=typical / LARGEST_SHARE)).nan_to_num()
+    return share_F, torch.where(alive_F, s2_F / v_F, 0)
 
 
 def _column_sums(rows_BTF: Tensor) -> Tensor:
@@ -27,12 +45,13 @@ def _column_sums(rows_BTF: Tensor) -> Tensor:
 
 
 class WindowPenalty(torch.autograd.Function):
-    """sum_j s2_j of features that are zero at invalid positions, plain or scale-free.
+    """sum_j s2_j of features that are zero at invalid positions, in one of the forms.
 
     Plain: gradient 2 Q f_j / windows. Scale-free: the gradient of sum_j sg(v_j) s2_j / v_j,
     2 (Q f_j / windows - (s2_j / v_j) (f_j - mean_j) / N), with v_j the variance over the N valid
     positions of the batch: it has no component along f_j - mean_j, so it cannot be lowered by
-    shrinking a feature. Features without variance get neither value nor gradient.
+    shrinking a feature. Slow: the same, a feature at a time times mean(v) / v_j, so that all weigh
+    alike. Features without variance get neither value nor gradient.
 
     The product runs in the features' own dtype (bfloat16 where the SAE's products do), everything
     else in float32: a handful of elementwise passes, forward and backward together.
@@ -45,31 +64,35 @@ class WindowPenalty(torch.autograd.Function):
         laplacian: Tensor,
         n_windows: Tensor,
         valid_BT: Tensor,
-        scale_free: bool,
+        form: Form,
     ) -> Tensor:
-        smooth_BTF = (laplacian / n_windows).to(features_BTF.dtype) @ features_BTF
-        s2_F = _column_sums(features_BTF * smooth_BTF)
-        ctx.scale_free = scale_free
-        if not scale_free:
-            ctx.save_for_backward(smooth_BTF)
+        # The number of windows comes in afterwards: in bfloat16 it would round all alike.
+        smooth_BTF = laplacian.to(features_BTF.dtype) @ features_BTF
+        s2_F = _column_sums(features_BTF * smooth_BTF) / n_windows
+        ctx.form = form
+        if form == "window_variance":
+            ctx.save_for_backward(smooth_BTF, n_windows)
             return s2_F.sum()
         n_valid = valid_BT.sum().clamp(min=1)
         mean_F = _column_sums(features_BTF) / n_valid
         v_F = _column_sums(features_BTF.square()) / n_valid - mean_F.square()
-        alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(v_F.dtype).tiny
-        ratio_F = torch.where(alive_F, s2_F / v_F, 0) / n_valid
-        ctx.save_for_backward(smooth_BTF, features_BTF, mean_F, ratio_F, alive_F, valid_BT)
-        return torch.where(alive_F, s2_F, 0).sum()
+        share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F)
+        pull_F = share_F * ratio_F / n_valid
+        ctx.save_for_backward(
+            smooth_BTF, n_windows, features_BTF, mean_F, pull_F, share_F, valid_BT
+        )
+        return (share_F * s2_F).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        smooth_BTF, *rest = ctx.saved_tensors
-        if not ctx.scale_free:
-            return smooth_BTF * (2 * grad).to(smooth_BTF.dtype), None, None, None, None
-        features_BTF, mean_F, ratio_F, alive_F, valid_BT = rest
+        smooth_BTF, n_windows, *rest = ctx.saved_tensors
+        scale = 2 * grad / n_windows
+        if ctx.form == "window_variance":
+            return smooth_BTF * scale.to(smooth_BTF.dtype), None, None, None, None
+        features_BTF, mean_F, pull_F, share_F, valid_BT = rest
         dtype = features_BTF.dtype
-        pull_F = 2 * grad * ratio_F
-        gradient_BTF = smooth_BTF * (2 * grad * alive_F).to(dtype)
+        pull_F = 2 * grad * pull_F
+        gradient_BTF = smooth_BTF * (scale * share_F).to(dtype)
         gradient_BTF.addcmul_(features_BTF, pull_F.to(dtype), value=-1)
         # (f - mean) is zero at invalid positions, where f itself is: a product of rank one.
         valid_N1, row_1F = valid_BT.reshape(-1, 1).to(dtype), (pull_F * mean_F)[None].to(dtype)
@@ -94,7 +117,7 @@ class SparseWindowPenalty(torch.autograd.Function):
         laplacian: Tensor,
         n_windows: Tensor,
         n_valid: Tensor,
-        scale_free: bool,
+        form: Form,
     ) -> Tensor:
         n_positions = laplacian.shape[-1]
         f_M = values_NK.flatten()[codes.order_M]
@@ -117,12 +140,10 @@ class SparseWindowPenalty(torch.autograd.Function):
         sums_3F.index_add_(1, feature_M, torch.stack([f_M * smooth_M, f_M, f_M.square()]))
         s2_F, mean_F, v_F = sums_3F[0], sums_3F[1] / n_valid, sums_3F[2] / n_valid
         gradient_M = 2 * smooth_M
-        if scale_free:
-            v_F = v_F - mean_F.square()
-            alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(f_M.dtype).tiny
-            s2_F = torch.where(alive_F, s2_F, 0)
-            pull_F = 2 * torch.where(alive_F, s2_F / v_F, 0) / n_valid
-            gradient_M = gradient_M * alive_F[feature_M]
+        if form != "window_variance":
+            share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F - mean_F.square())
+            s2_F, pull_F = share_F * s2_F, 2 * share_F * ratio_F / n_valid
+            gradient_M = gradient_M * share_F[feature_M]
             gradient_M -= pull_F[feature_M] * (f_M - mean_F[feature_M])
         gradient_NK = torch.empty_like(values_NK)
         gradient_NK.view(-1)[codes.order_M] = gradient_M

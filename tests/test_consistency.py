@@ -13,6 +13,7 @@ from tcsae.consistency import (
     feature_window_variance,
     permute_within_segments,
     scale_free_window_variance,
+    slow_feature_penalty,
     window_laplacian,
     window_variance,
 )
@@ -158,11 +159,38 @@ def test_gradient_of_the_scale_free_form_is_that_of_its_formula() -> None:
     assert along_scale.abs().max() < 1e-10
 
 
-def test_scale_free_leaves_out_dead_features() -> None:
+def slow_formula(f: Tensor, segments: Tensor, valid: Tensor) -> Tensor:
+    """Wiskott and Sejnowski's delta of every feature, half of it, times the mean variance."""
+    v = f[valid].var(0, correction=0)
+    pair = valid[:, 1:] & valid[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    delta = (f[:, 1:] - f[:, :-1])[pair].square().mean(0) / v
+    share = (v.mean() / v.clamp(min=v.mean() / 100)).detach()
+    return (share * v.detach() * delta / 2).sum()
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_the_slow_form_is_the_adjacent_difference_at_equal_variance(rare: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(3, 12, 5, dtype=torch.float64, generator=generator)
+    features *= torch.tensor([1.0, 3.0, 0.2, 10.0, 1e-3 if rare else 2.0])
+    features.requires_grad_()
+    segments = (torch.rand(3, 12, generator=generator) < 0.2).cumsum(1)
+    valid = torch.rand(3, 12, generator=generator) > 0.1
+    (expected,) = torch.autograd.grad(slow_formula(features, segments, valid), features)
+    loss = slow_feature_penalty(features, segments=segments, valid=valid)
+    (got,) = torch.autograd.grad(loss, features)
+    assert loss.item() == pytest.approx(slow_formula(features, segments, valid).item())
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "penalty", [lambda f: scale_free_window_variance(f, 4), slow_feature_penalty]
+)
+def test_dead_features_are_left_out(penalty) -> None:
     features = torch.rand(2, 16, 3)
     features[..., 1] = 0
     features.requires_grad_()
-    loss = scale_free_window_variance(features, 4)
+    loss = penalty(features)
     loss.backward()
     assert torch.isfinite(loss)
     assert features.grad is not None
@@ -227,7 +255,7 @@ def sparse_codes(generator: torch.Generator, valid: Tensor, k: int, d_sae: int) 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31),
-    st.sampled_from(["scale_free", "window_variance"]),
+    st.sampled_from(["scale_free", "window_variance", "slow"]),
     st.sampled_from([2, 5, 12, "document"]),
     st.booleans(),
 )
@@ -262,6 +290,7 @@ def test_the_trainers_form_equals_the_public_one() -> None:
     for form, public in (
         ("scale_free", scale_free_window_variance),
         ("window_variance", window_variance),
+        ("slow", lambda f, _, **mask: slow_feature_penalty(f, **mask)),
     ):
         ours = Consistency(form, 5)(kept, segments=segments, valid=valid)
         theirs = public(features, 5, segments=segments, valid=valid)
@@ -285,7 +314,7 @@ def test_permuting_the_laplacian_is_permuting_the_positions() -> None:
     assert control.item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("form", ["scale_free", "window_variance"])
+@pytest.mark.parametrize("form", ["scale_free", "window_variance", "slow"])
 def test_bfloat16_features_give_the_float32_penalty_within_their_rounding(form: str) -> None:
     generator = torch.Generator().manual_seed(8)
     features = torch.randn(16, 64, 50, generator=generator).relu()

@@ -29,7 +29,7 @@ LAPLACIAN_PASSES = 150
 """Over [N, T], for the temporal loss."""
 ENTRY_BYTES, ENTRY_PENALTY_BYTES = 250, 400
 """Sparse topk: sorting and moving an entry, and its part of the temporal loss."""
-PENALTIES = {"scale_free": (23, 90), "window_variance": (12, 35)}
+PENALTIES = {"scale_free": (23, 90), "slow": (23, 100), "window_variance": (12, 35)}
 """Passes over dense [N, F], and kernels, of the forms of the temporal loss that cost something."""
 STEP_KERNELS, LOGGED_KERNELS = 115, 75
 SPARSE_FROM_RATIO = 16

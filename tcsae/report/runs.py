@@ -242,6 +242,8 @@ def settings_of(config: Config) -> dict[str, Any]:
         for key in TEMPORAL_KEYS:
             flat.pop(key, None)
         return flat | {"consistency": "none", "lambda": 0.0}
+    if form == "slow":
+        flat.pop("window", None)  # neighbours, whatever the window is
     name = form + (" / W" if scaled else "")
     if shuffled:
         name = "shuffled" if form == "scale_free" else f"shuffled {form}"
