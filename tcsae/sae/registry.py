@@ -19,6 +19,7 @@ _CLASSES = {
     "jumprelu": "tcsae.sae.jumprelu:JumpReLUSAE",
     "gated": "tcsae.sae.gated:GatedSAE",
     "matryoshka": "tcsae.sae.matryoshka:MatryoshkaSAE",
+    "tsae": "tcsae.sae.tsae:TSAE",
 }
 
 

@@ -25,8 +25,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu, tanh": {**WIDE, "penalty": "tanh", "preact_coefficient": 1e-6},
     "gated": {},
     "matryoshka": {"k": 4},
+    "tsae": {"k": 4},
+    "tsae, inner product": {"k": 4, "pair_loss": "inner_product", "pairs": "earlier"},
 }
 """Every architecture, with options that suit a small SAE; the name ends at the comma."""
+ALONE: dict[str, dict[str, Any]] = {"tsae": {"pair_coefficient": 0.0}}
+"""Options, by architecture, under which no loss looks at a token's neighbours."""
 
 every_architecture = pytest.mark.parametrize("name", architectures())
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -83,7 +87,12 @@ def train_pass(
     sae.zero_grad()
     dead_F = dead_at() if dead_F is None else dead_F
     output = sae.training_forward(
-        x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F, progress=0.5
+        x_BTD,
+        valid_BT,
+        sparsity_warmup=1.0,
+        dead_F=dead_F,
+        progress=0.5,
+        generator=torch.Generator().manual_seed(0),
     )
     sum(output.losses.values()).backward()
     return output, {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}

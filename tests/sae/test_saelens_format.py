@@ -24,7 +24,7 @@ EXPORTED_AS = {
     "p_anneal": "standard",
     "batchtopk": "jumprelu",
     "matryoshka": "jumprelu",
-    "jumprelu, tanh": "jumprelu",
+    "tsae": "jumprelu",
 }
 METADATA = {
     "model_name": "gpt2",
@@ -79,7 +79,7 @@ def test_sae_lens_gives_the_same_codes_and_reconstructions(name: str, tmp_path: 
     save_saelens(tmp_path, sae, METADATA)
     theirs = SAE.load_from_disk(tmp_path)
     architecture = name.partition(",")[0]
-    assert theirs.cfg.architecture() == EXPORTED_AS.get(name, architecture)
+    assert theirs.cfg.architecture() == EXPORTED_AS.get(architecture, architecture)
     x_ND = 4 * torch.randn(200, D_IN) + 1
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(x_ND), sae.encode(x_ND), atol=1e-4, rtol=0)

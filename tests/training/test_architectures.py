@@ -29,6 +29,7 @@ BUSY: dict[str, dict[str, str]] = {
     "jumprelu_tanh": {},
     "gated": {"sae__revival": "resample", "training__ema_decay": "0.9"},
     "matryoshka": {"sae__k": "2", "training__ema_decay": "0.9"},
+    "tsae": {"sae__k": "2", "sae__pairs": "earlier", "consistency": "scale_free"},
 }
 STEPS = 8
 
