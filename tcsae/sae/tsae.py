@@ -37,7 +37,7 @@ class TSAEConfig(MatryoshkaConfig):
     """A token's partner: the token before it (paper), or a random earlier one of its document
     (code)."""
     pair_coefficient: float = Field(default=1.0, ge=0)
-    """Weight of the pair loss (alpha): 1.0 in the paper, 0.1 in the code."""
+    """Weight of the pair loss (alpha) for inputs of norm 1: 1.0 in the paper, 0.1 in the code."""
     contrast_pairs: int = Field(default=1024, ge=2)
     """Pairs that a step's InfoNCE draws; each has all others of other documents against it."""
     shuffle_positions: bool = False
@@ -47,15 +47,19 @@ class TSAEConfig(MatryoshkaConfig):
 class TSAE(MatryoshkaSAE):
     """Matryoshka BatchTopK codes and, beside its losses, with z the codes of the first group:
 
-    pairs = pair_coefficient * (mean of CE_p(s[p, :]) + mean of CE_p(s[:, p])) / 2,
+    pairs = pair_coefficient * d_in * (mean of CE_p(s[p, :]) + mean of CE_p(s[:, p])) / 2,
             s[p, q] = cosine or inner product of z[token of p] and z[partner of q],
 
-    CE_p the cross-entropy of picking q = p among p itself and all q of other documents; or
-    pair_coefficient * mean over all pairs of |z[token] - z[partner]|^2, which for adjacent pairs is
-    twice the window variance at W = 2. The mean is over pairs, the unit that of the reconstruction
-    (inputs of norm sqrt(d_in); the sum over dictionaries is the reconstruction, where the authors'
-    code takes a weighted mean). The authors draw the tokens of a step from many texts, so that the
-    others of a batch are other documents; here whole contexts are in the batch, hence the mask.
+    CE_p the cross-entropy, in nats, of picking q = p among p and all q of other documents; or
+
+    pairs = pair_coefficient * mean over all pairs of |z[token] - z[partner]|^2,
+
+    for adjacent pairs twice the window variance at W = 2. Inputs have norm sqrt(d_in), so the
+    squared error, and this, are d_in times what they are for norm 1: the factor makes the
+    coefficient of the InfoNCE count the same. (The scale is a choice: the paper does not say its
+    inputs', and its sum over dictionaries is a weighted mean in the code.) The authors draw the
+    tokens of a step from many texts, so that the others of a batch are other documents; whole
+    contexts are in the batch here, hence the mask.
     """
 
     config_class: ClassVar[type[SAEConfig]] = TSAEConfig
@@ -75,7 +79,9 @@ class TSAE(MatryoshkaSAE):
         )
         if self.cfg.pair_coefficient > 0:
             first_NG = codes.features_NF[:, : self.cfg.group_sizes[0]]
-            losses["pairs"] = self.cfg.pair_coefficient * self._pair_loss(first_NG, places)
+            unit = 1 if self.cfg.pair_loss == "squared_difference" else self.d_in
+            loss = self._pair_loss(first_NG, places)
+            losses["pairs"] = self.cfg.pair_coefficient * unit * loss
         return losses
 
     def _pair_loss(self, first_NG: Tensor, places: Places) -> Tensor:

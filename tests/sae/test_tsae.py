@@ -152,7 +152,7 @@ def test_the_pair_loss_is_info_nce_of_the_first_groups_codes(pair_loss: str, pai
     if pair_loss == "cosine":
         similarity /= (a.norm(dim=1)[:, None] * b.norm(dim=1)).clamp(min=1e-6)
     document = documents(places)[tokens].tolist()
-    wanted = 0.3 * slow_info_nce(similarity, document, [True] * len(tokens))
+    wanted = 0.3 * D_IN * slow_info_nce(similarity, document, [True] * len(tokens))
     assert output.losses["pairs"].item() == pytest.approx(wanted, rel=1e-5)
 
 
