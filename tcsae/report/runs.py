@@ -243,7 +243,7 @@ def settings_of(config: Config) -> dict[str, Any]:
             flat.pop(key, None)
         return flat | {"consistency": "none", "lambda": 0.0}
     if form == "slow":
-        flat.pop("window", None)  # neighbours, whatever the window is
+        flat["window"] = 2  # neighbours, whatever the window is
     name = form + (" / W" if scaled else "")
     if shuffled:
         name = "shuffled" if form == "scale_free" else f"shuffled {form}"
