@@ -1,17 +1,21 @@
 # make train [ARGS="window=16 lambda=0.2"]   train and measure one SAE
 # make test  [ARGS="-k window"]              style, types, tests
+# make bench [ARGS="--sections steps"]       times a training step, writes docs/performance.md
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train test lint lock clean
+.PHONY: train test bench lint lock clean
 
 train: $(VENV)/.train
 	@$(PY) -m tcsae.train $(ARGS)
 
 test: $(VENV)/.test lint
 	@$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	@OMP_WAIT_POLICY=PASSIVE $(PY) scripts/bench.py $(ARGS)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check tcsae hydra_plugins tests scripts

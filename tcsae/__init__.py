@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tcsae import consistency, metrics
     from tcsae.run_folder import load_run, load_sae
+    from tcsae.sae.saelens_registry import register as register_with_saelens
 
 __version__ = "0.1.0"
-__all__ = ["consistency", "load_run", "load_sae", "metrics"]
+__all__ = ["consistency", "load_run", "load_sae", "metrics", "register_with_saelens"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,8 @@ def __getattr__(name: str) -> Any:
 
     if name in ("load_run", "load_sae"):
         return getattr(importlib.import_module("tcsae.run_folder"), name)
+    if name == "register_with_saelens":
+        return importlib.import_module("tcsae.sae.saelens_registry").register
     if name in ("consistency", "metrics"):
         return importlib.import_module(f"tcsae.{name}")
     raise AttributeError(f"module 'tcsae' has no attribute {name!r}")

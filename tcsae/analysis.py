@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 from tcsae.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
-from tcsae.config import Config
+from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches
 from tcsae.files import load_tensors, make_folder, read_json, save_tensors, write_json
@@ -142,7 +142,7 @@ class Analysis:
 @torch.inference_mode()
 def analyse(
     sae: SparseAutoencoder,
-    config: Config,
+    config: Measured,
     model: LanguageModel,
     batches: ActivationBatches,
     per_feature: Mapping[str, Tensor],

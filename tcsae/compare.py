@@ -42,7 +42,20 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help=f"where to write (default: {FOLDER}/ in the folder that all DIRs have in common)",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="compare everything with the runs without temporal loss that have this setting, e.g. "
+        "sae.architecture=matryoshka (default: each with the runs that differ from it in the "
+        "temporal loss alone); may be given several times",
+    )
+    given = parser.parse_args(arguments)
+    for pair in given.baseline:
+        if "=" not in pair:
+            parser.error(f"--baseline {pair}: it is a KEY=VALUE, as in sae.architecture=topk")
+    return given
 
 
 def _refuse(message: str) -> NoReturn:
@@ -68,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from tcsae.report.comparison import compare_runs
 
-        comparison = compare_runs(given.folders)
+        baseline = dict(pair.split("=", 1) for pair in given.baseline)
+        comparison = compare_runs(given.folders, baseline)
         output = given.output or default_output(given.folders)
         write_comparison(comparison, output)
     except UserError as error:

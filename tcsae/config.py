@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -149,24 +149,99 @@ class TrackingConfig(StrictModel):
     """Whether the SAE and the report go along."""
 
 
-class Config(StrictModel):
-    """One job. `cfg.lambda_` is the key `lambda`, a reserved word in Python."""
+class Measured(StrictModel):
+    """What an SAE is measured on: in the config of every run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     name: str | None = None
     rerun: bool = False
     layer: int | str | None = None
     """Block number, first, quarter, middle or last; null: the middle."""
     window: int | str = 8
     """Positions in a window, or document."""
-    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 0.1
     model: ModelConfig
     dataset: DatasetConfig
+    evaluation: EvaluationConfig
+    store: StoreConfig
+
+    @field_validator("layer", "window", mode="before")
+    @classmethod
+    def _whole_number_or_name(cls, value: Any) -> Any:
+        if isinstance(value, float):
+            raise ValueError("must be a whole number or one of the named options")
+        return value
+
+    @model_validator(mode="after")
+    def _contexts_fit(self) -> Self:
+        size = self.dataset.context_size
+        if self.window != "document" and not (
+            isinstance(self.window, int) and 2 <= self.window <= size
+        ):
+            raise ValueError(
+                f"window = {self.window}: must be 2 to {size} (dataset.context_size), or document"
+            )
+        if self.evaluation.max_lag >= size:
+            raise ValueError(
+                f"evaluation.max_lag = {self.evaluation.max_lag}: must be below {size} "
+                "(dataset.context_size)"
+            )
+        # The highest number that could be right, where the model's own is not known yet.
+        known = self.model.path is None and self.model.n_layers
+        resolve_layer(self.layer, known or 10_000)
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON-ready dict with the keys of conf/."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class Source(StrictModel):
+    """Where an SAE that was not trained here comes from."""
+
+    folder: str
+    """As it was given; of SAELens' pretrained ones "RELEASE SAE_ID"."""
+    pretrained: bool = False
+    """Whether `folder` is a release and an id."""
+    sha256: str
+    """Of the file of weights; of a pretrained SAE, of the one that sae-lens saves."""
+    architecture: str
+    """By the source's own word."""
+    library: Literal["SAELens", "dictionary_learning", "tcsae"]
+    """Who wrote it."""
+    made_for: str | None = None
+    """Model and hook, by the source's own word."""
+    cautions: list[str] = []
+    """What makes the results less than they could be."""
+
+    @property
+    def title(self) -> str:
+        """Short, for tables."""
+        return self.folder if self.pretrained else "/".join(Path(self.folder).parts[-2:])
+
+
+class LoadedSAE(StrictModel):
+    """What can be seen of an SAE; how it was trained cannot."""
+
+    architecture: str
+    """Name in tcsae.sae.registry of the class that computes it."""
+    d_sae: Count
+    k: Count | None = None
+
+
+class LoadedConfig(Measured):
+    """An SAE that was loaded to be measured; how it was trained is not made up."""
+
+    sae: LoadedSAE
+    source: Source
+
+
+class Config(Measured):
+    """One job. `cfg.lambda_` is the key `lambda`, a reserved word in Python."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 0.1
     sae: SerializeAsAny[SAEConfig]
     consistency: ConsistencyConfig
     training: TrainingConfig
-    evaluation: EvaluationConfig
-    store: StoreConfig
     tracking: TrackingConfig
 
     @model_validator(mode="before")
@@ -198,32 +273,10 @@ class Config(StrictModel):
             raise ValueError(f"architecture must be one of {', '.join(architectures())}")
         return config_class(name).model_validate(value)
 
-    @field_validator("layer", "window", mode="before")
-    @classmethod
-    def _whole_number_or_name(cls, value: Any) -> Any:
-        if isinstance(value, float):
-            raise ValueError("must be a whole number or one of the named options")
-        return value
-
     @model_validator(mode="after")
-    def _parts_fit(self) -> Config:
-        size = self.dataset.context_size
-        if self.window != "document" and not (
-            isinstance(self.window, int) and 2 <= self.window <= size
-        ):
-            raise ValueError(
-                f"window = {self.window}: must be 2 to {size} (dataset.context_size), or document"
-            )
+    def _parts_fit(self) -> Self:
         if self.window == "document" and self.consistency.form == "batch_history":
             raise ValueError("window = document: batch_history needs a number of batches")
-        if self.evaluation.max_lag >= size:
-            raise ValueError(
-                f"evaluation.max_lag = {self.evaluation.max_lag}: must be below {size} "
-                "(dataset.context_size)"
-            )
-        # The highest number that could be right, where the model's own is not known yet.
-        known = self.model.path is None and self.model.n_layers
-        resolve_layer(self.layer, known or 10_000)
         return self
 
     @property
@@ -232,10 +285,6 @@ class Config(StrictModel):
         return -(
             -self.training.tokens // (self.training.batch_contexts * self.dataset.context_size)
         )
-
-    def dump(self) -> dict[str, Any]:
-        """Plain JSON-ready dict with the keys of conf/."""
-        return self.model_dump(mode="json", by_alias=True)
 
 
 def resolve_layer(layer: int | str | None, n_layers: int) -> int:
@@ -265,39 +314,62 @@ def _one_line(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def parse(raw: dict[str, Any]) -> Config:
-    """A checked `Config` from a plain dict. Raises UserError, in one line, with every mistake."""
+_M = TypeVar("_M", bound=Measured)
+
+
+def _parsed(kind: type[_M], raw: dict[str, Any]) -> _M:
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """A checked `Config` from a plain dict. Raises UserError, in one line, with every mistake."""
+    return _parsed(Config, raw)
+
+
+def parse_loaded(raw: dict[str, Any]) -> LoadedConfig:
+    """As `parse`, of an SAE that was not trained here."""
+    return _parsed(LoadedConfig, raw)
+
+
+def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
+    """As `parse`, of whatever a run's config.json holds."""
+    return parse_loaded(raw) if "source" in raw else parse(raw)
 
 
 # What does not change the result of a run: where things are written, and what it is called.
 _NOT_IDENTITY = ("name", "rerun", "tracking", "store")
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: Measured) -> dict[str, Any]:
     """The part of the config that determines the result."""
     content = {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
+    if isinstance(config, LoadedConfig):
+        # The weights are the same wherever they lie.
+        content["source"] = {"sha256": config.source.sha256}
     # Younger than the first runs: where it is not used, they keep their names.
-    if content["training"]["target_l0"] is None:
+    elif content["training"]["target_l0"] is None:
         del content["training"]["target_l0"]
     return content
 
 
-def run_id(config: Config) -> str:
+def run_id(config: Measured) -> str:
     """Ten hex digits of the SHA-256 of `identity(config)`."""
     text = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def run_name(config: Config) -> str:
+def run_name(config: Config | LoadedConfig) -> str:
     """A folder name that people can read and that is unique for the run."""
     model = Path(config.model.path or config.model.name).name.lower()
     layer = "mid" if config.layer is None else config.layer
+    start = f"{model}-l{layer}-{config.sae.architecture}"
+    if isinstance(config, LoadedConfig):
+        return f"{start}-loaded-{run_id(config)}"
     form = config.consistency.form + ("-shuffled" if config.consistency.shuffle_positions else "")
     return (
-        f"{model}-l{layer}-{config.sae.architecture}-{form}"
+        f"{start}-{form}"
         f"-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
     )

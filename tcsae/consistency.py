@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tcsae.positions import permute_within_segments
 from tcsae.sparse import SparseCodes
+from tcsae.sums import ColumnSums
 from tcsae.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 
 Window = int | str  # a number of positions, or "document"
@@ -84,8 +86,11 @@ def window_laplacian(
     allowed_BS = (n_invalid[:, window:] == n_invalid[:, :-window]) & (
         n_changes[:, window - 1 :] == n_changes[:, : n_positions - window + 1]
     )
-    pairs = _window_pairs(window, allowed_BS, dtype)
-    matrix = (torch.diag_embed(pairs.diagonal(dim1=-2, dim2=-1)) - pairs / window) / (window - 1)
+    matrix = _window_pairs(window, allowed_BS, dtype)
+    diagonal_BT = matrix.diagonal(dim1=-2, dim2=-1)
+    n_windows_BT = diagonal_BT.clone()
+    matrix.div_(-window * (window - 1))
+    diagonal_BT.add_(n_windows_BT / (window - 1))
     return Laplacian(matrix, allowed_BS.sum())
 
 
@@ -203,52 +208,35 @@ def slow_feature_penalty(
 
 
 def _window_penalty(
-    features_BTF: Tensor,
+    features: Tensor | SparseCodes,
     window: Window,
     segments: Tensor | None,
     valid: Tensor,
     form: Form,
     *,
-    sparse: SparseCodes | None = None,
+    sums_F: Tensor | None = None,
     order_BT: Tensor | None = None,
 ) -> Tensor:
-    """The penalty of features that are zero at invalid positions, from `sparse` if it is given.
+    """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
 
-    With `order_BT`, of the features at permuted positions, f[order]: the Laplacian is permuted.
+    `sums_F` as of `Consistency.forward`. With `order_BT`, of the features at permuted positions,
+    f[order]: the Laplacian is permuted.
     """
-    wide = torch.promote_types(features_BTF.dtype, torch.float32)
-    laplacian = window_laplacian(
-        window, features_BTF.shape[1], segments=segments, valid=valid, dtype=wide
-    )
-    matrix, count = laplacian.matrix, _expanded_count(laplacian, features_BTF.shape[0])
+    dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    laplacian = window_laplacian(window, valid.shape[1], segments=segments, valid=valid, dtype=wide)
+    matrix, count = laplacian.matrix, _expanded_count(laplacian, len(valid))
     if order_BT is not None:
         back_BT = order_BT.argsort(dim=1)
         matrix = matrix.expand(len(order_BT), -1, -1)
         matrix = matrix.gather(1, back_BT[:, :, None].expand_as(matrix))
         matrix = matrix.gather(2, back_BT[:, None, :].expand_as(matrix))
-    if sparse is None:
-        return WindowPenalty.apply(features_BTF, matrix, count, valid, form)
     n_valid = valid.sum().clamp(min=1)
-    return SparseWindowPenalty.apply(sparse.values_NK, sparse, matrix, count, n_valid, form)
-
-
-def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
-    """[B, T] indices that permute the valid positions of every segment among themselves.
-
-    Invalid positions stay where they are, so windows and their number do not change: what is left
-    of a temporal loss on permuted positions is not due to order.
-    """
-    noise = torch.rand(segments.shape, generator=generator).to(segments.device)
-    n_positions = segments.shape[1]
-    positions = torch.arange(n_positions, device=segments.device).expand_as(segments)
-    # Sorting by (segment and validity, noise) and by (segment and validity, position) lists the
-    # same positions group by group: the one in random order, the other in place.
-    group = segments.long() * 2 + valid.long()
-    by_noise = torch.argsort(noise, dim=1)
-    shuffled = by_noise.gather(1, torch.argsort(group.gather(1, by_noise), dim=1, stable=True))
-    in_place = torch.argsort(group, dim=1, stable=True)
-    permutation = torch.empty_like(shuffled).scatter_(1, in_place, shuffled)
-    return torch.where(valid, permutation, positions)
+    if not isinstance(features, Tensor):
+        return SparseWindowPenalty.apply(features.values_M, features, matrix, count, n_valid, form)
+    if sums_F is None and form != "window_variance":
+        sums_F = ColumnSums.apply(features.flatten(0, 1))
+    return WindowPenalty.apply(features, sums_F, matrix, count, n_valid, form)
 
 
 class Consistency(nn.Module):
@@ -283,40 +271,43 @@ class Consistency(nn.Module):
 
     def forward(
         self,
-        features_BTF: Tensor,
+        features: Tensor | SparseCodes,
         *,
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
-        sparse: SparseCodes | None = None,
+        sums_F: Tensor | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
-        `features_BTF` must be zero where `valid` is false, as an SAE's training pass gives them;
-        `sparse` are the same features by their entries, if there are any.
+        `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
+        them; `sums_F` are their sums over positions with a gradient of their own, if there are any.
         """
         if self.form == "none":
-            return features_BTF.new_zeros((), dtype=torch.float32)
+            return torch.zeros((), device=valid.device)
         if self.form == "batch_history":
-            return self._batch_history(features_BTF, valid)
+            return self._batch_history(features, valid)
         order_BT = None
         if self.shuffle_positions:
             assert generator is not None
             order_BT = permute_within_segments(segments, valid, generator)
         return _window_penalty(
-            features_BTF,
+            features,
             2 if self.form == "slow" else self.window,
             segments,
             valid,
             self.form,  # type: ignore[arg-type]
-            sparse=sparse,
+            sums_F=sums_F,
             order_BT=order_BT,
         )
 
-    def _batch_history(self, features_BTF: Tensor, valid: Tensor) -> Tensor:
+    def _batch_history(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""
-        kept = torch.where(valid[..., None], features_BTF.float(), 0)
-        mean_F = kept.sum((0, 1)) / valid.sum().clamp(min=1)
+        if isinstance(features, Tensor):
+            sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
+        else:
+            sums_F = features.sums()
+        mean_F = sums_F / valid.sum().clamp(min=1)
         n_older = int(self.filled)
         older = self.history[len(self.history) - n_older :]
         penalty = mean_F.new_zeros(())

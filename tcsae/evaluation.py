@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcsae.config import Config, run_id
+from tcsae.config import Measured, run_id
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches, Batch
 from tcsae.files import make_folder, save_tensors, write_json
@@ -105,19 +106,21 @@ def _number(value: float | None) -> str:
 @torch.inference_mode()
 def evaluate(
     sae: SparseAutoencoder,
-    config: Config,
+    config: Measured,
     model: LanguageModel,
     batches: ActivationBatches,
     stop: StopRequest,
     sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
 ) -> Evaluation:
-    """Everything that is measured at the end of a run; `sae_cfg` is the exported cfg.json.
+    """Everything that is measured at the end of a run.
+
+    `sae_cfg` is the exported cfg.json, `behaviour` what `on_the_model` found for this SAE.
 
     Raises Interrupted if a signal comes.
     """
     sae = sae.to(model.device).eval()
     reconstruction, suite = _on_activations(sae, config, batches, stop)
-    behaviour = _on_the_model(sae, config, model, batches, stop)
     n_boot = config.evaluation.bootstrap
     log.info(f"resampling the contexts {n_boot} times for the intervals")
     core = saebench_core_json(
@@ -152,7 +155,7 @@ def _per_context(
     return {f"{kind}.{k}": v for kind, m in named.items() for k, v in m.context_sums().items()}
 
 
-def _eval_config(config: Config, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
+def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
     n_model = min(config.evaluation.model_contexts, n_contexts)
     return saebench_eval_config(
         model_name=config.model.name,
@@ -173,7 +176,7 @@ def _json_list(values: Tensor) -> Any:
 
 
 def _on_activations(
-    sae: SparseAutoencoder, config: Config, batches: ActivationBatches, stop: StopRequest
+    sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
 ) -> tuple[ReconstructionMetrics, ConsistencySuite]:
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
@@ -193,31 +196,39 @@ def _on_activations(
     return reconstruction, suite
 
 
-def _on_the_model(
-    sae: SparseAutoencoder,
-    config: Config,
+@torch.inference_mode()
+def on_the_model(
+    saes: Sequence[SparseAutoencoder],
+    config: Measured,
     model: LanguageModel,
     batches: ActivationBatches,
     stop: StopRequest,
-) -> ModelMetrics:
-    """Cross-entropy and KL with the SAE spliced in, and with the hook's tensor set to zero."""
-    metrics = ModelMetrics()
+) -> list[ModelMetrics]:
+    """Cross-entropy and KL with each SAE spliced in, and with the hook's tensor set to zero.
+
+    The model as it is, and with zeros, is run once for all SAEs; of `config` only
+    evaluation.model_contexts and the size of a context matter. Raises Interrupted if a signal
+    comes.
+    """
+    saes = [sae.to(model.device).eval() for sae in saes]
+    metrics = [ModelMetrics() for _ in saes]
     n_contexts = min(config.evaluation.model_contexts, len(batches))
     size = config.dataset.context_size
     at_once = max(1, min(ENCODE_CONTEXTS, _LOGITS // (size * model.vocabulary)))
-    with Progress("evaluate model", n_contexts * size) as progress:
+    # In tokens through the model.
+    with Progress("evaluate model", n_contexts * size * (2 + len(saes))) as progress:
         for batch in batches.in_order(at_once, n_contexts):
             stop.check()
-            keep = batch.valid
-            clean = model.logits(batch.ids)
-            spliced = score_forward(
-                clean, model.logits(batch.ids, _splice(sae, batch)), batch.ids, keep
-            )
-            ablated = score_forward(
-                clean, model.logits(batch.ids, torch.zeros_like), batch.ids, keep
-            )
-            metrics.add(next_token_ce(clean, batch.ids, keep), spliced, ablated, keep=keep)
-            progress.update(batch.ids.numel())
+            ids, keep = batch.ids, batch.valid
+            clean = model.logits(ids)
+            ce = next_token_ce(clean, ids, keep)
+            ablated = score_forward(clean, model.logits(ids, torch.zeros_like), ids, keep)
+            progress.update(2 * ids.numel())
+            for sae, metric in zip(saes, metrics, strict=True):
+                stop.check()
+                logits = model.logits(ids, _splice(sae, batch))
+                metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
+                progress.update(ids.numel())
     return metrics
 
 

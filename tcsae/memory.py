@@ -13,7 +13,7 @@ def keep_large_blocks() -> bool:
 
     A training step makes and drops [tokens, d_sae] tensors of tens of megabytes. By default glibc
     maps each of them anew and the kernel fills it with zeroed pages, which on a CPU takes longer
-    than the arithmetic on it (scripts/bench_step.py --default-allocator shows it). Returns whether
+    than the arithmetic on it (scripts/bench.py --default-allocator shows it). Returns whether
     it took effect: not on other C libraries, where nothing happens.
     """
     if not sys.platform.startswith("linux"):

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from tcsae.run_folder import LoadedRun
 
 _FIGURES = ("explained_variance", "l0", "ce_loss_score", "kl_div_score", "frac_alive")
+# Of the architectures that an export can have, those that sae-lens has a class for.
+_SAELENS_HAS = ("standard", "topk", "jumprelu", "gated", "temporal")
 # What the hub takes for a model's or a data set's name; a folder is neither.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(run: LoadedRun, sae_cfg: Mapping[str, Any], hub_name: str | None = None) -> str:
     """README.md of the export; `sae_cfg` is the content of its sae/cfg.json."""
-    config, architecture = run.config, run.config.sae.architecture
+    config, architecture = run.training_config, run.config.sae.architecture
     name, layer = config.model.name, run.final_info["layer"]
     title = f"{architecture} SAE, {name}, block {layer} {config.model.hook}"
     parts = [
@@ -35,7 +37,7 @@ def model_card(run: LoadedRun, sae_cfg: Mapping[str, Any], hub_name: str | None 
         _table(("metric", "value", "interval", "meaning"), _figures(run)),
         "All figures: `eval/core.json` (SAEBench's format) and `eval/consistency.json`.",
         "## How to load it",
-        _loading(hub_name),
+        _loading(hub_name, sae_cfg["architecture"]),
         "## Licence",
         "This card grants none: whoever publishes the SAE chooses one and writes it here. Its "
         f"weights come from activations of {name} on the text {config.dataset.name}; the terms "
@@ -59,7 +61,7 @@ def _front_matter(run: LoadedRun) -> str:
 
 
 def _settings(run: LoadedRun, sae_cfg: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
-    config = run.config
+    config = run.training_config
     form = config.consistency.form + (
         ", positions shuffled (control)" if config.consistency.shuffle_positions else ""
     )
@@ -112,11 +114,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
 
 
-def _loading(hub_name: str | None) -> str:
+def _loading(hub_name: str | None, architecture: str) -> str:
     fetch, folder = "", '"FOLDER"'
     if hub_name is not None:
         fetch = "from huggingface_hub import snapshot_download\n"
         folder = f'snapshot_download("{hub_name}")'
+    register = ""
+    if architecture not in _SAELENS_HAS:
+        register = "import tcsae\n\ntcsae.register_with_saelens()  # sae-lens has no such class\n"
     return f"""With tcsae:
 
 ```python
@@ -131,7 +136,7 @@ With sae-lens 6:
 
 ```python
 {fetch}from sae_lens import SAE
-
+{register}
 folder = {folder}
 sae = SAE.load_from_disk(f"{{folder}}/sae")
 ```"""

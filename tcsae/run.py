@@ -23,18 +23,20 @@ from typing import Any
 
 import torch
 
-from tcsae.analysis import analyse
-from tcsae.config import Config, parse, run_id
+from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream, open_stream
 from tcsae.errors import Interrupted, UserError
-from tcsae.evaluation import Evaluation, evaluate
-from tcsae.files import Lock, locked, make_folder, read_json, remove_temporaries, write_json
+from tcsae.evaluation import Evaluation, on_the_model
+from tcsae.files import read_json, write_json
+from tcsae.measuring import measure, measured_info, say_results, write_pages
 from tcsae.memory import keep_large_blocks
+from tcsae.metrics.core import ModelMetrics
 from tcsae.progress import Progress, listening
-from tcsae.run_folder import load_run
+from tcsae.run_folder import claim_folder, load_run, owned_folder
 from tcsae.run_log import speaking_of
 from tcsae.run_state import StateFile
+from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.saelens_format import load_saelens, save_saelens
 from tcsae.signals import StopRequest, stop_on_signal
 from tcsae.tracking import Tracker
@@ -111,11 +113,27 @@ def _work(bank: list[_Job], stop: StopRequest) -> None:
                 job.begin(stream)
         seats = [job.seat for job in bank if job.seat is not None]
         train_bank(seats, stream.train, stop)
+        for job in bank:
+            with job.guarded():
+                job.keep(stream)
+        stop.check()
+        _measure_behaviour(bank, stream, stop)
     for index, job in enumerate(bank):
         if len(bank) > 1:
             log.info(f"-- {index + 1} of {len(bank)}: {job.config.name or job.folder.name}")
         with job.guarded(), listening(partial(_tell, bank[index:])):
             job.finish(stream, stop, started)
+
+
+def _measure_behaviour(bank: Sequence[_Job], stream: Stream, stop: StopRequest) -> None:
+    """What the language model does with each SAE in it; its own passes serve all of them."""
+    trained = [job for job in bank if job.trained is not None]
+    for n_contexts in dict.fromkeys(job.config.evaluation.model_contexts for job in trained):
+        jobs = [job for job in trained if job.config.evaluation.model_contexts == n_contexts]
+        saes = [job.trained.sae for job in jobs if job.trained is not None]
+        found = on_the_model(saes, jobs[0].config, stream.model, stream.evaluation, stop)
+        for job, behaviour in zip(jobs, found, strict=True):
+            job.behaviour = behaviour
 
 
 def _tell(bank: Sequence[_Job], progress: Progress) -> None:
@@ -129,32 +147,6 @@ def _tell(bank: Sequence[_Job], progress: Progress) -> None:
             job.state.stage(p.what, p.done, p.total, p.unit, p.rate, p.note)
         elif job.outcome is None:
             job.state.stage("waiting for its evaluation")
-
-
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Only one process works in a run folder."""
-    with locked(make_folder(folder) / ".lock") as lock:
-        if lock is Lock.BUSY:
-            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
-        yield
-
-
-def _claim(config: Config, folder: Path) -> None:
-    """The folder is this run's, new or begun before. Raises UserError if it is another's."""
-    own = folder / "config.json"
-    # A run that was refused before its first checkpoint has nothing to lose.
-    has_results = any((folder / name).exists() for name in ("checkpoint", "sae", "final_info.json"))
-    if own.is_file() and has_results:
-        other = run_id(parse(read_json(own)))
-        if other != run_id(config):
-            raise UserError(
-                f"{folder} holds another run ({other}, this is {run_id(config)}): choose another "
-                "folder or remove it"
-            )
-    for part in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
-        remove_temporaries(part)
-    write_json(own, config.dump())
 
 
 def _check_content(stream: Stream, folder: Path) -> None:
@@ -171,6 +163,20 @@ def _check_content(stream: Stream, folder: Path) -> None:
     write_json(known, content)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of a seat when its training is over."""
+
+    sae: SparseAutoencoder
+    """As saved: on raw activations."""
+    sae_cfg: dict[str, Any]
+    steps: int
+    """That the optimizer took."""
+    tokens: int
+    seconds: float
+    final_loss: float
+
+
 class _Job:
     """One run, from its claim on a folder to its pages."""
 
@@ -179,6 +185,8 @@ class _Job:
         self.state = StateFile(folder)
         self.tracker: Tracker | None = None
         self.seat: Seat | None = None
+        self.trained: _Trained | None = None
+        self.behaviour: ModelMetrics | None = None
         self.outcome: Outcome | None = None
         self.is_closed = False
 
@@ -199,8 +207,8 @@ class _Job:
 
     def claim(self, held: contextlib.ExitStack) -> None:
         """Take the folder for as long as `held` lasts; a finished run has its outcome at once."""
-        held.enter_context(_owned(self.folder))
-        _claim(self.config, self.folder)
+        held.enter_context(owned_folder(self.folder))
+        claim_folder(self.config, self.folder)
         finished = self.folder / "final_info.json"
         if not finished.is_file():
             return
@@ -227,23 +235,48 @@ class _Job:
         )
         self.seat = Seat(member, self.folder, self.tracker)
 
+    def keep(self, stream: Stream) -> None:
+        """Save the trained SAE and let go of its optimizer, unless the job has failed.
+
+        Raises RuntimeError for a run without an optimizer step: there is no result to report.
+        """
+        if self.outcome is not None:
+            return
+        assert self.seat is not None
+        if self.seat.error is not None:
+            raise self.seat.error
+        member = self.seat.member
+        if member.optimizer_steps < 1:
+            raise RuntimeError("the optimizer took no step: there is nothing to report")
+        metadata = _saelens_metadata(self.config, stream)
+        save_saelens(self.folder / "sae", member.finished_sae(), metadata)
+        sae, sae_cfg = load_saelens(self.folder / "sae")
+        self.trained = _Trained(
+            sae,
+            sae_cfg,
+            steps=member.optimizer_steps,
+            tokens=int(member.tokens_seen),
+            seconds=self.seat.seconds,
+            final_loss=member.last_loss.item(),
+        )
+        self.seat = None
+
     def finish(self, stream: Stream, stop: StopRequest, started: float) -> None:
         """From the trained SAE to the pages, unless the job has failed."""
         if self.outcome is not None:
             return
-        assert self.seat is not None and self.tracker is not None
-        if self.seat.error is not None:
-            raise self.seat.error
+        assert self.trained is not None and self.behaviour is not None
+        assert self.tracker is not None
         stop.check()
-        evaluation = _results(self.seat, stream, stop, self.tracker)
+        evaluation = self._measure(stream, stop, self.trained, self.behaviour)
         info = _final_info(
-            self.config, self.seat, stream, evaluation, time.monotonic() - started
+            self.config, self.trained, stream, evaluation, time.monotonic() - started
         )
         self.tracker.summary(evaluation.headline)
         write_json(self.folder / "final_info.json", info)
         write_pages(self.folder)
         _send_pages(self.folder, self.tracker)
-        _say_results(self.folder, evaluation)
+        say_results(self.folder, evaluation)
         self.outcome = Outcome(info)
         self.close()
 
@@ -261,37 +294,28 @@ class _Job:
             self.state.end("failed", _first_line(error), "".join(traceback.format_exception(error)))
         if self.tracker is not None:
             self.tracker.finish(int(self.outcome is None or error is not None))
-        self.tracker = self.seat = None  # a bank's memory is given back job by job
+        # A bank's memory is given back job by job.
+        self.tracker = self.seat = self.trained = self.behaviour = None
+
+    def _measure(
+        self, stream: Stream, stop: StopRequest, trained: _Trained, behaviour: ModelMetrics
+    ) -> Evaluation:
+        """What was saved, measured: `eval/` and `analysis/`."""
+        evaluation, analysis = measure(
+            trained.sae, trained.sae_cfg, behaviour, self.config, stream, self.folder, stop
+        )
+        if analysis is not None:
+            assert self.tracker is not None
+            self.tracker.summary(analysis.headline)
+        return evaluation
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-OWN_STAGES = ("evaluate features", "evaluate model", "analyse features")
+OWN_STAGES = ("evaluate features", "analyse features")
 """Names of the progress that one job of a bank makes while the others wait."""
-
-
-def _results(seat: Seat, stream: Stream, stop: StopRequest, tracker: Tracker) -> Evaluation:
-    """Save the SAE, and measure what was saved: `sae/`, `eval/` and `analysis/`."""
-    config, folder = seat.member.config, seat.folder
-    save_saelens(folder / "sae", seat.member.finished_sae(), _saelens_metadata(config, stream))
-    sae, sae_cfg = load_saelens(folder / "sae")
-    evaluation = evaluate(sae, config, stream.model, stream.evaluation, stop, sae_cfg)
-    evaluation.write(folder / "eval")
-    if config.evaluation.analysis:
-        analysis = analyse(
-            sae,
-            config,
-            stream.model,
-            stream.evaluation,
-            evaluation.per_feature,
-            stop,
-            config.evaluation.redundancy_max_lag,
-        )
-        analysis.write(folder / "analysis")
-        tracker.summary(analysis.headline)
-    return evaluation
 
 
 def _bfloat16_products(config: Config, device: str) -> bool:
@@ -319,48 +343,27 @@ def _saelens_metadata(config: Config, stream: Stream) -> dict[str, Any]:
 
 
 def _final_info(
-    config: Config, seat: Seat, stream: Stream, evaluation: Evaluation, wall_seconds: float
+    config: Config,
+    trained: _Trained,
+    stream: Stream,
+    evaluation: Evaluation,
+    wall_seconds: float,
 ) -> dict[str, Any]:
-    """The keys the experiment's first runs wrote, filled with what happened.
-
-    Raises RuntimeError for a run without an optimizer step: there is no result to report.
-    """
-    steps = seat.member.optimizer_steps
-    if steps < 1:
-        raise RuntimeError("the optimizer took no step: there is nothing to report")
-    tokens = int(seat.member.tokens_seen)
+    """The keys the experiment's first runs wrote, filled with what happened."""
     return {
-        "training_steps": steps,
-        "final_loss": seat.member.last_loss.item(),
-        "layer": stream.model.layer,
-        "dict_size": config.sae.d_sae,
+        "training_steps": trained.steps,
+        "final_loss": trained.final_loss,
         "learning_rate": config.training.lr,
         "sparsity_penalty": getattr(config.sae, "l1_coefficient", None),
         "window_size": config.window,
         "lambda": config.lambda_,
         "seed": config.seed,
-        "tokens": tokens,
-        "training_seconds": seat.seconds,
-        "tokens_per_second": steps * config.training.batch_contexts
-        * config.dataset.context_size / seat.seconds,
-        "wall_seconds": wall_seconds,
-        "massive_token_share": stream.train.calibration.massive_share,
-        "unique_id": run_id(config),
-        "sae_set": f"tcsae/{config.model.name}/{config.dataset.name}",
-        "sae_id": f"{stream.model.hook_name}/{config.sae.architecture}/{run_id(config)}",
-        "eval_cfg": config.evaluation.model_dump(mode="json"),
-        "metrics": evaluation.core["eval_result_metrics"],
-        "consistency": evaluation.consistency["summary"],
+        "tokens": trained.tokens,
+        "training_seconds": trained.seconds,
+        "tokens_per_second": trained.steps * config.training.batch_contexts
+        * config.dataset.context_size / trained.seconds,
+        **measured_info(config, stream, evaluation, wall_seconds),
     }
-
-
-def write_pages(folder: Path) -> None:
-    """report.html and notes.txt of a finished run, from what is in its folder."""
-    from tcsae.report.notes import write_run_notes
-    from tcsae.report.run_page import write_run_report
-
-    write_run_report(folder)
-    write_run_notes(folder)
 
 
 def _send_pages(folder: Path, tracker: Tracker) -> None:
@@ -373,10 +376,3 @@ def _send_pages(folder: Path, tracker: Tracker) -> None:
     run = load_run(folder)
     columns = {"feature": list(range(run.config.sae.d_sae)), **run.consistency["per_feature"]}
     tracker.pages(run_figures(Contents.of(run)), columns)
-
-
-def _say_results(folder: Path, evaluation: Evaluation) -> None:
-    log.info("held-out results:")
-    for line in evaluation.lines():
-        log.info(f"  {line}")
-    log.info(f"the report: {folder / 'report.html'}")

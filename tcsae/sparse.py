@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class SparseCodes(NamedTuple):
-    """The k features that may be on at each of N tokens (contexts one after another).
+    """The M entries of [N, d_sae] codes that may be on; all others are zero.
 
-    M = N * k entries; all others of the [N, d_sae] codes are zero.
+    In the order of tokens (contexts one after another); a token may have any number of entries.
     """
 
-    values_NK: Tensor
-    """Activations, float32, zero at tokens that are not valid; carries the graph."""
-    index_NK: Tensor
-    """Feature of every entry."""
+    values_M: Tensor
+    """Activations, zero at tokens that are not valid; carries the graph."""
+    feature_M: Tensor
+    token_M: Tensor
+    start_N: Tensor
+    """Where each token's entries begin."""
     order_M: Tensor
-    """Positions in the flattened [N, k] tensors, by feature and within it by token."""
-    d_sae: int
+    """The entries by feature, and within it by token."""
+    sorted_token_M: Tensor
+    """Their tokens in that order."""
+    start_F: Tensor
+    """Where each feature's entries begin in that order."""
+    dtype: torch.dtype
+    """Of the products that made the values; they themselves are float32 or better."""
+
+    @classmethod
+    def of(
+        cls,
+        values_M: Tensor,
+        feature_M: Tensor,
+        token_M: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> SparseCodes:
+        """From entries in the order of tokens; `shape` is (N, d_sae)."""
+        n_tokens, d_sae = shape
+        # Keys of 32 bits sort in half the time.
+        order_M = feature_M.int().argsort(stable=True)
+        count_N = torch.bincount(token_M, minlength=n_tokens)
+        count_F = torch.bincount(feature_M, minlength=d_sae)
+        start_N, start_F = count_N.cumsum(0) - count_N, count_F.cumsum(0) - count_F
+        sorted_token_M = token_M.index_select(0, order_M)
+        return cls(
+            values_M, feature_M, token_M, start_N, order_M, sorted_token_M, start_F, dtype
+        )
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.start_F)
+
+    def dense(self) -> Tensor:
+        """[N, d_sae] in `dtype`, carrying the graph."""
+        flat = self.values_M.new_zeros(len(self.start_N) * self.d_sae, dtype=self.dtype)
+        at_M = self.token_M * self.d_sae + self.feature_M
+        return flat.scatter(0, at_M, self.values_M.to(self.dtype)).view(-1, self.d_sae)
+
+    def sums(self) -> Tensor:
+        """Over tokens, [d_sae], carrying the graph."""
+        return self.values_M.new_zeros(self.d_sae).index_add(0, self.feature_M, self.values_M)
+
+    def firings(self) -> Tensor:
+        """At how many tokens each feature is above zero, [d_sae] float32."""
+        on_M = (self.values_M.detach() > 0).float()
+        return on_M.new_zeros(self.d_sae).index_add_(0, self.feature_M, on_M)

@@ -77,7 +77,7 @@ def _task(composed: DictConfig) -> float:
         log.warning(f"{stopped}; the same command goes on from here")
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
-        line = _for_the_user(error)
+        line = for_the_user(error)
         if line is None or not single:
             raise  # a defect; or one job of several, which must not hide the others'
         # Here, because Hydra adds a line of its own to what it gets to see.
@@ -140,7 +140,7 @@ def _one_line(error: BaseException) -> str:
     return text
 
 
-def _for_the_user(error: Exception) -> str | None:
+def for_the_user(error: Exception) -> str | None:
     """One line for what a user can mend; None for a defect, which needs its traceback."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return _one_line(error)
@@ -172,7 +172,7 @@ def main() -> None:
         _say("stopped at once; the same command goes on from what was saved")
         sys.exit(KILLED_EXIT_CODE)
     except Exception as error:
-        line = _for_the_user(error)
+        line = for_the_user(error)
         if line is None:
             raise
         _say(line)

@@ -1,21 +1,26 @@
 """Value and gradient of sum_j f_j^T Q f_j in its forms, written out for speed.
 
-Shapes: B contexts, T positions, N = B * T tokens, F features, k entries a token, M = N * k, G bags.
+Shapes: B contexts, T positions, N = B * T tokens, F features, M entries of sparse codes, G bags.
 `tcsae/consistency.py` makes Q and says what is computed; tests hold both forms to autograd's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from tcsae.sparse import SparseCodes
+from tcsae.sums import column_sums
 
 Form = Literal["window_variance", "scale_free", "slow"]
 """docs/method.md has the formulas."""
+IN_CACHE = 256
+"""Positions whose features stay in a processor's cache from one pass to the next."""
 LARGEST_SHARE = 100.0
 """slow: no feature weighs more than this many times what it weighs in scale_free."""
 
@@ -33,17 +38,6 @@ def _normalised(form: Form, s2_F: Tensor, mean_F: Tensor, v_F: Tensor) -> tuple[
     return share_F, torch.where(alive_F, s2_F / v_F, 0)
 
 
-def _column_sums(rows_BTF: Tensor) -> Tensor:
-    """Sums over contexts and positions, [F] float32 or better.
-
-    Matrix products are the quickest pass over memory. In bfloat16 each context's sum is rounded
-    (2^-9, at random); the sums over contexts are not.
-    """
-    ones = rows_BTF.new_ones(1, rows_BTF.shape[1])
-    per_context_BF = (ones @ rows_BTF)[:, 0]
-    return per_context_BF.to(torch.promote_types(rows_BTF.dtype, torch.float32)).sum(0)
-
-
 class WindowPenalty(torch.autograd.Function):
     """sum_j s2_j of features that are zero at invalid positions, in one of the forms.
 
@@ -53,51 +47,75 @@ class WindowPenalty(torch.autograd.Function):
     shrinking a feature. Slow: the same, a feature at a time times mean(v) / v_j, so that all weigh
     alike. Features without variance get neither value nor gradient.
 
-    The product runs in the features' own dtype (bfloat16 where the SAE's products do), everything
-    else in float32: a handful of elementwise passes, forward and backward together.
+    `sums_F`, the features' sums over positions (None for the plain form), carries the mean and its
+    part of the gradient, one number a feature. The product runs in the features' own dtype
+    (bfloat16 where the SAE's products do), sums in float32. What the forward pass makes of a few
+    contexts is still in the cache when it is summed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         features_BTF: Tensor,
+        sums_F: Tensor | None,
         laplacian: Tensor,
         n_windows: Tensor,
-        valid_BT: Tensor,
+        n_valid: Tensor,
         form: Form,
     ) -> Tensor:
+        smooth_BTF, s2_F, square_F = _smoothed(features_BTF, laplacian, form != "window_variance")
         # The number of windows comes in afterwards: in bfloat16 it would round all alike.
-        smooth_BTF = laplacian.to(features_BTF.dtype) @ features_BTF
-        s2_F = _column_sums(features_BTF * smooth_BTF) / n_windows
+        s2_F /= n_windows
         ctx.form = form
         if form == "window_variance":
             ctx.save_for_backward(smooth_BTF, n_windows)
             return s2_F.sum()
-        n_valid = valid_BT.sum().clamp(min=1)
-        mean_F = _column_sums(features_BTF) / n_valid
-        v_F = _column_sums(features_BTF.square()) / n_valid - mean_F.square()
+        assert sums_F is not None
+        mean_F = sums_F / n_valid
+        v_F = square_F / n_valid - mean_F.square()
         share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F)
-        pull_F = share_F * ratio_F / n_valid
-        ctx.save_for_backward(
-            smooth_BTF, n_windows, features_BTF, mean_F, pull_F, share_F, valid_BT
-        )
+        pull_F = 2 * share_F * ratio_F / n_valid
+        ctx.save_for_backward(smooth_BTF, n_windows, features_BTF, mean_F, pull_F, share_F)
         return (share_F * s2_F).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
         smooth_BTF, n_windows, *rest = ctx.saved_tensors
         scale = 2 * grad / n_windows
         if ctx.form == "window_variance":
-            return smooth_BTF * scale.to(smooth_BTF.dtype), None, None, None, None
-        features_BTF, mean_F, pull_F, share_F, valid_BT = rest
-        dtype = features_BTF.dtype
-        pull_F = 2 * grad * pull_F
-        gradient_BTF = smooth_BTF * (scale * share_F).to(dtype)
-        gradient_BTF.addcmul_(features_BTF, pull_F.to(dtype), value=-1)
-        # (f - mean) is zero at invalid positions, where f itself is: a product of rank one.
-        valid_N1, row_1F = valid_BT.reshape(-1, 1).to(dtype), (pull_F * mean_F)[None].to(dtype)
-        gradient_BTF.flatten(0, 1).addmm_(valid_N1, row_1F)
-        return gradient_BTF, None, None, None, None
+            return smooth_BTF * scale.to(smooth_BTF.dtype), None, None, None, None, None
+        features_BTF, mean_F, pull_F, share_F = rest
+        dtype, pull_F = features_BTF.dtype, grad * pull_F
+        share_F, row_F = (scale * share_F).to(dtype), pull_F.to(dtype)
+        gradient_BTF = torch.empty_like(smooth_BTF)
+        for f_CTF, smooth_CTF, gradient_CTF in _in_cache(features_BTF, smooth_BTF, gradient_BTF):
+            torch.mul(smooth_CTF, share_F, out=gradient_CTF)
+            gradient_CTF.addcmul_(f_CTF, row_F, value=-1)
+        return gradient_BTF, pull_F * mean_F, None, None, None, None
+
+
+def _in_cache(*tensors_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors [B, T, ...] a few contexts at a time; on another device than the CPU, whole."""
+    n_contexts, n_positions = tensors_BT[0].shape[:2]
+    is_cpu = tensors_BT[0].device.type == "cpu"
+    contexts = max(IN_CACHE // n_positions, 1) if is_cpu else max(n_contexts, 1)
+    return zip(*(tensor.split(contexts) for tensor in tensors_BT), strict=True)
+
+
+def _smoothed(
+    features_BTF: Tensor, laplacian: Tensor, squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q f, sum of f Q f, sum of f^2 if `squares`) in the dtype of the features and in float32."""
+    laplacian = laplacian.to(features_BTF.dtype).expand(len(features_BTF), -1, -1)
+    smooth_BTF = torch.empty_like(features_BTF)
+    sums_2F: list[Tensor | float] = [0.0, 0.0]
+    for f_CTF, q_CTT, smooth_CTF in _in_cache(features_BTF, laplacian, smooth_BTF):
+        torch.bmm(q_CTT, f_CTF, out=smooth_CTF)
+        sums_2F[0] += column_sums((f_CTF * smooth_CTF).flatten(0, 1))
+        if squares:
+            sums_2F[1] += column_sums(f_CTF.square().flatten(0, 1))
+    return smooth_BTF, *sums_2F  # type: ignore[return-value]
 
 
 class SparseWindowPenalty(torch.autograd.Function):
@@ -106,51 +124,52 @@ class SparseWindowPenalty(torch.autograd.Function):
     Sorted by feature and token, the entries of one feature in one context lie together: a bag. The
     bag's sum of f_u Q[u, :] is column j of Q f in that context, read where the bag has entries.
     Work and memory follow the number of entries, whatever the window. The gradient is that of the
-    dense form at the entries; elsewhere the selection has none.
+    dense form at the entries; elsewhere the selection has none. The sums over a bag are made in the
+    dtype of the SAE's products, as there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        values_NK: Tensor,
+        values_M: Tensor,
         codes: SparseCodes,
         laplacian: Tensor,
         n_windows: Tensor,
         n_valid: Tensor,
         form: Form,
     ) -> Tensor:
-        n_positions = laplacian.shape[-1]
-        f_M = values_NK.flatten()[codes.order_M]
-        feature_M = codes.index_NK.flatten()[codes.order_M]
-        token_M = codes.order_M // codes.index_NK.shape[1]
-        row_M = token_M if len(laplacian) > 1 else token_M % n_positions
-        context_M = token_M // n_positions
+        n_positions, order_M = laplacian.shape[-1], codes.order_M
+        f_M, feature_M = (of.index_select(0, order_M) for of in (values_M, codes.feature_M))
+        token_M = codes.sorted_token_M
+        context_M = token_M.div(n_positions, rounding_mode="floor")
+        position_M = token_M - context_M * n_positions
         begins_M = torch.ones_like(feature_M, dtype=torch.bool)
         begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
         columns_GT = embedding_bag(
-            row_M,
-            laplacian.flatten(0, 1),
+            token_M if len(laplacian) > 1 else position_M,
+            laplacian.to(codes.dtype).flatten(0, 1),
             begins_M.nonzero()[:, 0],
-            per_sample_weights=f_M,
+            per_sample_weights=f_M.to(codes.dtype),
             mode="sum",
         )
-        bag_M = begins_M.cumsum(0) - 1
-        smooth_M = columns_GT[bag_M, token_M % n_positions] / n_windows
-        sums_3F = f_M.new_zeros(3, codes.d_sae)
-        sums_3F.index_add_(1, feature_M, torch.stack([f_M * smooth_M, f_M, f_M.square()]))
-        s2_F, mean_F, v_F = sums_3F[0], sums_3F[1] / n_valid, sums_3F[2] / n_valid
-        gradient_M = 2 * smooth_M
+        bag_M = begins_M.cumsum(0).sub_(1)
+        smooth_M = columns_GT.take(bag_M.mul_(n_positions).add_(position_M)).to(f_M) / n_windows
+        per_entry_M3 = torch.stack([f_M * smooth_M, f_M, f_M.square()], 1)
+        entries_M = torch.arange(len(f_M), device=f_M.device)
+        sums_F3 = embedding_bag(entries_M, per_entry_M3, codes.start_F, mode="sum")
+        s2_F, mean_F, v_F = sums_F3[:, 0], sums_F3[:, 1] / n_valid, sums_F3[:, 2] / n_valid
+        gradient_M = smooth_M.mul_(2)
         if form != "window_variance":
             share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F - mean_F.square())
             s2_F, pull_F = share_F * s2_F, 2 * share_F * ratio_F / n_valid
-            gradient_M = gradient_M * share_F[feature_M]
-            gradient_M -= pull_F[feature_M] * (f_M - mean_F[feature_M])
-        gradient_NK = torch.empty_like(values_NK)
-        gradient_NK.view(-1)[codes.order_M] = gradient_M
-        ctx.save_for_backward(gradient_NK)
+            of_F = torch.stack([share_F, pull_F, pull_F * mean_F], 1)
+            share_M, pull_M, pull_mean_M = of_F.index_select(0, feature_M).unbind(1)
+            gradient_M.mul_(share_M).addcmul_(pull_M, f_M, value=-1).add_(pull_mean_M)
+        ctx.save_for_backward(torch.empty_like(values_M).index_copy_(0, order_M, gradient_M))
         return s2_F.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (gradient_NK,) = ctx.saved_tensors
-        return gradient_NK * grad, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (gradient_M,) = ctx.saved_tensors
+        return gradient_M * grad, None, None, None, None, None

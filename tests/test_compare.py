@@ -47,6 +47,47 @@ def test_a_sweep_gets_its_comparison_in_its_own_folder(
     assert (sweep / "comparison" / "comparison.md").read_text() in out
 
 
+def as_loaded(folder: Path) -> Path:
+    """A run folder turned into that of an SAE which was not trained there."""
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("seed", "lambda", "consistency", "training", "tracking"):
+        del config[key]
+    config["sae"] = {"architecture": "topk", "d_sae": F, "k": 4}
+    where = {"folder": "/data/theirs", "sha256": "0" * 64}
+    config["source"] = {**where, "architecture": "topk", "library": "SAELens"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "final_info.json").write_text('{"layer": 1, "training_steps": null}')
+    (folder / "metrics.jsonl").unlink()
+    return folder
+
+
+def test_an_sae_from_elsewhere_lies_beside_a_sweep_and_changes_nothing_in_it(
+    sweep: Path, tmp_path: Path
+) -> None:
+    main([str(sweep), "--output", str(tmp_path / "alone")])
+    theirs = as_loaded(write_run(tmp_path / "theirs", features=codes(0.5)))
+    main([str(sweep), str(theirs), "--output", str(tmp_path / "both")])
+    alone, both = (
+        json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("alone", "both")
+    )
+    *own, group = both["groups"]
+    assert own == alone["groups"] and both["grids"] == alone["grids"]
+    assert group["label"] == "loaded from data/theirs"
+    assert group["seeds"] == [] and group["deltas"] == {} and not group["is_baseline"]
+    assert group["settings"] == {
+        "architecture": "topk",
+        "d_sae": F,
+        "k": 4,
+        "window": None,
+        "loaded from": "data/theirs",
+        "sha256": "0" * 64,
+    }
+    wanted = [n for n in own[0]["metrics"] if own[0]["metrics"][n]["value"] is not None]
+    assert all(group["metrics"][name]["value"] is not None for name in wanted)
+    for name in ("notes.txt", "comparison.md", "comparison.csv", "report.html"):
+        assert "loaded from data/theirs" in (tmp_path / "both" / name).read_text()
+
+
 def test_a_comparison_can_be_repeated(sweep: Path) -> None:
     main([str(sweep)])
     first = (sweep / "comparison" / "comparison.json").read_text()

@@ -248,8 +248,9 @@ def sparse_codes(generator: torch.Generator, valid: Tensor, k: int, d_sae: int) 
     n_tokens = valid.numel()
     index = torch.rand(n_tokens, d_sae, generator=generator).argsort(1)[:, :k]
     values = torch.randn(n_tokens, k, generator=generator, dtype=torch.float64).relu()
-    values = (values * valid.reshape(-1, 1)).requires_grad_()
-    return SparseCodes(values, index, index.flatten().argsort(stable=True), d_sae)
+    values = (values * valid.reshape(-1, 1)).flatten().requires_grad_()
+    token = torch.arange(n_tokens).repeat_interleave(k)
+    return SparseCodes.of(values, index.flatten(), token, (n_tokens, d_sae), torch.float64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -266,19 +267,18 @@ def test_sparse_codes_give_the_value_and_gradient_of_dense_features(
     segments = (torch.rand(3, 12, generator=generator) < 0.2).cumsum(1)
     valid = torch.rand(3, 12, generator=generator) > 0.1
     codes = sparse_codes(generator, valid, k=3, d_sae=7)
-    dense = torch.zeros(36, 7, dtype=torch.float64).scatter(1, codes.index_NK, codes.values_NK)
+    dense = codes.dense()
     penalty = Consistency(form, window, shuffle_positions=shuffle)
     results = []
-    for sparse in (None, codes):
+    for features in (dense.view(3, 12, 7), codes):
         value = penalty(
-            dense.view(3, 12, 7),
+            features,
             segments=segments,
             valid=valid,
             generator=torch.Generator().manual_seed(1),
-            sparse=sparse,
         )
-        (gradient,) = torch.autograd.grad(3 * value, codes.values_NK, retain_graph=True)
-        results.append((value, gradient * valid.reshape(-1, 1)))
+        (gradient,) = torch.autograd.grad(3 * value, codes.values_M, retain_graph=True)
+        results.append((value, gradient * valid.flatten()[codes.token_M]))
     torch.testing.assert_close(results[1], results[0])
 
 

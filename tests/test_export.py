@@ -116,6 +116,16 @@ def test_the_card_begins_with_yaml_that_the_hub_reads(tmp_path: Path) -> None:
     assert configuration["sae"]["k"] == CONFIG["sae"]["k"]
 
 
+def test_the_card_registers_what_sae_lens_cannot_load_by_itself(run: Path) -> None:
+    from tcsae.model_card import model_card
+
+    cfg = json.loads((run / "sae" / "cfg.json").read_text())
+    loaded = tcsae.load_run(run)
+    line = "tcsae.register_with_saelens()"
+    assert line not in model_card(loaded, cfg)
+    assert line in model_card(loaded, {**cfg, "architecture": "persistent"})
+
+
 def test_a_model_from_a_folder_is_no_base_model(run: Path, tmp_path: Path) -> None:
     card = (export_run(run, tmp_path / "out") / "README.md").read_text()
     assert "base_model" not in card

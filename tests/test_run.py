@@ -29,10 +29,12 @@ import tcsae
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
 from tcsae.errors import Interrupted, UserError
+from tcsae.evaluation import ENCODE_CONTEXTS
 from tcsae.files import locked
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
-from tcsae.run import run
+from tcsae.run import run, run_bank
+from tcsae.signals import stop_on_signal
 from tcsae.tracking import JsonLines
 from tcsae.training.member import Member
 
@@ -413,3 +415,29 @@ def test_a_signal_before_the_first_step_is_obeyed_after_it(
     with pytest.raises(Interrupted, match="everything up to here is saved"):
         run(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint" / "step-00000001.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------- a bank's measures
+
+
+def test_a_bank_measures_each_as_alone_and_the_model_itself_once(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = [config.model_copy(update={"lambda_": weight}) for weight in (0.0, 0.1, 1.0)]
+    for i, member in enumerate(bank):
+        run(member, tmp_path / f"alone{i}")
+    calls = count_calls(LanguageModel, "logits", monkeypatch)
+    jobs = [(member, tmp_path / f"bank{i}") for i, member in enumerate(bank)]
+    with stop_on_signal() as stop:
+        outcomes = run_bank(jobs, stop)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    n_batches = -(-config.evaluation.model_contexts // ENCODE_CONTEXTS)
+    assert len(calls) == (2 + len(bank)) * n_batches
+    for i in range(len(bank)):
+        alone, beside = (
+            json.loads((tmp_path / f"{where}{i}" / "eval" / "core.json").read_text())
+            for where in ("alone", "bank")
+        )
+        assert alone["eval_result_metrics"] == beside["eval_result_metrics"]
+    losses = [outcome.info["metrics"]["model_performance_preservation"] for outcome in outcomes]
+    assert losses[0]["ce_loss_with_sae"] != losses[2]["ce_loss_with_sae"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.config import Config
+from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import (
     ActivationBatches,
@@ -40,9 +40,14 @@ class Stream:
         }
 
 
-def open_stream(config: Config, stop: StopRequest) -> Stream:
-    """Contexts packed, activations harvested (or streamed), masks and scale known."""
-    model = LanguageModel(config.model, config.layer)
+def open_stream(
+    config: Measured, stop: StopRequest, model: LanguageModel | None = None
+) -> Stream:
+    """Contexts packed, activations harvested (or streamed), masks and scale known.
+
+    `model`: that of the config, where it is at hand already.
+    """
+    model = model or LanguageModel(config.model, config.layer)
     root = Path(config.store.dir).expanduser()
     contexts = load_or_build_contexts(config.dataset, model, root, stop)
     sources: list[Any] = []

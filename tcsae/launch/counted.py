@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from tcsae.config import Config
 
 # Of a training step.
-WEIGHT_PASSES = 180
-"""Over [D, F]: Adam (56), gradients, clipping, the decoder's projection and norm, casts: 160 to
-200, by architecture."""
+WEIGHT_PASSES, SPARSE_WEIGHT_PASSES = 150, 120
+"""Over [D, F]: Adam (56), gradients, clipping, the decoder's projection and norm, casts: 135 to
+165 dense, by architecture."""
 INPUT_PASSES = 115
 """Over [N, D]."""
 LOGGED_PASSES = 80
 """More over [N, F] and [N, D] where metrics are logged."""
-LAPLACIAN_PASSES = 150
+LAPLACIAN_PASSES = 80
 """Over [N, T], for the temporal loss."""
-ENTRY_BYTES, ENTRY_PENALTY_BYTES = 250, 400
-"""Sparse topk: sorting and moving an entry, and its part of the temporal loss."""
-PENALTIES = {"scale_free": (23, 90), "slow": (23, 100), "window_variance": (12, 35)}
+ENTRY_BYTES, ENTRY_PENALTY_BYTES = 440, 530
+"""Sparse codes: sorting and moving an entry, and its part of the temporal loss."""
+PENALTIES = {"scale_free": (23, 90), "slow": (23, 100), "window_variance": (13, 50)}
 """Passes over dense [N, F], and kernels, of the forms of the temporal loss that cost something."""
 STEP_KERNELS, LOGGED_KERNELS = 115, 75
 SPARSE_FROM_RATIO = 16
-"""As in tcsae/sae/topk.py."""
+"""As in tcsae/sae/fast.py."""
 
 # Of the language model and the evaluation.
 BLOCK_KERNELS = 70
@@ -140,7 +140,7 @@ class Sizes:
     model_s: int
     """Bytes of a number in the language model and in the store."""
     is_sparse: bool
-    """topk, where the products after the selection touch its k entries only."""
+    """topk, batchtopk: the products after the selection touch the chosen entries only."""
     penalty: tuple[int, int]
     """Of PENALTIES, or zeros."""
     entries: int
@@ -154,7 +154,7 @@ def sizes(config: Config, facts: ModelFacts, machine: Machine) -> Sizes:
     def bytes_each(wanted: str) -> int:
         return 2 if wanted == "bfloat16" or (wanted == "auto" and machine.bfloat16) else 4
 
-    sparse_possible = sae.architecture == "topk" and machine.device == "cpu"
+    sparse_possible = sae.architecture in ("topk", "batchtopk") and machine.device == "cpu"
     return Sizes(
         N=cfg.batch_contexts * config.dataset.context_size,
         T=config.dataset.context_size,
@@ -235,18 +235,20 @@ def step_bytes(config: Config, z: Sizes, dead_share: float = DEAD_SHARE) -> tupl
     """(activations, weights) read and written by one training step."""
     if z.is_sparse:
         entries = z.N * z.entries
-        activations = (6.0 * z.s + 4) * z.N * z.F + entries * (ENTRY_BYTES + 16 * z.D)
+        activations = 3.3 * z.s * z.N * z.F + entries * (ENTRY_BYTES + 16 * z.D)
         if any(z.penalty):
             activations += entries * (ENTRY_PENALTY_BYTES + 4 * z.T)
     else:
-        activations = (18.0 * z.s + 12) * z.N * z.F
+        is_fast = config.sae.architecture == "standard"
+        activations = (15.0 * z.s if is_fast else 18.0 * z.s + 12) * z.N * z.F
         activations += z.penalty[0] * z.s * z.N * z.F
     if any(z.penalty):
         activations += LAPLACIAN_PASSES * z.N * z.T
     if config.sae.revival == "auxk":
         activations += 15 * z.s * z.N * z.F * dead_share
     activations += INPUT_PASSES * z.N * z.D
-    return activations, float(WEIGHT_PASSES * z.D * z.F)
+    weights = SPARSE_WEIGHT_PASSES if z.is_sparse else WEIGHT_PASSES
+    return activations, float(weights * z.D * z.F)
 
 
 def train_stage(config: Config, z: Sizes) -> Stage:
@@ -309,16 +311,25 @@ def evaluate_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int)
             bytes=z.F * (140.0 * cfg.bootstrap * curves + 50 * G * z.T * lags),
             kernels=cfg.bootstrap * 65.0,
         ),
-        *forward_stage(config, facts, z, 3 * modelled, facts.n_layers, "model"),
+        *forward_stage(config, facts, z, modelled, facts.n_layers, "model"),
         Work(
             "logits",
             float32_flops=4.0 * modelled * z.D * z.F,
-            bytes=206.0 * modelled * facts.d_vocab,
+            bytes=93.0 * modelled * facts.d_vocab,
         ),
     ]
     if cfg.analysis:
         works.append(_analysis(config, z, tokens))
     return tuple(works)
+
+
+def reference_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int) -> Stage:
+    """The language model as it is, and with zeros in place of the hook's tensor."""
+    modelled = min(config.evaluation.model_contexts, n_contexts) * z.T
+    return (
+        *forward_stage(config, facts, z, 2 * modelled, facts.n_layers, "model alone"),
+        Work("logits alone", bytes=114.0 * modelled * facts.d_vocab),
+    )
 
 
 def _analysis(config: Config, z: Sizes, tokens: int) -> Work:

@@ -47,6 +47,8 @@ class Cost:
     """What a process does once for all its members: reads the store, or runs the model."""
     train: Stage
     evaluate: Stage
+    reference: Stage
+    """What a process measures of the language model itself, once for all its members."""
     harvest_tokens: int
     store_bytes: float
     run_bytes: float
@@ -72,7 +74,7 @@ class Cost:
 
     @property
     def evaluate_flops(self) -> float:
-        return _flops(self.evaluate)
+        return _flops((*self.evaluate, *self.reference))
 
     @property
     def device_bytes(self) -> float:
@@ -123,6 +125,7 @@ def job_cost(
         stream=stream,
         train=counted.train_stage(config, z),
         evaluate=counted.evaluate_stage(config, facts, z, contexts[1]),
+        reference=counted.reference_stage(config, facts, z, contexts[1]),
         harvest_tokens=0 if config.store.mode == "stream" else tokens,
         store_bytes=CONTEXT_BYTES * tokens + store_bytes,
         run_bytes=_run_bytes(config, z),
@@ -300,6 +303,10 @@ class _Process:
         return max((cost.stream for cost in self.members), key=_most)
 
     @property
+    def reference(self) -> Stage:
+        return max((cost.reference for cost in self.members), key=_most)
+
+    @property
     def own(self) -> list[Stage]:
         return [cost.train + cost.evaluate for cost in self.members]
 
@@ -313,7 +320,8 @@ class _Process:
         return max(cost.host_bytes_beside(self.device_bytes) for cost in self.members)
 
     def hours(self, machine: Machine) -> float:
-        return sum(hours(stage, machine) for stage in (self.harvest, self.shared, *self.own))
+        stages = (self.harvest, self.shared, self.reference, *self.own)
+        return sum(hours(stage, machine) for stage in stages)
 
 
 def _most(stage: Stage) -> float:
@@ -358,7 +366,7 @@ def sweep_cost(
         harvest_tokens=sum(cost.harvest_tokens for cost in new.values()),
         harvest_hours=total(*(cost.harvest for cost in new.values())),
         train_hours=total(*(p.shared for p in processes), *(cost.train for cost in jobs)),
-        evaluate_hours=total(*(cost.evaluate for cost in jobs)),
+        evaluate_hours=total(*(p.reference for p in processes), *(cost.evaluate for cost in jobs)),
         pack_hours=tuple(p.hours(machine) for p in processes) if machine.has_rates else (),
         store_bytes=sum(cost.store_bytes for cost in new.values()),
         run_bytes=sum(cost.run_bytes for cost in jobs),

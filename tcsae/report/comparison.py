@@ -11,7 +11,7 @@ A *stream* is one model, hook and set of held-out contexts; only runs of one str
 *group* is one setting with all its seeds. An *arm* is a setting but for its sparsity (sae.k,
 sae.l1_coefficient), so that the groups of an arm lie on one curve of L0 against quality. The
 *baseline* of an arm is the arm without temporal loss (lambda 0 or consistency=none) and everything
-else equal.
+else equal, or the one arm that was chosen for all.
 
 Fields, all of them JSON:
 
@@ -25,7 +25,9 @@ headline  the few of them for a narrow table; headline_window: the W of its C_W 
 groups    [{
     id, stream, arm, label ("lambda=1 window=8": what sets it apart in this comparison),
     settings {architecture, d_sae, k or l1_coefficient, consistency ("none", "scale_free", ...,
-        "shuffled"; "shuffled window_variance"), window (null for a baseline), lambda, tokens},
+        "shuffled"; "shuffled window_variance"), window (null for a baseline), lambda, tokens};
+        of an SAE that was not trained here (tcsae.evaluate) "loaded from" and sha256 in place
+        of the last four, and no seeds: it is compared with nothing
     differs {dotted config key: value}, the keys that are not the same in all groups,
     is_baseline, seeds [..], runs [names],
     metrics {name: {value, low, high, reason}}, low and high null where there is no interval,
@@ -59,7 +61,7 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -120,14 +122,18 @@ class Comparison:
         return text.getvalue()
 
 
-def compare_runs(folders: Sequence[str | Path]) -> Comparison:
+def compare_runs(
+    folders: Sequence[str | Path], baseline: Mapping[str, str] | None = None
+) -> Comparison:
     """Lay runs side by side.
 
     Args:
         folders: run folders, sweep folders, or folders that hold any of them.
+        baseline: settings (dotted config keys) of the runs without temporal loss that all others
+            are compared with, whatever else differs. None: each with its own.
 
     Raises:
-        UserError: a folder without runs, or not one run that can be used.
+        UserError: a folder without runs, not one run that can be used, or no such baseline.
     """
     used: list[Run] = []
     records: list[dict[str, Any]] = []
@@ -145,7 +151,9 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     if not used:
         raise UserError(_nothing_to_compare(records))
     streams = sort_streams(used)
-    groups, repeated = make_groups(streams)
+    groups, repeated = make_groups(streams, tuple((baseline or {}).items()))
+    if baseline and not any(group.is_baseline for group in groups):
+        raise UserError(_no_such_baseline(baseline, groups))
     by_folder = {record["folder"]: record for record in records}
     for run, first in repeated:
         reason = f"same settings and seed as {first.name}"
@@ -157,7 +165,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
                 "group": group.id,
                 "stream": group.stream,
                 "seed": run.seed,
-                "tokens": run.config.training.tokens,
+                "tokens": group.settings.get("training.tokens"),
             }
     window = _headline_window(groups)
     metrics = _metrics(used)
@@ -183,11 +191,24 @@ def _nothing_to_compare(records: Sequence[dict[str, Any]]) -> str:
     return f"none of the {len(records)} runs can be used; the first: {records[0]['reason']}"
 
 
+def _no_such_baseline(wanted: Mapping[str, str], groups: Sequence[Group]) -> str:
+    said = " ".join(f"{key}={value}" for key, value in wanted.items())
+    plain = [g.settings for g in groups if g.settings.get("consistency") == "none"]
+    there = [
+        f"{key}={value}"
+        for key in wanted
+        for value in dict.fromkeys(str(settings.get(key)) for settings in plain)
+        if value != "None"
+    ]
+    known = f"there are: {', '.join(there)}" if there else "no run there has such a key"
+    return f"no run without temporal loss has {said}; {known}"
+
+
 def _headline_window(groups: Sequence[Group]) -> int | None:
     """The window most variants were trained with, if its C_W was measured everywhere."""
     names = [set(run.features) for group in groups for run in group.runs]
     measured = sorted(int(n[2:]) for n in set.intersection(*names) if n.startswith("C_"))
-    trained = Counter(g.settings["window"] for g in groups if not g.is_baseline)
+    trained = Counter(g.settings["window"] for g in groups if "window" in g.settings)
     wanted = [w for w, _ in sorted(trained.items(), key=lambda item: (-item[1], str(item[0])))]
     known = [w for w in [*wanted, _DEFAULT_WINDOW] if w in measured]
     return (known or measured or [None])[0]

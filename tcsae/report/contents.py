@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from tcsae.config import LoadedConfig
 from tcsae.files import load_tensors
 from tcsae.report.labels import label
 from tcsae.report.page import packed, rounded
@@ -110,7 +111,14 @@ class Contents:
 
     def command(self) -> str:
         """The command that repeats the run."""
-        return shlex.join(["python", "-m", "tcsae.train", *self._overrides()])
+        source = self.run.config.source if isinstance(self.run.config, LoadedConfig) else None
+        if source is None:
+            return shlex.join(["python", "-m", "tcsae.train", *self._overrides()])
+        what = [source.folder]
+        if source.pretrained:
+            release, _, sae_id = source.folder.partition(" ")
+            what = ["--release", release, "--sae-id", sae_id]
+        return shlex.join(["python", "-m", "tcsae.evaluate", *what, *self._overrides()])
 
     def _overrides(self) -> list[str]:
         recorded = self.run.folder / ".hydra" / "overrides.yaml"
@@ -119,15 +127,23 @@ class Contents:
             # An experiment may be a sweep by itself; of its jobs this is one.
             has_experiment = any(o.startswith("+experiment=") for o in overrides)
             return [*overrides, "hydra.mode=RUN"] if has_experiment else overrides
-        # A run that was not started by the command: every key, in groups that set no others.
+        # A run that was not started by the command.
+        return self._every_key()
+
+    def _every_key(self) -> list[str]:
+        """Every key of the config, in groups that set no others."""
         config = self.run.config.dump()
-        groups = {"model": "other", "dataset": "files", "sae": config["sae"]["architecture"]}
-        groups |= {"consistency": config["consistency"]["form"]}
+        groups = {"model": "other", "dataset": "files"}
+        if isinstance(self.run.config, LoadedConfig):
+            del config["sae"], config["source"]  # the folder has them
+        else:
+            groups["sae"] = config["sae"]["architecture"]
+            groups["consistency"] = config["consistency"]["form"]
         if config["layer"] is None:
             del config["layer"]  # the group's own default is the same, and null is no option
         # ++: conf/ does not list every key; groups do not take it.
         keys = (
-            f"{'' if key in _NUMBER_GROUPS else '++'}{key}={_override_value(value)}"
+            f"{'' if key in _NUMBER_GROUPS else '++'}{key}={override_value(value)}"
             for key, value in flat(config)
         )
         return [*(f"{group}={option}" for group, option in groups.items()), *keys]
@@ -175,12 +191,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _override_value(value: Any) -> str:
+def override_value(value: Any) -> str:
     """A value as Hydra's grammar reads it on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(_override_value, value))}]"
+        return f"[{','.join(map(override_value, value))}]"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{escaped}'"

@@ -22,6 +22,7 @@ from tcsae.report.matching import (
 )
 from tcsae.report.paired import Estimate, Term, combine, holds_zero
 from tcsae.report.runs import (
+    LOADED,
     SPARSITY_KEYS,
     TEMPORAL_KEYS,
     Run,
@@ -39,6 +40,8 @@ _SETTINGS = {
     "window": "window",
     "lambda": "lambda",
     "tokens": "training.tokens",
+    LOADED: LOADED,
+    "sha256": "source.sha256",
 }
 
 
@@ -51,10 +54,19 @@ class Group:
     settings: dict[str, Any]
     runs: tuple[Run, ...]
     """By seed."""
+    chosen: tuple[tuple[str, str], ...] = ()
+    """(setting, value) of the one baseline that all are compared with; empty: each with its own."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Not trained here: neither a baseline nor to be compared with one."""
+        return LOADED in self.settings
 
     @property
     def is_baseline(self) -> bool:
-        return self.settings["consistency"] == "none"
+        if self.settings.get("consistency") != "none":
+            return False
+        return all(_in_words(self.settings.get(key)) == value for key, value in self.chosen)
 
     @property
     def arm_key(self) -> str:
@@ -63,6 +75,8 @@ class Group:
     @property
     def base_key(self) -> str:
         """Of the arm this one is compared with; its own for a baseline."""
+        if self.chosen:
+            return f"{self.stream}"
         without = (*SPARSITY_KEYS, *TEMPORAL_KEYS)
         return f"{self.stream} {key_of(self.settings, without)}"
 
@@ -90,9 +104,14 @@ def sort_streams(runs: Sequence[Run]) -> list[list[Run]]:
     return streams
 
 
-def make_groups(streams: Sequence[Sequence[Run]]) -> tuple[list[Group], list[tuple[Run, Run]]]:
-    """Groups (of a stream: baselines first), and the runs left out with what they repeat."""
-    found: dict[tuple[int, str], dict[int, Run]] = {}
+def make_groups(
+    streams: Sequence[Sequence[Run]], chosen: Sequence[tuple[str, str]] = ()
+) -> tuple[list[Group], list[tuple[Run, Run]]]:
+    """Groups (of a stream: baselines first), and the runs left out with what they repeat.
+
+    `chosen` as of `Group.chosen`.
+    """
+    found: dict[tuple[int, str], dict[int | None, Run]] = {}
     repeated = []
     for number, stream in enumerate(streams):
         for run in stream:
@@ -107,7 +126,13 @@ def make_groups(streams: Sequence[Sequence[Run]]) -> tuple[list[Group], list[tup
     ]
     unsorted.sort(key=lambda entry: (entry[0], _rank(entry[1])))
     groups = [
-        Group(i, number, settings, tuple(seeds[s] for s in sorted(seeds)))
+        Group(
+            i,
+            number,
+            settings,
+            tuple(sorted(seeds.values(), key=lambda run: run.seed or 0)),
+            tuple(chosen),
+        )
         for i, (number, settings, seeds) in enumerate(unsorted)
     ]
     return groups, repeated
@@ -117,16 +142,18 @@ def _rank(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     window = settings.get("window", 0)
     long = math.inf if window == "document" else window
     sparsity = [settings.get(key) or 0 for key in SPARSITY_KEYS]
-    consistency = settings["consistency"]
-    shown = (settings["sae.architecture"], consistency != "none", consistency)
-    return (*shown, long, settings["lambda"], *sparsity, key_of(settings))
+    consistency = settings.get("consistency", "")
+    shown = (LOADED in settings, settings["sae.architecture"], consistency != "none", consistency)
+    return (*shown, long, settings.get("lambda", 0), *sparsity, key_of(settings))
 
 
 # ----------------------------------------------------------------------------------- labels
 
 
 def differing(groups: Sequence[Group]) -> list[str]:
-    """Settings that are not the same in all groups; of the temporal ones, in all variants."""
+    """Settings that are not the same in all groups that were trained; of the temporal ones, in all
+    variants."""
+    groups = [group for group in groups if not group.is_loaded]
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     found = []
     for key in keys:
@@ -138,6 +165,8 @@ def differing(groups: Sequence[Group]) -> list[str]:
 
 def label_of(group: Group, differs: Sequence[str], without: Sequence[str] = ()) -> str:
     """What sets the group apart: "lambda=1 window=8"."""
+    if group.is_loaded:
+        return f"{LOADED} {group.settings[LOADED]}"
     shown = [key for key in differs if key not in without and key in group.settings]
     if group.is_baseline:
         shown = [key for key in shown if key not in TEMPORAL_KEYS]
@@ -148,8 +177,11 @@ def label_of(group: Group, differs: Sequence[str], without: Sequence[str] = ()) 
 
 
 def _said(group: Group, key: str) -> str:
-    value = group.settings[key]
-    return f"{key.split('.')[-1]}={f'{value:g}' if isinstance(value, float) else value}"
+    return f"{key.split('.')[-1]}={_in_words(group.settings[key])}"
+
+
+def _in_words(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------- entries
@@ -202,7 +234,7 @@ class Entries:
             "settings": {k: v for k, v in settings.items() if v is not None or k == "window"},
             "differs": {key: group.settings.get(key) for key in self.differs},
             "is_baseline": group.is_baseline,
-            "seeds": [run.seed for run in group.runs],
+            "seeds": [run.seed for run in group.runs if run.seed is not None],
             "runs": [run.name for run in group.runs],
             "metrics": {name: _entry(combine(name, [group.term()])) for name in self.metrics},
             "medians": self._medians(group),
@@ -226,6 +258,9 @@ class Entries:
         if group.is_baseline:
             l0 = None if point is None else point.l0
             return Match("self", [group.id], [1.0], l0, "it is the baseline")
+        if group.is_loaded and not group.chosen:
+            words = "it was not trained here, so no baseline has its settings"
+            return Match("none", [], [], None, words)
         if point is None:
             return Match("none", [], [], None, "it has no L0 or no explained variance")
         others = [g.point for g in self.baseline_groups(group)]
@@ -308,7 +343,7 @@ class Entries:
         """Window x lambda, for everything else equal."""
         tables: dict[str, list[Group]] = {}
         for group in self.groups:
-            if not group.is_baseline:
+            if not group.is_baseline and "window" in group.settings:
                 key = key_of(group.settings, ("window", "lambda"))
                 tables.setdefault(f"{group.stream} {key}", []).append(group)
         return [self._grid(groups, entries) for groups in tables.values() if len(groups) > 1]

@@ -131,7 +131,7 @@ def live_features(terms: Sequence[Term], names: Sequence[str]) -> Features | Non
         columns = run.features
         live = (columns["density"] > 0) & (columns["c0"] > 0)
         own = columns["c0"][live]
-        unit.append(live.nonzero().flatten() + run.seed * _MOST_FEATURES)
+        unit.append(live.nonzero().flatten() + (run.seed or 0) * _MOST_FEATURES)
         density.append(columns["density"][live])
         energy.append(weight * own / own.sum())
         for name in names:

@@ -20,6 +20,7 @@ from tcsae.report.labels import (
     listed,
     number,
 )
+from tcsae.report.origin import origin
 
 if TYPE_CHECKING:
     from tcsae.report.comparison import Comparison
@@ -77,30 +78,16 @@ def run_notes(run: LoadedRun) -> str:
 
 def _what_was_run(contents: Contents) -> list[str]:
     config, info = contents.run.config, contents.run.final_info
-    consistency: str = config.consistency.form
-    if config.consistency.shuffle_positions:
-        consistency += ", on positions shuffled within their document (the control)"
-    sparsity = f"k {config.sae.k}" if hasattr(config.sae, "k") else ""
-    if info["sparsity_penalty"] is not None:
-        sparsity = f"L1 coefficient {info['sparsity_penalty']:g}"
+    sparsity = f", k {k}" if (k := getattr(config.sae, "k", None)) else ""
+    if info.get("sparsity_penalty") is not None:
+        sparsity = f", L1 coefficient {info['sparsity_penalty']:g}"
     data = config.dataset
     text = f"{data.name} ({data.path})" if data.path else data.name
-    training = (
-        f"{info['training_steps']:,} steps, {info['tokens']:,} tokens, learning rate "
-        f"{config.training.lr:g}, seed {config.seed}"
-    )
-    time = (
-        f"{info['training_seconds']:.0f} s of training, {info['tokens_per_second']:,.0f} tokens/s; "
-        f"{info['wall_seconds']:.0f} s in all"
-    )
     rows = [
         ("model", f"{config.model.name}, block {info['layer']}, {config.model.hook}"),
         ("text", f"{text}, contexts of {data.context_size} tokens"),
-        ("SAE", f"{config.sae.architecture}, {info['dict_size']:,} features, {sparsity}"),
-        ("temporal loss", f"{consistency}; window {config.window}; lambda {config.lambda_:g}"),
-        ("training", training),
-        ("last loss", number(info["final_loss"])),
-        ("time", time),
+        ("SAE", f"{config.sae.architecture}, {info['dict_size']:,} features{sparsity}"),
+        *origin(contents.run).rows,
         ("massive tokens", f"{100 * info['massive_token_share']:.2f} % of the tokens, left out"),
         ("identity", info["unique_id"]),
     ]
@@ -220,17 +207,7 @@ def _missing(contents: Contents) -> list[str]:
 
 def _reading(contents: Contents) -> list[str]:
     """What to keep in mind, as far as this run's own numbers call for it."""
-    said = [
-        "One run, one seed: the intervals are about the choice of held-out contexts, not about "
-        "another seed or another text.",
-    ]
-    config = contents.run.config
-    if config.lambda_ and config.consistency.form != "none":
-        said.append(
-            "Whether the temporal loss changed anything is not in these numbers: compare with a "
-            "run of lambda=0 and otherwise the same settings (python -m tcsae.compare), and with "
-            "consistency=shuffled, which keeps the loss and takes away the order."
-        )
+    said = origin(contents.run).cautions
     ratio = contents.core["l2_ratio"]
     if ratio is not None and ratio < 0.95:
         said.append(
@@ -284,8 +261,10 @@ def _compared(content: Mapping[str, Any]) -> list[str]:
     lines += ["", *_columns([("run", "setting"), *rows]), ""]
     for group in content["groups"]:
         settings = ", ".join(f"{k} {v}" for k, v in group["settings"].items() if v is not None)
-        seeds = listed([str(seed) for seed in group["seeds"]])
-        lines += _paragraph(f"{group['label']}: {settings}; seeds {seeds}", "- ")
+        said = f"{group['label']}: {settings}"
+        if group["seeds"]:
+            said += f"; seeds {listed([str(seed) for seed in group['seeds']])}"
+        lines += _paragraph(said, "- ")
     if content["notices"]:
         lines += _heading("To keep in mind")
         lines += [p for text in content["notices"] for p in _paragraph(text, "- ")]

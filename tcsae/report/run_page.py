@@ -14,6 +14,7 @@ import numpy as np
 from tcsae.report import plots
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
 from tcsae.report.labels import HEADLINE, interval_text, label, number
+from tcsae.report.origin import origin
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve
 
@@ -214,6 +215,7 @@ def _context(contents: Contents) -> dict[str, Any]:
         "window_metric": contents.window_metric,
         "distributions": [n for n in (contents.window_metric, *_DISTRIBUTIONS) if n],
         "training": ["loss", *_TRAINING],
+        "origin": origin(run),
         "analysis": _analysis_context(contents.analysis),
         "no_analysis": NO_ANALYSIS,
         "rows_left_out": config.sae.d_sae - shown,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcsae.config import Config, identity
+from tcsae.config import Config, LoadedConfig, identity
 from tcsae.errors import UserError
 from tcsae.files import load_tensors, read_json
 from tcsae.report.labels import HEADLINE
@@ -39,6 +39,8 @@ FROM_ANALYSIS = {
 SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient")
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
 _NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
+LOADED = "loaded from"
+"""The setting that only SAEs have that were not trained here."""
 _ADVICE = "run its command again with rerun=true"
 
 
@@ -48,7 +50,7 @@ class Run:
 
     name: str
     folder: Path
-    config: Config
+    config: Config | LoadedConfig
     place: dict[str, Any]
     """model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens."""
     contexts: Tensor
@@ -66,8 +68,9 @@ class Run:
     """[F] each: density, c0, rho_1, omega_squared and every C_W; profile_rate [T, F]."""
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
+    def seed(self) -> int | None:
+        """None: the SAE was not trained here."""
+        return None if isinstance(self.config, LoadedConfig) else self.config.seed
 
     def basis(self, name: str) -> int | None:
         """What a metric was measured on, where that can differ within a stream."""
@@ -123,7 +126,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _run_of(loaded: Any, folder: Path) -> Run:
-    config: Config = loaded.config
+    config: Config | LoadedConfig = loaded.config
     summary = loaded.consistency["summary"]
     sums, _ = load_tensors(folder / "eval" / "per_context.safetensors", _ADVICE)
     kinds = {
@@ -225,8 +228,9 @@ def _place(loaded: Any, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
 # --------------------------------------------------------------------------------- settings
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """Flat dotted settings that determine what is trained, but for the seed.
+def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
+    """Flat dotted settings that determine what is trained, but for the seed; of an SAE that was
+    loaded instead, what is known of it, with LOADED and no temporal loss, not even "none".
 
     Without a temporal loss its other options mean nothing: they are left out, `consistency` is
     "none" and `lambda` 0, whatever the config says.
@@ -235,6 +239,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     for key in list(flat):
         if key.startswith(tuple(f"{k}." for k in _NO_RESULT_KEYS)) or key in _NO_RESULT_KEYS:
             del flat[key]
+    if isinstance(config, LoadedConfig):
+        del flat["window"]
+        return flat | {LOADED: config.source.title}
     form = flat.pop("consistency.form")
     shuffled = flat.pop("consistency.shuffle_positions")
     scaled = flat.pop("consistency.scale_by_window")

@@ -45,7 +45,8 @@ class SparseAutoencoder(nn.Module, ABC):
     Parameters, float32: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in].
     W_dec starts as random rows of norm 1, W_enc as its transpose (tied start: Gao et al. 2024,
     arXiv 2406.04093, appendix A.1; Conerly et al. 2024, Anthropic's April update), biases as 0.
-    The same generator state gives the same weights. `generator` lives on the CPU.
+    The same generator state gives the same weights. `generator` lives on the CPU. W_enc lies in
+    memory by feature, as W_dec does: its gradient comes so, and the product takes either.
     """
 
     config_class: ClassVar[type[SAEConfig]]
@@ -67,7 +68,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.d_in = d_in
         self.d_sae = cfg.d_sae
         rows = normalize(torch.randn(cfg.d_sae, d_in, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(rows.T.clone(memory_format=torch.contiguous_format))
+        self.W_enc = nn.Parameter(rows.T.clone(memory_format=torch.preserve_format))
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.add_encoder_vectors()
@@ -214,21 +215,16 @@ class SparseAutoencoder(nn.Module, ABC):
         centred_ND = x_ND - b_dec
         codes = self.training_codes(centred_ND, places)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            x_hat_ND = codes.decoded_ND.float() + self.b_dec
-            error_ND = x_hat_ND - x_ND
+            error_ND = codes.decoded_ND.float() + self.b_dec - x_ND
             losses = {"reconstruction": error_ND.square().sum() / places.n_valid}
             losses |= self.architecture_losses(
                 codes, x_ND, places, sparsity_warmup=sparsity_warmup, progress=progress
             )
         if self.cfg.revival == "auxk":
             residual_ND = -error_ND.detach()
-            losses["auxk"] = self.auxk_loss(centred_ND, residual_ND, places, dead_F)
-        return TrainingOutput(
-            codes.features_NF.view(*x_BTD.shape[:-1], self.d_sae),
-            x_hat_ND.view(x_BTD.shape),
-            losses,
-            codes.sparse,
-        )
+            seen_ND = centred_ND if codes.input_ND is None else codes.input_ND
+            losses["auxk"] = self.auxk_loss(seen_ND, residual_ND, places, dead_F)
+        return TrainingOutput(codes, x_BTD.shape, b_dec.clone(), losses)
 
     def b_dec_gradient_path(self) -> Tensor:
         """[d_sae] zeros through which the gradient of a pre-activation bias reaches b_dec.
@@ -237,7 +233,8 @@ class SparseAutoencoder(nn.Module, ABC):
         pre-activations' gradient; taken this way it costs one matrix-vector product in place
         of a fifth full product (OpenAI's code does the same in its encoder's backward pass).
         """
-        return (self.b_dec.detach() - self.b_dec) @ self.W_enc
+        with torch.autocast(self.device.type, enabled=False):
+            return (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
 
     def auxk_loss(
         self,
@@ -303,7 +300,7 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give every decoder row norm 1."""
-        self.W_dec.copy_(normalize(self.W_dec, dim=1))
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_(min=1e-12))
 
     @torch.no_grad()
     def revive(

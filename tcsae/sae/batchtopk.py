@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.fast import is_sparse, largest_of_batch, sparse_pass
 from tcsae.sae.passing import Codes, Places, SAELensState
 
 
@@ -62,9 +63,20 @@ class BatchTopKSAE(SparseAutoencoder):
         return torch.where(pre > self.threshold, pre, 0).relu()
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, places)
-        features_NF = self.batch_activation(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
-        return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
+        n_kept = self.cfg.k * int(places.valid_BT.sum())
+        if not is_sparse(self.cfg.k, self.d_sae, centred_ND.device):
+            pre_NF = self.training_pre_activations(centred_ND, places)
+            features_NF = self.batch_activation(pre_NF, n_kept)
+            return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
+
+        def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            values_M, feature_M, token_M = largest_of_batch(pre_NF, places.valid_N1, n_kept)
+            if len(values_M):
+                self._count_batch(values_M.min())
+            return values_M, feature_M, token_M
+
+        bias_F = self.b_enc + self.b_dec_gradient_path()
+        return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
 
     def batch_activation(self, pre_NF: Tensor, n_kept: int) -> Tensor:
         """The `n_kept` largest entries that are above 0; counts the batch for the threshold."""
@@ -72,10 +84,14 @@ class BatchTopKSAE(SparseAutoencoder):
             smallest = self._smallest_kept(pre_NF, n_kept)
             if smallest is None:
                 return pre_NF * 0
-            self.n_batches += 1
-            rate = (1 / self.n_batches).clamp(min=self.cfg.threshold_rate)
-            self.threshold.lerp_(smallest.to(self.threshold).expand_as(self.threshold), rate)
+            self._count_batch(smallest)
         return torch.where(pre_NF >= smallest, pre_NF, 0)
+
+    def _count_batch(self, smallest: Tensor) -> None:
+        """Take the least activation that a batch kept into the threshold."""
+        self.n_batches += 1
+        rate = (1 / self.n_batches).clamp(min=self.cfg.threshold_rate)
+        self.threshold.lerp_(smallest.to(self.threshold).expand_as(self.threshold), rate)
 
     def _smallest_kept(self, pre_NF: Tensor, n_kept: int) -> Tensor | None:
         """The `n_kept`-th largest entry, or the least above 0 if that is larger; None: nothing."""

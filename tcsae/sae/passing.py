@@ -13,20 +13,6 @@ from torch import Tensor
 from tcsae.sparse import SparseCodes
 
 
-class TrainingOutput(NamedTuple):
-    """One training pass. Positions that are not valid have all features zero."""
-
-    features: Tensor
-    """f_BTF [B, T, d_sae], dense, in the dtype of the products (float32, or bfloat16 under
-    autocast); carries the graph, so that a loss on it trains the encoder."""
-    reconstruction: Tensor
-    """x_hat_BTD [B, T, d_in], float32; b_dec where a position is not valid."""
-    losses: dict[str, Tensor]
-    """Float32 scalars, already multiplied by their coefficients: their sum is the loss."""
-    sparse: SparseCodes | None = None
-    """The same features by their entries, where the architecture has them at hand."""
-
-
 class Places(NamedTuple):
     """Where the N = B * T tokens of a training batch stand, and which of them count."""
 
@@ -55,17 +41,81 @@ class Places(NamedTuple):
         return cls(valid_BT, segments_BT, valid_BT.sum().clamp(min=1), generator)
 
 
-class Codes(NamedTuple):
-    """What an architecture makes of a batch; all of it zero at tokens that are not valid."""
+class Codes:
+    """What an architecture makes of a batch; all of it zero at tokens that are not valid.
 
-    features_NF: Tensor
-    decoded_ND: Tensor
-    """features @ W_dec, without b_dec."""
-    pre_NF: Tensor | None = None
-    """Pre-activations, for the losses that need them."""
-    sparse: SparseCodes | None = None
-    extra: tuple[Tensor, ...] = ()
-    """What else the architecture's own losses need."""
+    Args:
+        features_NF: in the dtype of the products, carrying the graph; None: as `sparse` has them.
+        decoded_ND: features @ W_dec, without b_dec.
+        pre_NF: pre-activations, for the losses that need them.
+        sparse: the same features by their entries, where the architecture has them at hand.
+        sums_F: the features' sums over tokens, float32, with a gradient of their own to the
+            encoder, where the architecture has them at hand.
+        input_ND: what the encoder saw, where that is not x - b_dec; without gradient.
+        extra: what else the architecture's own losses need.
+    """
+
+    def __init__(
+        self,
+        features_NF: Tensor | None,
+        decoded_ND: Tensor,
+        pre_NF: Tensor | None = None,
+        *,
+        sparse: SparseCodes | None = None,
+        sums_F: Tensor | None = None,
+        input_ND: Tensor | None = None,
+        extra: tuple[Tensor, ...] = (),
+    ) -> None:
+        self._features_NF = features_NF
+        self.decoded_ND, self.pre_NF, self.extra = decoded_ND, pre_NF, extra
+        self.sparse, self.sums_F, self.input_ND = sparse, sums_F, input_ND
+
+    @property
+    def features_NF(self) -> Tensor:
+        """Dense; of sparse codes they are made at the first call."""
+        if self._features_NF is None:
+            assert self.sparse is not None
+            self._features_NF = self.sparse.dense()
+        return self._features_NF
+
+    @torch.no_grad()
+    def fired_F(self) -> Tensor:
+        """[d_sae] bool: which features are above zero at some token."""
+        if self.sparse is not None:
+            return self.sparse.firings() > 0
+        if self.sums_F is not None:  # of features that are nowhere below zero
+            return self.sums_F > 0
+        return self.features_NF.amax(0) > 0
+
+    @torch.no_grad()
+    def n_active(self) -> Tensor:
+        """How many features are above zero, summed over tokens."""
+        if self.sparse is not None:
+            return (self.sparse.values_M > 0).sum()
+        return (self.features_NF > 0).sum()
+
+
+class TrainingOutput(NamedTuple):
+    """One training pass over contexts [B, T]."""
+
+    codes: Codes
+    shape: torch.Size
+    """[B, T, d_in]"""
+    b_dec: Tensor
+    """As it was in this pass."""
+    losses: dict[str, Tensor]
+    """Float32 scalars, already multiplied by their coefficients: their sum is the loss."""
+
+    @property
+    def features(self) -> Tensor:
+        """f_BTF [B, T, d_sae], dense, zero where a position is not valid, in the dtype of the
+        products; carries the graph, so that a loss on it trains the encoder."""
+        return self.codes.features_NF.view(*self.shape[:-1], -1)
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """x_hat_BTD [B, T, d_in], float32; b_dec where a position is not valid."""
+        return (self.codes.decoded_ND.float() + self.b_dec).view(self.shape)
 
 
 class SAELensState(NamedTuple):

@@ -20,6 +20,8 @@ _CLASSES = {
     "gated": "tcsae.sae.gated:GatedSAE",
     "matryoshka": "tcsae.sae.matryoshka:MatryoshkaSAE",
     "tsae": "tcsae.sae.tsae:TSAE",
+    "persistent": "tcsae.sae.persistent:PersistentSAE",
+    "tfa": "tcsae.sae.tfa:TFASAE",
 }
 
 

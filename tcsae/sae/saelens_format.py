@@ -57,6 +57,10 @@ _WHY_NOT = {
 }
 
 
+_OUR_NAMES = {"temporal": "tfa"}
+"""Architectures that have another name in SAELens."""
+
+
 def save_saelens(
     folder: str | Path, sae: SparseAutoencoder, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -104,7 +108,7 @@ def load_saelens(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]
     folder = Path(folder)
     try:
         cfg = _read_cfg(folder)
-        sae = _empty_sae(cfg)
+        sae = empty_sae(cfg)
         tensors = _read_weights(folder / WEIGHTS_NAME)
         _check_tensors(tensors, sae)
     except ValueError as error:
@@ -169,7 +173,7 @@ def _read_cfg(folder: Path) -> dict[str, Any]:
     return cfg
 
 
-def _empty_sae(cfg: Mapping[str, Any]) -> SparseAutoencoder:
+def empty_sae(cfg: Mapping[str, Any]) -> SparseAutoencoder:
     """An SAE of the class and shape that cfg.json names."""
     metadata = cfg.get("metadata")
     own = metadata.get("tcsae") if isinstance(metadata, dict) else None
@@ -177,6 +181,9 @@ def _empty_sae(cfg: Mapping[str, Any]) -> SparseAutoencoder:
     # An export may go under another name (batchtopk as jumprelu); ours says what it was.
     stored = stored if isinstance(stored, dict) else {"architecture": cfg["architecture"]}
     architecture = stored.get("architecture")
+    if isinstance(architecture, str) and architecture in _OUR_NAMES:
+        architecture = _OUR_NAMES[architecture]
+        stored = {**stored, "architecture": architecture}
     if not isinstance(architecture, str) or architecture not in architectures():
         raise ValueError(
             f"unknown architecture {architecture!r}: known are {', '.join(architectures())}"

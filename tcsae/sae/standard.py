@@ -14,7 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.fast import DenseCodes
 from tcsae.sae.passing import Codes, Places
+from tcsae.sums import RowNorms
 
 
 class StandardConfig(SAEConfig):
@@ -42,6 +44,13 @@ class StandardSAE(SparseAutoencoder):
     def activation(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
 
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
+        bias_F = self.b_enc + self.b_dec_gradient_path()
+        features_NF, decoded_ND, sums_F = DenseCodes.apply(
+            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1
+        )
+        return Codes(features_NF, decoded_ND, sums_F=sums_F)
+
     def architecture_losses(
         self,
         codes: Codes,
@@ -52,7 +61,9 @@ class StandardSAE(SparseAutoencoder):
         progress: float,
     ) -> dict[str, Tensor]:
         # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
-        total_F = codes.features_NF.sum(0, dtype=torch.float32)
-        l1 = total_F @ self.W_dec.norm(dim=1) / places.n_valid
+        sums_F = codes.sums_F
+        if sums_F is None:
+            sums_F = codes.features_NF.sum(0, dtype=torch.float32)
+        l1 = sums_F @ RowNorms.apply(self.W_dec) / places.n_valid
         weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
         return {"sparsity": weight * l1}

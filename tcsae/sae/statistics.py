@@ -7,9 +7,14 @@ from torch import Tensor
 
 
 def total_variance(centred_ND: Tensor, n_valid: Tensor) -> Tensor:
-    """Variance summed over d_in of the valid tokens; the others must be zero."""
+    """Variance summed over d_in of the valid tokens; the others must be zero.
+
+    0 where it is not above float32's rounding of the mean square: a single token has none.
+    """
     mean_D = centred_ND.sum(0) / n_valid
-    return centred_ND.square().sum() / n_valid - mean_D.square().sum()
+    mean_square = centred_ND.square().sum() / n_valid
+    variance = mean_square - mean_D.square().sum()
+    return torch.where(variance > 1e-6 * mean_square, variance, 0)
 
 
 @torch.no_grad()

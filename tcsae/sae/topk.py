@@ -6,20 +6,15 @@ Gao et al. 2024 (arXiv 2406.04093, section 2.3). No sparsity term: k is the spar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.fast import is_sparse, sparse_pass, top_k
 from tcsae.sae.passing import Codes, Places, SAELensState
-from tcsae.sparse import SparseCodes
-
-# Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet near d_sae / k = 16 in bfloat16
-# (near 4 in float32).
-SPARSE_FROM_RATIO = 16
 
 
 class TopKConfig(SAEConfig):
@@ -53,25 +48,18 @@ class TopKSAE(SparseAutoencoder):
         return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        dense = centred_ND.device.type != "cpu" or SPARSE_FROM_RATIO * self.cfg.k > self.d_sae
-        if dense:
+        k = self.cfg.k
+        if not is_sparse(k, self.d_sae, centred_ND.device):
             return super().training_codes(centred_ND, places)
         bias_F = self.b_enc + self.b_dec_gradient_path()
-        values_NK, index_NK, *entries = _SparseEncode.apply(
-            centred_ND, self.W_enc, bias_F, self.cfg.k
-        )
-        values_NK = values_NK.relu() * places.valid_N1
-        features_NF = values_NK.new_zeros(len(centred_ND), self.d_sae)
-        features_NF = features_NF.scatter(-1, index_NK, values_NK)
-        values_NK = values_NK.float()
-        decoded_ND = embedding_bag(
-            index_NK, self.W_dec.detach(), per_sample_weights=values_NK, mode="sum"
-        )
-        decoded_ND = _DecoderGradient.apply(
-            decoded_ND, self.W_dec, values_NK.detach(), _Entries(*entries)
-        )
-        sparse = SparseCodes(values_NK, index_NK, entries[0], self.d_sae)
-        return Codes(features_NF, decoded_ND, sparse=sparse)
+
+        def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            values_NK, index_NK = top_k(pre_NF, k)
+            tokens_N = torch.arange(len(pre_NF))
+            values_NK = values_NK * places.valid_N1
+            return values_NK.flatten(), index_NK.flatten(), tokens_N.repeat_interleave(k)
+
+        return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
 
     def saelens_state(self) -> SAELensState:
         # Rows of norm 1 make rescaling by the decoder's norm an identity: the plain form is saved.
@@ -90,66 +78,3 @@ class TopKSAE(SparseAutoencoder):
                 self.W_enc.mul_(norm_F)
                 self.b_enc.mul_(norm_F)
                 self.W_dec.div_(norm_F[:, None])
-
-
-class _Entries(NamedTuple):
-    """The M = N * k chosen (token, feature) pairs, sorted by feature."""
-
-    order_M: Tensor
-    """Positions in the flattened [N, k] tensors."""
-    token_M: Tensor
-    start_F: Tensor
-    """Where each feature's entries begin."""
-
-    def gradient(self, weight_NK: Tensor, rows_ND: Tensor) -> Tensor:
-        """[d_sae, d_in]: row j = sum over the entries of feature j of weight * rows[token]."""
-        weight_M = weight_NK.flatten()[self.order_M]
-        return embedding_bag(
-            self.token_M, rows_ND, self.start_F, per_sample_weights=weight_M, mode="sum"
-        )
-
-
-def _sorted_by_feature(index_NK: Tensor, d_sae: int) -> _Entries:
-    feature_M = index_NK.flatten()
-    order_M = feature_M.argsort(stable=True)
-    count_F = torch.bincount(feature_M, minlength=d_sae)
-    return _Entries(order_M, order_M // index_NK.shape[1], count_F.cumsum(0) - count_F)
-
-
-class _SparseEncode(torch.autograd.Function):
-    """addmm and top-k; the backward pass visits the chosen entries only."""
-
-    @staticmethod
-    def forward(ctx, centred_ND, W_enc, bias_F, k):  # type: ignore[no-untyped-def]
-        pre_NF = torch.addmm(bias_F, centred_ND, W_enc)
-        values_NK, index_NK = pre_NF.topk(k, dim=-1, sorted=False)
-        entries = _sorted_by_feature(index_NK, pre_NF.shape[1])
-        ctx.save_for_backward(centred_ND, index_NK, *entries)
-        ctx.mark_non_differentiable(index_NK, *entries)
-        return values_NK, index_NK, *entries
-
-    @staticmethod
-    def backward(ctx, grad_NK, *_):  # type: ignore[no-untyped-def]
-        centred_ND, index_NK, *saved = ctx.saved_tensors
-        entries = _Entries(*saved)
-        grad_NK = grad_NK.float()
-        grad_bias_F = grad_NK.new_zeros(len(entries.start_F))
-        grad_bias_F.index_add_(0, index_NK.flatten(), grad_NK.flatten())
-        return None, entries.gradient(grad_NK, centred_ND).T, grad_bias_F, None
-
-
-class _DecoderGradient(torch.autograd.Function):
-    """Identity on the decoded batch that gives W_dec its gradient from the chosen entries.
-
-    embedding_bag's own gradient for its weight goes entry by entry: ten times slower.
-    """
-
-    @staticmethod
-    def forward(ctx, decoded_ND, W_dec, values_NK, entries):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(values_NK, *entries)
-        return decoded_ND.view_as(decoded_ND)
-
-    @staticmethod
-    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        values_NK, *saved = ctx.saved_tensors
-        return grad_ND, _Entries(*saved).gradient(values_NK, grad_ND), None, None

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from tcsae.positions import document_starts
 from tcsae.sae.base import SAEConfig
 from tcsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from tcsae.sae.passing import Codes, Places
@@ -137,8 +138,7 @@ def draw_pairs(
         # rank: valid tokens of the context before this one; of the document: those from `first` on.
         count_BT = valid_BT.long()
         rank_BT = count_BT.cumsum(1) - count_BT
-        starts_BT = segments_BT != segments_BT.roll(1, 1)
-        starts_BT[:, 0] = True
+        starts_BT = document_starts(segments_BT)
         first_BT = torch.where(starts_BT, rank_BT, 0).cummax(1).values
         among_BT = rank_BT - first_BT
         if shuffled:

@@ -98,9 +98,9 @@ class Member:
         self._watch(losses)
         lr = learning_rate(step, steps, cfg)
         self._update(total, lr)
-        self._count(output.features, batch.valid)
+        self._count(output, batch.valid)
         if self.controller is not None:
-            l0 = output.features.count_nonzero() / batch.valid.sum().clamp(min=1)
+            l0 = output.codes.n_active() / batch.valid.sum().clamp(min=1)
             self.controller.observe(step, l0)
         self.last_loss = total.detach()
         self.step += 1
@@ -116,12 +116,13 @@ class Member:
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
+        codes = output.codes
         return self.consistency(
-            output.features,
+            output.features if codes.sparse is None else codes.sparse,
             segments=batch.segments,
             valid=batch.valid,
             generator=generator,
-            sparse=output.sparse,
+            sums_F=codes.sums_F,
         )
 
     def _update(self, total: Tensor, lr: float) -> None:
@@ -129,8 +130,6 @@ class Member:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.sae.project_decoder_gradient()
-        if cfg.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), cfg.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -145,11 +144,10 @@ class Member:
                     kept.copy_(new)
 
     @torch.no_grad()
-    def _count(self, features_BTF: Tensor, valid_BT: Tensor) -> None:
+    def _count(self, output: TrainingOutput, valid_BT: Tensor) -> None:
         n_valid = valid_BT.sum()
-        fired_F = ((features_BTF > 0) & valid_BT[..., None]).any(0).any(0)
         self.tokens_since_fired += n_valid
-        self.tokens_since_fired.masked_fill_(fired_F, 0)
+        self.tokens_since_fired.masked_fill_(output.codes.fired_F(), 0)
         self.tokens_seen += n_valid
 
     def _resample(self, batch: Batch, x_BTD: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +24,60 @@ def learning_rate(step: int, steps: int, cfg: TrainingConfig) -> float:
     return cfg.lr * ramp(step, steps, cfg.lr_warmup) * fall
 
 
-def build_optimizer(module: nn.Module, cfg: TrainingConfig) -> torch.optim.Adam:
-    """Adam in its fused form (one pass over the parameters), on every device that has it."""
-    return torch.optim.Adam(
-        module.parameters(), lr=cfg.lr, betas=cfg.adam_betas, fused=True
-    )
+class FusedAdam(torch.optim.Adam):
+    """Adam in its fused form, the gradients' clipping folded into the one pass over the weights.
+
+    torch.optim.Adam(fused=True) makes a contiguous copy of a weight that lies in memory by column,
+    as W_enc does; here it is given as its transpose.
+    """
+
+    max_norm: float | None = None
+    """Of all gradients together, after which they are scaled down; None: they are not."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            names: tuple[list[Any], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *names)
+            parameters, gradients, means, squares, _, steps = names
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adam_(
+                _by_row(parameters),
+                _by_row(gradients),
+                _by_row(means),
+                _by_row(squares),
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=self._divisor(gradients),
+                found_inf=None,
+            )
+
+    def _divisor(self, gradients: list[Tensor]) -> Tensor | None:
+        """What clipping divides every gradient by, as torch.nn.utils.clip_grad_norm_ has it."""
+        if self.max_norm is None:
+            return None
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        return ((norm + 1e-6) / self.max_norm).clamp_(min=1)
+
+
+def _by_row(tensors: list[Tensor]) -> list[Tensor]:
+    """Views in which rows lie one after another."""
+    return [tensor if tensor.is_contiguous() else tensor.T for tensor in tensors]
+
+
+def build_optimizer(module: nn.Module, cfg: TrainingConfig) -> FusedAdam:
+    """Adam with the configured rate, betas and clipping."""
+    optimizer = FusedAdam(module.parameters(), lr=cfg.lr, betas=cfg.adam_betas, fused=True)
+    optimizer.max_norm = cfg.grad_clip
+    return optimizer
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -40,9 +91,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Exactly what `optimizer_tensors` gave."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value.clone()
+        like = parameters[int(index)]
+        # The fused form reads parameter and moments side by side: both must lie alike in memory.
+        moment = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value)
+        state.setdefault(int(index), {})[name] = moment.copy_(value)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from tcsae.config import run_id
-from tcsae.data.store import ActivationBatches, shuffled_indices
+from tcsae.data.store import ActivationBatches, Batch, shuffled_indices
 from tcsae.errors import UserError
 from tcsae.progress import Progress
 from tcsae.signals import StopRequest
@@ -19,6 +21,19 @@ from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 from tcsae.training.member import Member
 
 log = logging.getLogger(__name__)
+
+
+class ScaledBatch:
+    """A batch's activations in float32 by input scale, converted once for a bank."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._by_scale: dict[float, Tensor] = {}
+
+    def x(self, scale: float) -> Tensor:
+        if scale not in self._by_scale:
+            self._by_scale[scale] = self._batch.x.float() * scale
+        return self._by_scale[scale]
 
 
 class MetricsLog(Protocol):
@@ -120,9 +135,10 @@ def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest)
             started = time.monotonic()
             indices = shuffled_indices(step, size, len(batches), config.dataset.seed)
             batch = batches.batch(indices)
+            scaled = ScaledBatch(batch)
             for seat in working:
                 with _own_error(seat):
-                    started = _one_step(seat, batch, started)
+                    started = _one_step(seat, batch, scaled, started)
             progress.update(per_step, _note(seats[0]))
             if stop:
                 _save_all(seats)
@@ -145,16 +161,16 @@ def _save_all(seats: list[Seat]) -> None:
                 seat.save()
 
 
-def _one_step(seat: Seat, batch: object, started: float) -> float:
+def _one_step(seat: Seat, batch: Batch, scaled: ScaledBatch, started: float) -> float:
     """One step of one member, its log line and its checkpoint. Returns the time it ended."""
     member, cfg = seat.member, seat.member.config.training
     last = member.step + 1 == member.config.steps
     is_logged = (member.step + 1) % cfg.log_every == 0 or last
-    metrics = member.train_step(batch, batch.x.float() * member.scale, is_logged)  # type: ignore
+    metrics = member.train_step(batch, scaled.x(member.scale), is_logged)
     seat.seconds += time.monotonic() - started
     if metrics is not None:
         member.check_finite(seat.last_good)
-        tokens = member.step * batch.valid.numel()  # type: ignore[attr-defined]
+        tokens = member.step * batch.valid.numel()
         metrics |= {"tokens": tokens, "tokens_per_second": tokens / seat.seconds}
         seat.metrics.log(metrics, member.step)
         seat.last_metrics = metrics

@@ -29,7 +29,7 @@ from tcsae.launch.counted import Machine, Sizes, sizes
 from tcsae.launch.model_facts import ModelFacts, model_facts
 from tcsae.metrics.core import ReconstructionMetrics, next_token_ce, score_forward
 from tcsae.metrics.suite import ConsistencySuite
-from tcsae.sae import architectures, sae_class, topk
+from tcsae.sae import architectures, fast, sae_class
 from tcsae.training.checkpoint import save_checkpoint
 from tcsae.training.member import Member
 
@@ -85,6 +85,8 @@ JOBS: dict[str, dict[str, str]] = {
     "topk, sparse, bfloat16": {"sae__k": "16", "training__precision": "bfloat16"},
     "topk, sparse, no loss": {"sae__k": "16", "lambda": "0"},
     "topk, sparse, many entries": {"sae__k": "64"},
+    "batchtopk": {"sae": "batchtopk", "sae__k": "16"},
+    "batchtopk, bfloat16": {"sae": "batchtopk", "sae__k": "16", "training__precision": "bfloat16"},
 }
 
 
@@ -315,14 +317,19 @@ def test_scoring_logits_moves_what_is_counted_for_it(job: Callable[..., Config])
     vocabulary, config = 4000, job(**SUITE, evaluation__model_contexts="2")
     logits = [torch.randn(2, T, vocabulary).bfloat16() for _ in range(3)]
     tokens, keep = torch.randint(0, vocabulary, (2, T)), torch.ones(2, T, dtype=torch.bool)
-    with Traffic() as traffic:
+    with Traffic() as alone:
         next_token_ce(logits[0], tokens, keep)
-        for changed in logits[1:]:
-            score_forward(logits[0], changed, tokens, keep)
+        score_forward(logits[0], logits[1], tokens, keep)
+    with Traffic() as spliced:
+        score_forward(logits[0], logits[2], tokens, keep)
     facts = ModelFacts(1, D, 1, 1, 1, 1, vocabulary)
-    works = counted.evaluate_stage(config, facts, z_of(config), CONTEXTS)
-    expected = next(work.bytes for work in works if work.what == "logits")
-    assert expected == pytest.approx(traffic.bytes, rel=0.15)
+    for stage, what, traffic in (
+        (counted.reference_stage, "logits alone", alone),
+        (counted.evaluate_stage, "logits", spliced),
+    ):
+        works = stage(config, facts, z_of(config), CONTEXTS)
+        expected = next(work.bytes for work in works if work.what == what)
+        assert expected == pytest.approx(traffic.bytes, rel=0.15)
 
 
 def test_a_wide_sae_is_analysed_pair_by_pair(job: Callable[..., Config]) -> None:
@@ -340,7 +347,7 @@ def test_a_wide_sae_is_analysed_pair_by_pair(job: Callable[..., Config]) -> None
 
 
 def test_numbers_that_stand_here_too_are_those_of_the_code() -> None:
-    assert counted.SPARSE_FROM_RATIO == topk.SPARSE_FROM_RATIO
+    assert counted.SPARSE_FROM_RATIO == fast.SPARSE_FROM_RATIO
     assert counted.LOGITS == evaluation._LOGITS
     assert counted.ENCODE_CONTEXTS == evaluation.ENCODE_CONTEXTS
     assert counted.DENSE_PAIRS == analysis_pass.DENSE_ENTRIES

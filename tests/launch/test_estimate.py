@@ -211,7 +211,7 @@ def test_a_sweep_costs_one_harvest_and_every_training(grid: list[Config]) -> Non
     assert sweep.harvest_hours == pytest.approx(hours(costs[0].harvest, A100))
     trained = sum(hours(cost.train, A100) + hours(cost.stream, A100) for cost in costs)
     assert sweep.train_hours == pytest.approx(trained)
-    evaluated = sum(hours(cost.evaluate, A100) for cost in costs)
+    evaluated = sum(hours(c.evaluate, A100) + hours(c.reference, A100) for c in costs)
     assert sweep.device_hours == pytest.approx(hours(costs[0].harvest, A100) + trained + evaluated)
     assert sweep.store_bytes == costs[0].store_bytes
     assert sweep.run_bytes == sum(cost.run_bytes for cost in costs)
@@ -224,6 +224,9 @@ def test_a_pack_reads_the_store_once_and_holds_every_member(grid: list[Config]) 
     assert single.train_hours is not None and packed.train_hours is not None
     saved = 3 * hours(costs[0].stream, A100)
     assert single.train_hours - packed.train_hours == pytest.approx(saved)
+    assert single.evaluate_hours is not None and packed.evaluate_hours is not None
+    saved = 3 * hours(costs[0].reference, A100)
+    assert single.evaluate_hours - packed.evaluate_hours == pytest.approx(saved)
     members = sum(cost.member_bytes for cost in costs)
     assert packed.device_bytes == max(cost.shared_bytes for cost in costs) + members
     assert packed.pack_hours == (pytest.approx(packed.device_hours),)
@@ -232,7 +235,8 @@ def test_a_pack_reads_the_store_once_and_holds_every_member(grid: list[Config]) 
 def test_every_process_waits_for_its_whole_harvest(grid: list[Config]) -> None:
     costs = [cost_of(config) for config in grid]
     sweep = sweep_cost(grid, [[0, 1, 2], [3]], A100)
-    stages = [costs[3].harvest, costs[3].stream, costs[3].train, costs[3].evaluate]
+    last = costs[3]
+    stages = [last.harvest, last.stream, last.train, last.evaluate, last.reference]
     assert sweep.pack_hours[1] == pytest.approx(sum(hours(stage, A100) for stage in stages))
     assert sweep.pack_hours[0] > sweep.pack_hours[1]
 

@@ -1,4 +1,4 @@
-"""Counts what real computations do: kernels, bytes, the peak of memory, and products in bags."""
+"""Counts what real computations do: kernels, bytes, memory, and products of unusual operators."""
 
 from __future__ import annotations
 
@@ -68,9 +68,14 @@ def _bag_backward_flops(_: Any, table: Any, index: Any, *__: Any, **___: Any) ->
     return _bag_flops(table, index)
 
 
+def _linear_flops(rows: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * rows[-1]
+
+
 BAGS: dict[Any, Any] = {
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
     torch.ops.aten._embedding_bag: _bag_flops,
     torch.ops.aten._embedding_bag_forward_only: _bag_flops,
     torch.ops.aten._embedding_bag_per_sample_weights_backward: _bag_backward_flops,
 }
-"""For FlopCounterMode(custom_mapping=...), which knows no embedding bags."""
+"""For FlopCounterMode(custom_mapping=...), which knows none of these."""

@@ -550,3 +550,41 @@ def test_one_context_gives_values_and_says_why_there_are_no_intervals(tmp_path: 
     delta = by_label(comparison, "lambda=1")["deltas"]["explained_variance"]
     assert delta["value"] == 0 and delta["within_noise"] is None
     assert any(notice.startswith("no intervals: ") for notice in comparison.notices)
+
+
+# ------------------------------------------------------------------------- a chosen baseline
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without temporal loss: two dictionary sizes; with it: one."""
+    root = tmp_path_factory.mktemp("kinds")
+    write_run(root / "small", features=codes(0.3))
+    write_run(root / "small-temporal", changed(lambda_=1.0), features=codes(0.9, seed=5))
+    write_run(root / "other", changed(training__lr=0.5), features=codes(0.6, seed=6))
+    return root
+
+
+def test_every_other_run_is_compared_with_the_baseline_that_was_chosen(of_two_kinds: Path) -> None:
+    own = compare_runs([of_two_kinds])
+    assert [g["is_baseline"] for g in own.groups] == [True, True, False]
+    lr = own.groups[own.groups[2]["match"]["groups"][0]]["differs"]["training.lr"]
+    chosen = compare_runs([of_two_kinds], {"training.lr": f"{lr:g}"})
+    (baseline,) = [g for g in chosen.groups if g["is_baseline"]]
+    others = [g for g in chosen.groups if not g["is_baseline"]]
+    assert len(others) == 2
+    for group in others:
+        assert group["match"]["groups"] == [baseline["id"]]
+        value = group["metrics"]["C_8"]["value"] - baseline["metrics"]["C_8"]["value"]
+        assert group["deltas"]["C_8"]["value"] == pytest.approx(value)
+        assert value > 0 and group["deltas"]["C_8"]["within_noise"] is False
+    assert sum("lr=0.5" in g["label"] for g in others) == 1
+
+
+def test_a_chosen_baseline_that_no_run_has_is_refused_with_those_there_are(
+    of_two_kinds: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"training\.lr=7; there are: .*training\.lr=0\.5"):
+        compare_runs([of_two_kinds], {"training.lr": "7"})
+    with pytest.raises(UserError, match="no run there has such a key"):
+        compare_runs([of_two_kinds], {"training.luck": "1"})

@@ -27,10 +27,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "matryoshka": {"k": 4},
     "tsae": {"k": 4},
     "tsae, inner product": {"k": 4, "pair_loss": "inner_product", "pairs": "earlier"},
+    "persistent": {"k": 4},
+    "tfa": {"k": 4, "n_heads": 2, "bottleneck_factor": 4},
+    "tfa, predictive": {"k": 4, "n_heads": 2, "bottleneck_factor": 4, "codes": "predictive"},
 }
 """Every architecture, with options that suit a small SAE; the name ends at the comma."""
 ALONE: dict[str, dict[str, Any]] = {"tsae": {"pair_coefficient": 0.0}}
 """Options, by architecture, under which no loss looks at a token's neighbours."""
+
+SEQUENTIAL = [name for name in VARIANTS if sae_class(name.partition(",")[0]).sequential]
+"""Those whose codes depend on the tokens before."""
+TWO_PARTS = [name for name in VARIANTS if name.startswith("tfa")]
+"""Those whose reconstruction has a part beside that of the features."""
 
 every_architecture = pytest.mark.parametrize("name", architectures())
 every_variant = pytest.mark.parametrize("name", VARIANTS)

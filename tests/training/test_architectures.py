@@ -29,6 +29,8 @@ BUSY: dict[str, dict[str, str]] = {
     "jumprelu_tanh": {},
     "gated": {"sae__revival": "resample", "training__ema_decay": "0.9"},
     "matryoshka": {"sae__k": "2", "training__ema_decay": "0.9"},
+    "persistent": {"sae__k": "2"},
+    "tfa": {"sae__k": "2", "sae__n_heads": "2", "sae__bottleneck_factor": "4"},
     "tsae": {"sae__k": "2", "sae__pairs": "earlier", "consistency": "scale_free"},
 }
 STEPS = 8

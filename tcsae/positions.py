@@ -1,0 +1,53 @@
+"""Positions of contexts: documents, and the random order of the controls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, T] indices that permute the valid positions of every segment among themselves.
+
+    Invalid positions stay where they are, so windows and their number do not change: what is left
+    of a temporal loss on permuted positions is not due to order.
+    """
+    noise = torch.rand(segments.shape, generator=generator).to(segments.device)
+    n_positions = segments.shape[1]
+    positions = torch.arange(n_positions, device=segments.device).expand_as(segments)
+    # Sorting by (segment and validity, noise) and by (segment and validity, position) lists the
+    # same positions group by group: the one in random order, the other in place.
+    group = segments.long() * 2 + valid.long()
+    by_noise = torch.argsort(noise, dim=1)
+    shuffled = by_noise.gather(1, torch.argsort(group.gather(1, by_noise), dim=1, stable=True))
+    in_place = torch.argsort(group, dim=1, stable=True)
+    permutation = torch.empty_like(shuffled).scatter_(1, in_place, shuffled)
+    return torch.where(valid, permutation, positions)
+
+
+def reordered(x_BTX: Tensor, order_BT: Tensor) -> Tensor:
+    """[B, T, X] with positions taken in another order; `order_BT.argsort(dim=1)` undoes it."""
+    return x_BTX.gather(1, order_BT[..., None].expand_as(x_BTX))
+
+
+def document_starts(segments_BT: Tensor) -> Tensor:
+    """[B, T] bool: the first position of every document of a context."""
+    starts_BT = segments_BT != segments_BT.roll(1, 1)
+    starts_BT[:, 0] = True
+    return starts_BT
+
+
+def as_contexts(
+    x: Tensor, segments: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x [B, T, X], segments [B, T], valid [B, T]) of x [..., T, X] or, a single token, [X].
+
+    Without segments a context is one document; without `valid` every position counts.
+    """
+    x_BTX = x.reshape((-1, *x.shape[-2:]) if x.ndim > 1 else (1, 1, -1))
+    shape = x_BTX.shape[:2]
+    if segments is None:
+        segments = torch.zeros(shape, dtype=torch.int32, device=x.device)
+    if valid is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=x.device)
+    return x_BTX, segments.reshape(shape), valid.reshape(shape)

@@ -1,0 +1,154 @@
+"""The Persistent SAE: a feature is a leaky memory of its sparse activations.
+
+arXiv 2607.17117. Each feature keeps its state for a time of its own, learned with everything else:
+features that stand for lasting things may be lasting without any penalty on their codes.
+
+Shapes: B contexts, T positions, N = B * T tokens, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tcsae.positions import as_contexts, document_starts, permute_within_segments, reordered
+from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.passing import Codes, Places, SAELensState
+
+LONGEST = 0.999
+"""No feature keeps more of its state from one token to the next."""
+
+
+class PersistentConfig(SAEConfig):
+    """k new activations a token, added to what the features remember."""
+
+    architecture: Literal["persistent"] = "persistent"
+    revival: Literal["auxk", "none"] = "auxk"
+    """As SAEConfig.revival; loose tokens, from which features are resampled, have no past."""
+    k: int = Field(default=32, ge=1)
+    """Features that may take up something at one token."""
+    initial_retention: float = Field(default=0.1, gt=0, lt=LONGEST)
+    """Share of its state that a feature keeps from one token to the next, at the start."""
+    shuffle_positions: bool = False
+    """The control: in training the tokens of each document are remembered in random order."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
+        return self
+
+
+class PersistentSAE(SparseAutoencoder):
+    """a_t = ReLU(the k largest pre-activations), h_t = l h_{t-1} + (1 - l) a_t,
+    x_hat = h W_dec + b_dec
+
+    with l_j = LONGEST * sigmoid(theta_j). The features are h: what is decoded. L0 therefore counts
+    every feature whose memory is not yet empty, many more than k, and falls no faster than l does.
+    Memory begins empty at every document; tokens that are not valid leave it as it is, and have no
+    code of their own. A temporal loss acts on h.
+    """
+
+    config_class: ClassVar[type[SAEConfig]] = PersistentConfig
+    sequential: ClassVar[bool] = True
+    cfg: PersistentConfig
+    theta: torch.nn.Parameter
+
+    def add_encoder_vectors(self) -> None:
+        super().add_encoder_vectors()
+        share = self.cfg.initial_retention / LONGEST
+        self.theta = torch.nn.Parameter(
+            torch.full((self.d_sae,), math.log(share / (1 - share)))
+        )
+
+    @property
+    def retention(self) -> Tensor:
+        """l [d_sae]."""
+        return LONGEST * self.theta.sigmoid()
+
+    def activation(self, pre: Tensor) -> Tensor:
+        """What a token adds, before the memory."""
+        values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, index, values.relu())
+
+    def encode(
+        self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    ) -> Tensor:
+        """Contexts [B, T, d_in], or one context [T, d_in], or one token [d_in] -> h."""
+        contexts_BTD, segments_BT, valid_BT = as_contexts(x, segments, valid)
+        kept_BTD = torch.where(valid_BT[..., None], contexts_BTD, self.b_dec)
+        added_BTF = super().encode(kept_BTD) * valid_BT[..., None]
+        h_BTF = remember(added_BTF, self.retention, segments_BT, valid_BT)
+        return h_BTF.reshape(*x.shape[:-1], self.d_sae)
+
+    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
+        pre_NF = self.training_pre_activations(centred_ND, places)
+        added_BTF = self.activation(pre_NF).float().view(*places.valid_BT.shape, self.d_sae)
+        order_BT = None
+        if self.cfg.shuffle_positions:
+            generator = places.generator or torch.default_generator
+            order_BT = permute_within_segments(places.segments_BT, places.valid_BT, generator)
+            added_BTF = reordered(added_BTF, order_BT)
+        h_BTF = remember(added_BTF, self.retention, places.segments_BT, places.valid_BT)
+        if order_BT is not None:
+            h_BTF = reordered(h_BTF, order_BT.argsort(dim=1))
+        h_NF = h_BTF.flatten(0, 1)
+        return Codes(h_NF, h_NF @ self.W_dec, pre_NF)
+
+    def saelens_state(self) -> SAELensState:
+        return super().saelens_state()._replace(cfg={"k": self.cfg.k})
+
+    @classmethod
+    def saelens_fields(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        return {"d_sae": cfg["d_sae"], "k": cfg["k"]}
+
+
+def remember(added_BTF: Tensor, l_F: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """h_t = l h_{t-1} + (1 - l) a_t over the valid tokens of each document, zero at the others.
+
+    `added_BTF` must be zero where `valid_BT` is false.
+    """
+    kept_BT = (~document_starts(segments_BT)).to(added_BTF.dtype)
+    return _Remember.apply(added_BTF, l_F, kept_BT, valid_BT)
+
+
+class _Remember(torch.autograd.Function):
+    """The recurrence and its gradient, position by position: each is one pass over [B, F].
+
+    With r_t = 0 at a document's first token (else 1) and v_t = 1 at a valid one (else 0):
+
+        s_t = r_t (1 - v_t (1 - l)) s_{t-1} + (1 - l) a_t,      h_t = v_t s_t
+        g_t = dL/ds_t = v_t dL/dh_t + r_{t+1} (1 - v_{t+1} (1 - l)) g_{t+1}
+        dL/da_t = (1 - l) g_t,      dL/dl = sum v_t (r_t s_{t-1} - a_t) g_t
+    """
+
+    @staticmethod
+    def forward(ctx, added_BTF, l_F, kept_BT, valid_BT):  # type: ignore[no-untyped-def]
+        new_F = 1 - l_F
+        states_BTF = added_BTF * new_F
+        for t in range(1, added_BTF.shape[1]):
+            states_BTF[:, t].addcmul_(_carried(t, new_F, kept_BT, valid_BT), states_BTF[:, t - 1])
+        ctx.save_for_backward(added_BTF, states_BTF, l_F, kept_BT, valid_BT)
+        return states_BTF * valid_BT[..., None]
+
+    @staticmethod
+    def backward(ctx, grad_BTF):  # type: ignore[no-untyped-def]
+        added_BTF, states_BTF, l_F, kept_BT, valid_BT = ctx.saved_tensors
+        new_F = 1 - l_F
+        g_BTF = grad_BTF * valid_BT[..., None]
+        for t in range(added_BTF.shape[1] - 1, 0, -1):
+            g_BTF[:, t - 1].addcmul_(_carried(t, new_F, kept_BT, valid_BT), g_BTF[:, t])
+        before_BTF = torch.zeros_like(states_BTF)
+        before_BTF[:, 1:] = states_BTF[:, :-1] * kept_BT[:, 1:, None]
+        pull_BTF = (before_BTF - added_BTF) * valid_BT[..., None]
+        return g_BTF * new_F, (pull_BTF * g_BTF).sum((0, 1)), None, None
+
+
+def _carried(t: int, new_F: Tensor, kept_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """[B, F]: what of the state at t - 1 is left at t."""
+    return kept_BT[:, t, None] * (1 - valid_BT[:, t, None] * new_F)

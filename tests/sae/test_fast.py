@@ -1,0 +1,264 @@
+"""The fast training pass against the plain one: selection, codes, every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saes import VARIANTS, make
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tcsae.consistency import Consistency
+from tcsae.sae import fast
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
+from tcsae.sae.passing import TrainingOutput
+from tcsae.sparse import SparseCodes
+from tcsae.sums import ColumnSums, RowNorms, column_sums
+
+FAST = ["standard", "topk", "batchtopk"]
+D_SAE = 136
+
+
+def use_plain_pass(monkeypatch: pytest.MonkeyPatch, sae: SparseAutoencoder) -> None:
+    """From here on `sae` trains through autograd alone."""
+    monkeypatch.setattr(fast, "SPARSE_FROM_RATIO", 10**9)
+    if not isinstance(sae, BatchTopKSAE):
+        plain = SparseAutoencoder.training_codes
+        monkeypatch.setattr(type(sae), "training_codes", plain)
+
+
+# ------------------------------------------------------------------------------ selection
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    d_sae=st.integers(6, 200),
+    k=st.integers(1, 6),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_the_k_largest_of_each_token_are_found(
+    seed: int, d_sae: int, k: int, tokens: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few levels: many ties, in every dtype.
+    pre_NF = torch.randint(-40, 40, (tokens, d_sae), generator=generator).to(dtype) / 4
+    values_NK, index_NK = top_k(pre_NF, k)
+    assert torch.equal(values_NK, pre_NF.gather(1, index_NK))
+    assert all(len(set(row)) == k for row in index_NK.tolist())
+    assert torch.equal(values_NK.sort(1).values, pre_NF.sort(1).values[:, -k:])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    d_sae=st.integers(1, 60),
+    n=st.integers(0, 400),
+    tokens=st.integers(1, 9),
+    shift=st.sampled_from([0, 30, 60]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_n_largest_of_a_batch_are_found_with_all_that_tie(
+    seed: int, d_sae: int, n: int, tokens: int, shift: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pre_NF = (torch.randint(-40, 40, (tokens, d_sae), generator=generator) - shift).to(dtype)
+    valid_N1 = torch.rand(tokens, 1, generator=generator) > 0.3
+    values_M, feature_M, token_M = largest_of_batch(pre_NF, valid_N1, n)
+    positive = sorted((v for v in pre_NF[valid_N1[:, 0]].flatten().tolist() if v > 0), reverse=True)
+    least = positive[min(n, len(positive)) - 1] if positive and n else float("inf")
+    wanted = ((pre_NF >= least) & (pre_NF > 0) & valid_N1).nonzero().tolist()
+    assert sorted(zip(token_M.tolist(), feature_M.tolist(), strict=True)) == [
+        (t, j) for t, j in wanted
+    ]
+    assert torch.equal(values_M, pre_NF[token_M, feature_M])
+    assert token_M.tolist() == sorted(token_M.tolist())
+
+
+# ------------------------------------------------------------------------------ gradients
+
+
+def test_the_gradients_of_dense_codes_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    x_ND, W_enc, bias_F, W_dec = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=shape != (7, 4))
+        for shape in ((7, 4), (4, 9), (9,), (9, 4))
+    )
+    valid_N1 = torch.tensor([[True], [False], [True], [True], [True], [True], [False]])
+    assert torch.autograd.gradcheck(
+        lambda *given: DenseCodes.apply(x_ND, *given, valid_N1), (W_enc, bias_F, W_dec)
+    )
+
+
+def test_an_output_of_dense_codes_may_go_unused() -> None:
+    torch.manual_seed(0)
+    x_ND, valid_N1 = torch.randn(6, 4), torch.ones(6, 1, dtype=torch.bool)
+    W_enc, W_dec = torch.randn(4, 9, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    bias_F = torch.randn(9, requires_grad=True)
+    for used in range(3):
+        ours = DenseCodes.apply(x_ND, W_enc, bias_F, W_dec, valid_N1)[used].square().sum()
+        f_NF = (x_ND @ W_enc + bias_F).relu()
+        theirs = [f_NF, f_NF @ W_dec, f_NF.sum(0)][used].square().sum()
+        for found, wanted in zip(
+            torch.autograd.grad(ours, (W_enc, bias_F)),
+            torch.autograd.grad(theirs, (W_enc, bias_F)),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def random_codes(dtype: torch.dtype) -> SparseCodes:
+    """Tokens with no entry, one, or several; a feature without any."""
+    token_M = torch.tensor([0, 0, 0, 2, 2, 3, 5])
+    feature_M = torch.tensor([4, 1, 0, 1, 3, 4, 0])
+    values_M = torch.rand(7, dtype=dtype) + 0.5
+    return SparseCodes.of(values_M.requires_grad_(), feature_M, token_M, (6, 5), dtype)
+
+
+def test_sparse_codes_are_decoded_as_dense_ones_with_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    codes, W_dec = random_codes(torch.float32), torch.randn(5, 3, requires_grad=True)
+    ours, theirs = SparseDecode.apply(codes.values_M, W_dec, codes), codes.dense() @ W_dec
+    torch.testing.assert_close(ours, theirs)
+    slope_ND = torch.randn(6, 3)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, (codes.values_M, W_dec), slope_ND),
+        torch.autograd.grad(theirs, (codes.values_M, W_dec), slope_ND),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_sums_and_firings_of_sparse_codes_are_those_of_dense_ones() -> None:
+    codes = random_codes(torch.float64)
+    dense_NF = codes.dense()
+    torch.testing.assert_close(codes.sums(), dense_NF.sum(0))
+    assert codes.firings().tolist() == (dense_NF > 0).sum(0).tolist()
+    assert codes.firings()[2] == 0
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 300])
+def test_column_sums_and_row_norms_are_the_plain_ones(n: int) -> None:
+    rows = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(column_sums(rows), rows.sum(0))
+    slope = torch.randn(5, dtype=torch.float64)
+    (found,) = torch.autograd.grad(ColumnSums.apply(rows) @ slope, rows)
+    torch.testing.assert_close(found, slope.expand(n, 5))
+    torch.testing.assert_close(RowNorms.apply(rows), rows.norm(dim=1))
+    assert torch.autograd.gradcheck(RowNorms.apply, (rows[:4].detach().requires_grad_(),))
+    rounded = column_sums(rows.detach().bfloat16())
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, rows.detach().float().sum(0), rtol=0.02, atol=0.3)
+
+
+def test_a_row_of_zeros_has_norm_zero_and_no_gradient() -> None:
+    rows = torch.zeros(2, 3, requires_grad=True)
+    RowNorms.apply(rows).sum().backward()
+    assert rows.grad is not None and rows.grad.abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------ whole passes
+
+
+def one_pass(
+    name: str, autocast: bool, form: str, contexts: int = 6
+) -> tuple[TrainingOutput, dict[str, Tensor]]:
+    """Output and gradients of all losses, the temporal one among them."""
+    sae = make(name, seed=0, d_sae=D_SAE)
+    generator = torch.Generator().manual_seed(1)
+    x_BTD = torch.randn(contexts, 16, sae.d_in, generator=generator)
+    valid_BT = torch.rand(contexts, 16, generator=generator) > 0.1
+    x_BTD[~valid_BT] = torch.nan
+    segments_BT = (torch.rand(contexts, 16, generator=generator) < 0.1).cumsum(1)
+    dead_F = torch.zeros(D_SAE, dtype=torch.bool)
+    dead_F[:3] = True
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)
+    codes = output.codes
+    penalty = Consistency(form, 4, d_sae=D_SAE)(
+        output.features if codes.sparse is None else codes.sparse,
+        segments=segments_BT,
+        valid=valid_BT,
+        sums_F=codes.sums_F,
+    )
+    (sum(output.losses.values()) + 0.5 * penalty).backward()
+    output.losses["penalty"] = penalty
+    return output, {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("form", ["none", "scale_free", "window_variance", "slow", "batch_history"])
+@pytest.mark.parametrize("name", FAST)
+def test_the_fast_pass_gives_what_the_plain_one_gives(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, our_grads = one_pass(name, False, form)
+    use_plain_pass(monkeypatch, make(name))
+    theirs, their_grads = one_pass(name, False, form)
+    assert (ours.codes.sparse is None) == (name == "standard") and theirs.codes.sparse is None
+    assert ours.codes.sums_F is not None or name != "standard"
+    assert theirs.codes.sums_F is None
+    torch.testing.assert_close(ours.features, theirs.features)
+    torch.testing.assert_close(ours.reconstruction, theirs.reconstruction)
+    assert ours.codes.n_active() == theirs.codes.n_active()
+    assert torch.equal(ours.codes.fired_F(), theirs.codes.fired_F())
+    for name_, value in theirs.losses.items():
+        torch.testing.assert_close(ours.losses[name_], value, rtol=1e-4, atol=1e-5)
+    assert our_grads.keys() == their_grads.keys()
+    for name_, gradient in their_grads.items():
+        torch.testing.assert_close(
+            our_grads[name_], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name_: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_in_bfloat16_it_differs_by_rounding_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, exact = one_pass(name, False, "scale_free", contexts=40)
+    ours, our_grads = one_pass(name, True, "scale_free", contexts=40)
+    use_plain_pass(monkeypatch, make(name))
+    theirs, their_grads = one_pass(name, True, "scale_free", contexts=40)
+    assert ours.features.dtype == theirs.features.dtype == torch.bfloat16
+    for name_, gradient in exact.items():
+        our_error, their_error = (
+            ((grads[name_] - gradient).norm() / gradient.norm()).item()
+            for grads in (our_grads, their_grads)
+        )
+        assert our_error < max(1.3 * their_error, 0.005), name_
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the tensors of `numel` elements that operations make, views not."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.made = numel, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken = (*args, *(kwargs or {}).values())
+        given = {t.untyped_storage().data_ptr() for t in taken if isinstance(t, Tensor)}
+        for tensor in result if isinstance(result, tuple) else (result,):
+            is_big = isinstance(tensor, Tensor) and tensor.numel() == self.numel
+            if is_big and tensor.untyped_storage().data_ptr() not in given:
+                self.made.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 4)])
+def test_few_dense_codes_are_made(name: str, n: int) -> None:
+    """Sparse: the pre-activations. Dense: f, Q f, the temporal loss's gradient, g."""
+    with _Counted(40 * 16 * D_SAE) as counted:
+        one_pass(name, True, "scale_free", contexts=40)
+    assert len(counted.made) == n, counted.made
+
+
+def test_every_architecture_with_a_fast_pass_is_among_the_variants() -> None:
+    assert set(FAST) <= set(VARIANTS)

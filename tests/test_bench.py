@@ -1,0 +1,79 @@
+"""The page of speeds: it is what the JSON says, and what the JSON says is computed rightly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location("bench", SCRIPTS / "bench.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return module
+
+
+def test_the_page_has_the_tables_of_the_json(bench: Any) -> None:
+    results = json.loads(bench.RESULTS.read_text())
+    page = bench.PAGE.read_text(encoding="utf-8")
+    part = page.partition(bench.BEGIN)[2].partition(bench.END)[0]
+    assert part.strip() == bench.page_part(results).strip(), "python scripts/bench.py --page"
+    assert list(results) and all(found["rounds"] >= 7 for found in results.values())
+
+
+def test_ratios_are_medians_within_rounds(bench: Any) -> None:
+    times = {"a": [10.0, 20.0, 90.0], "b": [5.0, 10.0, 30.0], "c": [1.0, 1.0, 1.0]}
+    found = bench.summary(times, {"a": "b"})
+    assert found["a"] == {"ms": 20.0, "least_ms": 10.0, "against": "b", "ratio": 2.0}
+    assert found["c"] == {"ms": 1.0, "least_ms": 1.0}
+
+
+def test_steps_take_turns_and_the_first_rounds_do_not_count(bench: Any) -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    steps["c"] = lambda: 0.25
+    times = bench.take_turns(steps, 4)
+    assert order == ["a", "b"] * (bench.WARM_UP + 4)
+    assert [len(taken) for taken in times.values()] == [4, 4, 4]
+    assert times["c"] == [250.0] * 4
+
+
+def test_rates_are_of_the_tokens_that_the_row_names(bench: Any) -> None:
+    rows = {
+        "topk, 8,192 tokens": {"ms": 100.0, "least_ms": 90.0},
+        "topk": {"ms": 100.0, "least_ms": 90.0, "against": "topk, 8,192 tokens", "ratio": 1.0},
+    }
+    first, second = bench.table(rows).splitlines()[2:]
+    assert first == "| topk, 8,192 tokens | 100.0 | 90.0 | 81,900 |  |  |"
+    assert second == "| topk | 100.0 | 90.0 | 41,000 | 1.00 | topk, 8,192 tokens |"
+
+
+@pytest.mark.slow
+def test_a_section_measures_and_writes_its_rows(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"D_SAE": 128, "CONTEXTS": 2, "TOKENS": 256, "WARM_UP": 1}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "PEERS", {})
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--rounds", "1", "--default-allocator", "--json", f"{tmp_path}/r"]
+    )
+    bench.main()
+    results = json.loads((tmp_path / "r").read_text())
+    assert list(results) == list(bench.SECTIONS)
+    assert all(row["ms"] > 0 for found in results.values() for row in found["rows"].values())
+    assert "topk, d_sae 16,384" in results["d_sae"]["rows"]
