@@ -16,6 +16,7 @@ from tcsae.launch.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     from tcsae.config import Config
+    from tcsae.sae.base import SAEConfig
 
 # Of a training step.
 WEIGHT_PASSES, SPARSE_WEIGHT_PASSES = 150, 120
@@ -160,7 +161,7 @@ def sizes(config: Config, facts: ModelFacts, machine: Machine) -> Sizes:
         T=config.dataset.context_size,
         D=facts.d_model,
         F=sae.d_sae,
-        P=parameters(sae.architecture, facts.d_model, sae.d_sae),
+        P=parameters(sae, facts.d_model),
         steps=config.steps,
         s=bytes_each(cfg.precision),
         model_s=bytes_each(config.model.dtype),
@@ -212,16 +213,25 @@ def forward_stage(
 # ------------------------------------------------------------------------------------ training
 
 
-def parameters(architecture: str, d_in: int, d_sae: int) -> int:
-    """P: two matrices, the vectors over features that the architecture has, and b_dec."""
-    vectors = {"gated": 3, "jumprelu": 2}.get(architecture, 1)
-    return 2 * d_in * d_sae + vectors * d_sae + d_in
+def parameters(sae: SAEConfig, d_in: int) -> int:
+    """P: two matrices, the vectors over features that the architecture has, b_dec; attention."""
+    vectors = {"gated": 3, "jumprelu": 2, "persistent": 2, "tfa": 2}.get(sae.architecture, 1)
+    return 2 * d_in * sae.d_sae + vectors * sae.d_sae + d_in + attention_parameters(sae)
+
+
+def attention_parameters(sae: SAEConfig) -> int:
+    """tfa's: values and their projection are [d_sae, d_sae], queries and keys narrower."""
+    if (bottleneck := getattr(sae, "bottleneck_factor", None)) is None:
+        return 0
+    return 2 * sae.d_sae**2 + 2 * sae.d_sae**2 // bottleneck
 
 
 def step_flops(config: Config, z: Sizes, dead_share: float = DEAD_SHARE) -> float:
     """Products of one training step: five [N, D, F] if dense, else the encoder's and k rows."""
-    dense = {"gated": 7}.get(config.sae.architecture, 5)
+    dense = {"gated": 7, "tfa": 11}.get(config.sae.architecture, 5)
     flops = 2.0 * dense * z.N * z.D * z.F
+    if attention := attention_parameters(config.sae):
+        flops += 6.0 * z.N * (attention + z.T * z.F)
     if z.is_sparse:
         flops = 2.0 * z.N * z.D * z.F + 8.0 * z.N * z.entries * z.D
     if config.sae.revival == "auxk":

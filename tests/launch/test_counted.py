@@ -224,7 +224,7 @@ def test_every_architecture_has_the_parameters_counted_for_it(name: str) -> None
     config = chosen.config_class.model_validate({"architecture": name, "d_sae": F})
     sae = chosen(config, D)
     held = sum(p.numel() for p in sae.parameters())
-    assert counted.parameters(name, D, F) == pytest.approx(held, rel=0.01)
+    assert counted.parameters(config, D) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["standard", "topk, sparse"])

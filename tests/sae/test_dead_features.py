@@ -37,7 +37,8 @@ def revived(name: str, revival: str) -> int:
             bias[planted] = -1.0
         # Without a bias only an encoder of zeros never fires.
         sae.W_enc[:, planted] *= 0.1 if biases(sae) else 0.0
-    return int((fit(sae, 200, n_true=D_SAE, dead=planted)[planted] >= 100).sum())
+    steps = 200 if biases(sae) else 400  # an encoder of zeros takes longer to come back
+    return int((fit(sae, steps, n_true=D_SAE, dead=planted)[planted] >= steps // 2).sum())
 
 
 @every_variant

@@ -184,7 +184,7 @@ def test_a_run_killed_after_training_only_measures_again(
     config = job()
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("tcsae.run.evaluate", lambda *_: die())
+        patch.setattr("tcsae.measuring.evaluate", lambda *_: die())
         with pytest.raises(MemoryError):
             run(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "final_info.json").exists()
@@ -207,7 +207,7 @@ def test_a_signal_during_the_measurements_costs_no_training(
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tcsae.run.evaluate", signalled)
+        patch.setattr("tcsae.measuring.evaluate", signalled)
         with pytest.raises(Interrupted, match="SIGTERM"):
             run(config, tmp_path / "parts")
     with monkeypatch.context() as patch:
