@@ -224,7 +224,7 @@ def test_a_run_does_not_go_on_with_other_text_under_the_same_path(
     text = write_texts(tmp_path / "texts")
     config = small_config(tiny_gpt2, text, store__dir=str(store), layer="1")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tcsae.run.evaluate", die)
+        patch.setattr("tcsae.measuring.evaluate", die)
         run(config, tmp_path / "run")
     write_texts(text, seed=1)
     with pytest.raises(UserError, match="begun with other content .*training_contexts"):
