@@ -183,11 +183,7 @@ def scale_free_window_variance(
     s2_j is the window variance of feature j over the batch and v_j its variance over the batch's
     valid positions (both as in `window_variance`; sg = stop-gradient). Arguments as there.
     """
-    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    valid = mask if valid is None else valid
-    # Dividing by v_j is blind to an offset: taking out the mean keeps float32 from cancelling.
-    centred, _ = _centred(features, valid)
-    return _window_penalty(centred, window, segments, valid, "scale_free")
+    return _blind_to_offsets(features, window, segments, valid, "scale_free")
 
 
 def slow_feature_penalty(
@@ -201,10 +197,17 @@ def slow_feature_penalty(
     variance (but at most 100 times what it weighs there: a feature that fires twice in a batch must
     not decide the step). Arguments as of `window_variance`.
     """
-    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    valid = mask if valid is None else valid
+    return _blind_to_offsets(features, 2, segments, valid, "slow")
+
+
+def _blind_to_offsets(
+    features: Tensor, window: Window, segments: Tensor | None, valid: Tensor | None, form: Form
+) -> Tensor:
+    """A form that divides by v_j: taking out the mean keeps float32 from cancelling."""
+    if valid is None:
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     centred, _ = _centred(features, valid)
-    return _window_penalty(centred, 2, segments, valid, "slow")
+    return _window_penalty(centred, window, segments, valid, form)
 
 
 def _window_penalty(

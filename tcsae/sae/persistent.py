@@ -9,25 +9,25 @@ Shapes: B contexts, T positions, N = B * T tokens, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from tcsae.positions import as_contexts, document_starts, permute_within_segments, reordered
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.base import SAEConfig
 from tcsae.sae.passing import Codes, Places, SAELensState
+from tcsae.sae.topk import TopKConfig, TopKSAE
 
 LONGEST = 0.999
 """No feature keeps more of its state from one token to the next."""
 
 
-class PersistentConfig(SAEConfig):
+class PersistentConfig(TopKConfig):
     """k new activations a token, added to what the features remember."""
 
-    architecture: Literal["persistent"] = "persistent"
+    architecture: Literal["persistent"] = "persistent"  # type: ignore[assignment]
     revival: Literal["auxk", "none"] = "auxk"
     """As SAEConfig.revival; loose tokens, from which features are resampled, have no past."""
     k: int = Field(default=32, ge=1)
@@ -37,14 +37,8 @@ class PersistentConfig(SAEConfig):
     shuffle_positions: bool = False
     """The control: in training the tokens of each document are remembered in random order."""
 
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
-        return self
 
-
-class PersistentSAE(SparseAutoencoder):
+class PersistentSAE(TopKSAE):
     """a_t = ReLU(the k largest pre-activations), h_t = l h_{t-1} + (1 - l) a_t,
     x_hat = h W_dec + b_dec
 
@@ -70,11 +64,6 @@ class PersistentSAE(SparseAutoencoder):
     def retention(self) -> Tensor:
         """l [d_sae]."""
         return LONGEST * self.theta.sigmoid()
-
-    def activation(self, pre: Tensor) -> Tensor:
-        """What a token adds, before the memory."""
-        values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
     def encode(
         self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
@@ -102,10 +91,6 @@ class PersistentSAE(SparseAutoencoder):
 
     def saelens_state(self) -> SAELensState:
         return super().saelens_state()._replace(cfg={"k": self.cfg.k})
-
-    @classmethod
-    def saelens_fields(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        return {"d_sae": cfg["d_sae"], "k": cfg["k"]}
 
 
 def remember(added_BTF: Tensor, l_F: Tensor, segments_BT: Tensor, valid_BT: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from tcsae.positions import as_contexts, document_starts, permute_within_segments, reordered
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.base import SAEConfig
 from tcsae.sae.passing import Codes, Places, SAELensState
+from tcsae.sae.topk import TopKConfig, TopKSAE
 
 
-class TFAConfig(SAEConfig):
+class TFAConfig(TopKConfig):
     """Predictive codes by attention over the past, k novel codes a token."""
 
-    architecture: Literal["tfa"] = "tfa"
+    architecture: Literal["tfa"] = "tfa"  # type: ignore[assignment]
     revival: Literal["auxk", "none"] = "auxk"
     """As SAEConfig.revival; loose tokens, from which features are resampled, have no past."""
     k: int = Field(default=32, ge=1)
@@ -41,9 +42,7 @@ class TFAConfig(SAEConfig):
     """The control: in training the tokens of each document stand in random order."""
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
+    def _heads_fit(self) -> Self:
         unit = self.n_heads * self.bottleneck_factor
         if self.d_sae % unit:
             raise ValueError(
@@ -64,7 +63,7 @@ class _Parts(NamedTuple):
     """What was not predicted, as the encoder sees it."""
 
 
-class TFASAE(SparseAutoencoder):
+class TFASAE(TopKSAE):
     """With c_t = x_t - b_dec and z_t = ReLU(c_t W_enc) (W_enc with `gain`):
 
         p     = ReLU(attention of z_t over the z of earlier tokens)
@@ -111,10 +110,6 @@ class TFASAE(SparseAutoencoder):
     def b_enc(self) -> Tensor:  # type: ignore[override]
         """Zeros [d_sae]; there is no tensor of this name."""
         return self.W_enc.new_zeros(self.d_sae)
-
-    def activation(self, pre: Tensor) -> Tensor:
-        values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
     def encode(
         self, x: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None

@@ -132,8 +132,7 @@ def draw_pairs(
     position_T = torch.arange(n_positions, device=valid_BT.device)
     if kind == "adjacent" and not shuffled:
         partner_BT = (position_T - 1).clamp(min=0).expand_as(segments_BT)
-        exists_BT = valid_BT & valid_BT.roll(1, 1) & (segments_BT == segments_BT.roll(1, 1))
-        exists_BT[:, 0] = False
+        exists_BT = valid_BT & valid_BT.roll(1, 1) & ~document_starts(segments_BT)
     else:
         # rank: valid tokens of the context before this one; of the document: those from `first` on.
         count_BT = valid_BT.long()
