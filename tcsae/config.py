@@ -45,6 +45,8 @@ class ModelConfig(StrictModel):
     """Token ids left out like special tokens, beyond the tokenizer's own pad, bos and eos."""
     bos_id: int | None = None
     """The token that starts every context; null: the tokenizer's bos (or eos if it has none)."""
+    untrained: bool = False
+    """The control: the same model with its random initial weights in place of the trained ones."""
 
 
 class DatasetConfig(StrictModel):
@@ -352,6 +354,8 @@ def identity(config: Measured) -> dict[str, Any]:
     # Younger than the first runs: where it is not used, they keep their names.
     elif content["training"]["target_l0"] is None:
         del content["training"]["target_l0"]
+    if not content["model"]["untrained"]:
+        del content["model"]["untrained"]
     return content
 
 
@@ -364,6 +368,7 @@ def run_id(config: Measured) -> str:
 def run_name(config: Config | LoadedConfig) -> str:
     """A folder name that people can read and that is unique for the run."""
     model = Path(config.model.path or config.model.name).name.lower()
+    model += "-untrained" if config.model.untrained else ""
     layer = "mid" if config.layer is None else config.layer
     start = f"{model}-l{layer}-{config.sae.architecture}"
     if isinstance(config, LoadedConfig):

@@ -298,8 +298,9 @@ class LanguageModel:
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the activations, beside the token ids."""
+        weights = self.weights.identity
         return {
-            "weights": self.weights.identity,
+            "weights": f"untrained:{weights}" if self.cfg.untrained else weights,
             "hook": self.hook_name,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -339,21 +340,15 @@ class LanguageModel:
         """The TransformerLens bridge, in evaluation mode on `device`."""
         from safetensors import SafetensorError
         from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoModelForCausalLM
 
-        log.info(f"loading {self.cfg.name} ({self.dtype}, {self.device})")
+        kind = "untrained, " if self.cfg.untrained else ""
+        log.info(f"loading {self.cfg.name} ({kind}{self.dtype}, {self.device})")
         folder = str(self.weights.folder)
         # RuntimeError: shapes that do not fit, a device that is not there or is full.
         expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
             with _quiet():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-                )
-                model, found = loaded
-                if found["missing_keys"]:
-                    # transformers fills them with random numbers and only warns.
-                    raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
+                model = self._untrained() if self.cfg.untrained else self._trained()
                 bridge = TransformerBridge.boot_transformers(
                     folder,
                     hf_model=model.to(self.device).eval(),
@@ -367,6 +362,30 @@ class LanguageModel:
                 f"{_first_line(error)}"
             ) from error
         return bridge.eval().requires_grad_(False)
+
+    def _trained(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(self.weights.folder),
+            dtype=self.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, found = loaded
+        if found["missing_keys"]:
+                # transformers fills them with random numbers and only warns.
+            raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
+        return model
+
+    def _untrained(self) -> Any:
+        """The architecture at its random start: the same weights for everybody."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(str(self.weights.folder))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).to(self.dtype)
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:

@@ -240,6 +240,17 @@ def test_missing_weights_are_not_replaced_by_random_ones(tiny_gpt2: Path, tmp_pa
     assert f"it has no weights for {lost}" in complaint(tiny(copy))
 
 
+def test_an_untrained_model_has_the_same_random_weights_everywhere(folder: Path) -> None:
+    trained, untrained = tiny(folder), tiny(folder, untrained=True)
+    x_BTD = untrained.activations(IDS)
+    torch.manual_seed(5)
+    again = tiny(folder, untrained=True).activations(IDS)
+    assert torch.equal(x_BTD, again)
+    assert not torch.allclose(x_BTD, trained.activations(IDS), atol=0.1)
+    assert x_BTD.shape == (2, 16, trained.d_in)
+    assert untrained.identity != trained.identity  # so that they never share a store
+
+
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     copy = broken(folder, tmp_path, without="tokenizer.json")
     with pytest.raises(UserError, match=r"has no tokenizer \(none of tokenizer.json") as raised:

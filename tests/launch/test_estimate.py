@@ -172,6 +172,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "split": {"dataset__eval_fraction": "0.5"},
     "shards": {"store__shard_contexts": "4"},
     "bos": {"model__bos_id": "1"},
+    "untrained": {"model__untrained": "true"},
 }
 
 
