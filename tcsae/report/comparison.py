@@ -9,9 +9,9 @@
 
 A *stream* is one model, hook and set of held-out contexts; only runs of one stream are compared. A
 *group* is one setting with all its seeds. An *arm* is a setting but for its sparsity (sae.k,
-sae.l1_coefficient), so that the groups of an arm lie on one curve of L0 against quality. The
-*baseline* of an arm is the arm without temporal loss (lambda 0 or consistency=none) and everything
-else equal, or the one arm that was chosen for all.
+training.target_l0 and the like: `SPARSITY_KEYS`), so that the groups of an arm lie on one curve of
+L0 against quality. The *baseline* of an arm is the arm without temporal loss (lambda 0 or
+consistency=none) and everything else equal, or the one arm that was chosen for all.
 
 Fields, all of them JSON:
 

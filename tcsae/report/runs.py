@@ -36,7 +36,7 @@ FROM_ANALYSIS = {
 }
 """Metric: file of the analysis, and where in it."""
 
-SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient")
+SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient", "sae.l0_coefficient", "training.target_l0")
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
 _NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
 LOADED = "loaded from"

@@ -305,6 +305,19 @@ def test_a_variant_is_compared_between_two_baselines(tmp_path: Path) -> None:
     assert own["baseline"] == base["id"] and own["groups"] == [group["id"]]
 
 
+def test_targets_of_l0_are_points_of_one_arm(tmp_path: Path) -> None:
+    jumprelu = {"sae": {"architecture": "jumprelu", "d_sae": F}}
+    for l0 in (2, 8):
+        config = changed(training__target_l0=l0) | jumprelu
+        write_run(tmp_path / f"base-{l0}", config, features=codes(0.3, l0=l0), error=1 / l0)
+    config = changed(training__target_l0=4, **VARIANT) | jumprelu
+    write_run(tmp_path / "variant", config, features=codes(0.3, l0=4), error=0.5)
+    base, own = compare_runs([tmp_path]).arms
+    assert len(base["groups"]) == 2 and own["baseline"] == base["id"]
+    (variant,) = (g for g in compare_runs([tmp_path]).groups if not g["is_baseline"])
+    assert variant["match"]["kind"] == "interpolated"
+
+
 def test_a_baseline_with_other_settings_is_named_and_not_used(tmp_path: Path) -> None:
     write_run(tmp_path / "base", changed(training__tokens=2000))
     write_run(tmp_path / "variant", changed(**VARIANT))

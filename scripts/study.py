@@ -1,0 +1,277 @@
+"""The answer of the study (docs/results) from its run folders: results, tables, figures, page.
+
+    python scripts/study.py DIR [DIR ...]    compare the runs; write all of docs/results
+    python scripts/study.py                  write tables, figures and page from its JSON files
+
+Writes results.json (every comparison), runs.jsonl (a line a run: settings and what was measured),
+tables.md (all arms, all measures), the figures, and README.md from page.md.j2, in which no result
+is typed: `value`, `change` and `matched` look them up in results.json, and the tests hold the page
+to it.
+
+Every arm is compared with the baselines of its own architecture and model at its own L0, the
+Temporal SAE with the Matryoshka SAE, the persistent SAE with topk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from study_figures import FIGURES, write_figures
+
+from tcsae.report.comparison import compare_runs
+from tcsae.report.runs import find_runs
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS, RUNS, SEED = DOCS / "results.json", DOCS / "runs.jsonl", DOCS / "first_attempt.json"
+TEMPLATE, PAGE, TABLES = DOCS / "page.md.j2", DOCS / "README.md", DOCS / "tables.md"
+MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2", "google/gemma-3-270m": "gemma3"}
+BASELINE_OF = {"temporal": "matryoshka", "persistent": "topk"}
+"""Comparisons whose baseline has another architecture's name."""
+METRICS = {
+    "explained_variance": "explained variance",
+    "l0": "L0",
+    "frac_alive": "live",
+    "ce_loss_with_sae": "CE (nats)",
+    "C_8": "C_8",
+    "rho_1": "rho_1",
+    "tau_int": "tau_int (tokens)",
+    "omega_squared": "omega²",
+    "smoothness": "smoothness",
+    "redundant_share": "redundant share",
+    "twinned_share": "position twins",
+    "ari_halves": "ARI of halves",
+}
+PRIMARY = ("C_8", "explained_variance", "ce_loss_with_sae", "omega_squared")
+SECONDARY = tuple(name for name in METRICS if name not in (*PRIMARY, "l0"))
+_FORMS = {
+    "none": "baseline",
+    "scale_free": "scale-free",
+    "shuffled": "scale-free, shuffled (control)",
+    "window_variance": "literal",
+    "batch_history": "batch history",
+    "slow": "slow features",
+}
+
+
+# ------------------------------------------------------------------------------ from the runs
+
+
+def table_of(config: Mapping[str, Any]) -> str:
+    """The comparison that a run belongs to: model.architecture."""
+    model = MODELS[config["model"]["name"]]
+    untrained = "-untrained" if config["model"]["untrained"] else ""
+    architecture = config["sae"]["architecture"]
+    shown = {"tsae": "temporal", "matryoshka": "temporal"}.get(architecture, architecture)
+    return f"{model}{untrained}.{shown}"
+
+
+def arm_of(differs: Mapping[str, Any]) -> tuple[str, str]:
+    """(key, name) of a group of a comparison."""
+    architecture, form = differs["architecture"], differs["consistency"]
+    if architecture == "tsae":
+        if differs.get("sae.shuffle_positions"):
+            return "tsae-control", "Temporal SAE, any other token (control)"
+        return "tsae", "Temporal SAE, alpha 0.2"
+    if architecture == "persistent":
+        return "persistent", "persistent SAE"
+    if form == "none":
+        target = differs.get("training.target_l0") or differs.get("sae.k") or differs.get("k")
+        return f"baseline-{target:g}", f"baseline, L0 {target:g}"
+    window = "" if form == "slow" else f", W {differs['window']}"
+    key = form if form == "slow" else f"{form}-w{differs['window']}-l{differs['lambda']:g}"
+    return key, f"{_FORMS[form]}{window}, lambda {differs['lambda']:g}"
+
+
+def compared(folders: list[Path], name: str) -> dict[str, Any]:
+    """One comparison, with what the page needs of it."""
+    architecture = name.split(".")[1]
+    baseline = {"sae.architecture": BASELINE_OF.get(architecture, architecture)}
+    comparison = compare_runs(folders, baseline)
+    if len(comparison.streams) != 1:
+        raise SystemExit(f"error: {name}: the runs were measured on different contexts")
+    rows = {}
+    for group in comparison.groups:
+        key, said = arm_of(group["differs"] | group["settings"])
+        at = "metrics", "deltas", "density_matched"
+        found = {kind: {m: e for m, e in group[kind].items() if m in METRICS} for kind in at}
+        rows[key] = {
+            "name": said,
+            "is_baseline": group["is_baseline"],
+            "seeds": group["seeds"],
+            "compared_at": group["match"]["words"],
+            **found,
+            "curve": group["curve"],
+        }
+    return {"stream": comparison.streams[0], "rows": rows}
+
+
+def gather(folders: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every comparison by its name, and a line for every run."""
+    sorted_runs: dict[str, list[Path]] = {}
+    lines = []
+    for folder in find_runs(folders):
+        if not (folder / "final_info.json").is_file():
+            print(f"left out, not finished: {folder}")
+            continue
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        info = json.loads((folder / "final_info.json").read_text(encoding="utf-8"))
+        info["consistency"] = {
+            metric: {k: entry[k] for k in ("energy_weighted", "median", "energy_weighted_interval")}
+            for metric, entry in info["consistency"]["metrics"].items()
+        }
+        table = table_of(config)
+        sorted_runs.setdefault(table, []).append(folder)
+        lines.append({"sweep": folder.parent.name, "table": table, "config": config, "info": info})
+    for name, own in sorted_runs.items():
+        if name.endswith(".persistent"):
+            own += sorted_runs[name.replace("persistent", "topk")]
+    results = {name: compared(own, name) for name, own in sorted(sorted_runs.items())}
+    for name, found in results.items():
+        if name.endswith(".persistent"):
+            keep = {k: r for k, r in found["rows"].items() if r["is_baseline"] or k == "persistent"}
+            found["rows"] = keep
+    return results, sorted(lines, key=lambda line: (line["sweep"], line["info"]["unique_id"]))
+
+
+# ------------------------------------------------------------------------------ in words
+
+
+def digits(metric: str) -> int:
+    return 2 if metric in ("l0", "tau_int") else 3
+
+
+def shown(
+    entry: Mapping[str, Any] | None, metric: str, signed: bool = False, key: str = "value"
+) -> str:
+    """`+0.012 [+0.010, +0.014]`; n/a where there is none."""
+    if entry is None or entry[key] is None:
+        return "n/a"
+    form = f"{'+' if signed else ''}.{digits(metric)}f"
+    text = format(entry[key], form)
+    if entry["low"] is not None:
+        text += f" [{entry['low']:{form}}, {entry['high']:{form}}]"
+    return text
+
+
+class Lookup:
+    """What page.md.j2 calls."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results = results
+
+    def row(self, table: str, arm: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.results[table]["rows"][arm]
+        return found
+
+    def value(self, table: str, arm: str, metric: str) -> str:
+        return shown(self.row(table, arm)["metrics"].get(metric), metric)
+
+    def change(self, table: str, arm: str, metric: str) -> str:
+        """Minus the baseline at matched L0."""
+        return shown(self.row(table, arm)["deltas"].get(metric), metric, signed=True)
+
+    def matched(self, table: str, arm: str, metric: str = "C_8") -> str:
+        """Minus the baseline at matched density."""
+        entry = self.row(table, arm)["density_matched"].get(metric)
+        return shown(entry, metric, signed=True, key="delta")
+
+    def main_table(self, table: str) -> str:
+        """All arms of a comparison with the primary measures and omega²."""
+        header = ["", "seeds", "C_8", "change of C_8", "at matched density",
+                  "explained variance", "CE, nats a token", "omega²"]  # fmt: skip
+        lines = []
+        for arm, row in self.results[table]["rows"].items():
+            cells = [row["name"], str(len(row["seeds"])), self.value(table, arm, "C_8")]
+            if row["is_baseline"]:
+                own = [self.value(table, arm, m) for m in PRIMARY[1:]]
+                cells += ["", "", *own]
+            else:
+                changes = [self.change(table, arm, metric) for metric in PRIMARY]
+                cells += [changes[0], self.matched(table, arm), *changes[1:]]
+            lines.append(cells)
+        return _markdown(header, lines)
+
+    def all_measures(self, table: str) -> str:
+        header = ["", "seeds", *METRICS.values(), "compared at"]
+        lines = [
+            [row["name"], str(len(row["seeds"])),
+             *(self.value(table, arm, metric) for metric in METRICS), row["compared_at"]]
+            for arm, row in self.results[table]["rows"].items()
+        ]  # fmt: skip
+        return _markdown(header, lines)
+
+    def secondary_changes(self, table: str) -> str:
+        lines = [
+            [row["name"], *(self.change(table, arm, metric) for metric in SECONDARY)]
+            for arm, row in self.results[table]["rows"].items()
+            if not row["is_baseline"]
+        ]
+        return _markdown(["", *(METRICS[metric] for metric in SECONDARY)], lines)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page(results: Mapping[str, Any], runs: list[dict[str, Any]], template: str) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    look = Lookup(results)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        value=look.value,
+        change=look.change,
+        matched=look.matched,
+        main_table=look.main_table,
+        results=results,
+        n_runs=len(runs),
+        hours=f"{sum(run['info']['wall_seconds'] for run in runs) / 3600:.1f}",
+        first=json.loads(SEED.read_text(encoding="utf-8")),
+    )
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    look = Lookup(results)
+    parts = [
+        "# All arms, all measures",
+        "Means over features weighted by their variance; 95 % intervals over held-out contexts and "
+        "seeds. Changes are minus the baseline of the same architecture at the arm's L0, paired; "
+        "at matched density the intervals are over features. n/a: not measured for that arm (the "
+        "analysis was made for the main arms), or no baseline at that L0. Written by "
+        "scripts/study.py; the answer is in [README.md](README.md).",
+    ]
+    for name in results:
+        model, architecture = name.split(".")
+        parts += [f"## {model}, {architecture}", look.all_measures(name)]
+        parts += ["Changes of the primary measures:", look.main_table(name)]
+        if (changes := look.secondary_changes(name)).count("\n") > 1:
+            parts += ["Changes of the secondary measures:", changes]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    folders = arguments.parse_args().folders
+    if folders:
+        results, runs = gather(folders)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        text = "".join(json.dumps(run) + "\n" for run in runs)
+        RUNS.write_text(text, encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+    TABLES.write_text(tables(results), encoding="utf-8")
+    write_figures(results, DOCS)
+    PAGE.write_text(page(results, runs, TEMPLATE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{len(runs)} runs, {len(results)} comparisons: {PAGE}, {', '.join(FIGURES)}")
+
+
+if __name__ == "__main__":
+    main()
