@@ -12,7 +12,7 @@ train: $(VENV)/.train
 	@$(PY) -m tcsae.train $(ARGS)
 
 test: $(VENV)/.test lint
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.test
 	@OMP_WAIT_POLICY=PASSIVE $(PY) scripts/bench.py $(ARGS)

@@ -108,6 +108,8 @@ class TrainingConfig(StrictModel):
     """Features active on a token, on average: the sparsity coefficient is steered until it is so
     (tcsae/training/sparsity.py), or k set to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
     log_every: Count = 10
 
@@ -351,11 +353,10 @@ def identity(config: Measured) -> dict[str, Any]:
     if isinstance(config, LoadedConfig):
         # The weights are the same wherever they lie.
         content["source"] = {"sha256": config.source.sha256}
-    # Younger than the first runs: where it is not used, they keep their names.
-    elif content["training"]["target_l0"] is None:
-        del content["training"]["target_l0"]
-    if not content["model"]["untrained"]:
-        del content["model"]["untrained"]
+    # Younger than the first runs: where they are not used, those keep their names.
+    for part, key in (("training", "target_l0"), ("training", "compile"), ("model", "untrained")):
+        if part in content and not content[part][key]:
+            del content[part][key]
     return content
 
 

@@ -271,6 +271,8 @@ class Consistency(nn.Module):
         if form == "batch_history":
             self.register_buffer("history", torch.zeros(int(window) - 1, d_sae))
             self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+            self.n_older = 0  # `filled`, as the host knows it
+            self.register_load_state_dict_post_hook(_read_filled)
 
     def forward(
         self,
@@ -311,15 +313,19 @@ class Consistency(nn.Module):
         else:
             sums_F = features.sums()
         mean_F = sums_F / valid.sum().clamp(min=1)
-        n_older = int(self.filled)
-        older = self.history[len(self.history) - n_older :]
+        older = self.history[len(self.history) - self.n_older :]
         penalty = mean_F.new_zeros(())
-        if n_older:
+        if self.n_older:
             penalty = torch.cat([older, mean_F[None]]).var(0, correction=1).mean()
         if len(self.history):
             self.history = torch.cat([self.history[1:], mean_F.detach()[None]])
-            self.filled += self.filled < len(self.history)
+            self.n_older = min(self.n_older + 1, len(self.history))
+            self.filled.fill_(self.n_older)
         return penalty / int(self.window) if self.scale_by_window else penalty
+
+
+def _read_filled(module: Any, _keys: object) -> None:
+    module.n_older = int(module.filled)
 
 
 def build_consistency(cfg: Any, window: Window, d_sae: int) -> Consistency:

@@ -6,13 +6,21 @@ import torch
 from torch import Tensor
 
 
+def noise_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform in [0, 1), of the shape and on the device of `tensor`, drawn on the CPU."""
+    drawn = torch.rand(tensor.shape, generator=generator)
+    # Only from pinned memory does a copy not wait for what is queued before it.
+    drawn = drawn.pin_memory() if tensor.is_cuda else drawn
+    return drawn.to(tensor.device, non_blocking=True)
+
+
 def permute_within_segments(segments: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
     """[B, T] indices that permute the valid positions of every segment among themselves.
 
     Invalid positions stay where they are, so windows and their number do not change: what is left
     of a temporal loss on permuted positions is not due to order.
     """
-    noise = torch.rand(segments.shape, generator=generator).to(segments.device)
+    noise = noise_like(segments, generator)
     n_positions = segments.shape[1]
     positions = torch.arange(n_positions, device=segments.device).expand_as(segments)
     # Sorting by (segment and validity, noise) and by (segment and validity, position) lists the

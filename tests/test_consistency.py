@@ -238,6 +238,22 @@ def test_batch_history_sends_gradient_to_the_current_batch_alone() -> None:
     assert second.grad is not None and second.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("steps", [0, 2, 7])
+def test_batch_history_goes_on_with_the_same_bits_from_its_saved_state(steps: int) -> None:
+    window, d_sae = 5, 3
+    mask = {"segments": torch.zeros(1, 6), "valid": torch.ones(1, 6, dtype=torch.bool)}
+    whole, resumed = (Consistency("batch_history", window, d_sae=d_sae) for _ in range(2))
+    features = torch.rand(steps + window + 1, 1, 6, d_sae)
+    for step in range(steps):
+        whole(features[step], **mask)
+    resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    for step in range(steps, len(features)):
+        wanted = whole(features[step], **mask)
+        assert torch.equal(resumed(features[step], **mask), wanted)
+        assert (wanted > 0) == (step > 0)
+    assert whole.filled == resumed.filled == window - 1
+
+
 @pytest.mark.parametrize("window", [1, 0, -3, 17, 2.0, "words", True])
 def test_a_window_that_is_none_is_refused_with_the_range(window) -> None:
     with pytest.raises(ValueError, match="must be 2 to 16 positions"):

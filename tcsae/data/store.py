@@ -48,6 +48,10 @@ FORMAT = 2
 """Part of every identity: files written in another way are not found, rather than misread."""
 
 
+MAX_OPEN_SHARDS = 32_768
+"""Each is a memory map, and Linux allows a process 65,530 of them; the longest open one closes."""
+
+
 def content_key(identity: Any) -> str:
     """Sixteen hex digits of the SHA-256 of a JSON-ready identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -122,6 +126,8 @@ class ActivationSource(Protocol):
     """Activations of contexts by their index: from disk, or made when asked."""
 
     contexts: Contexts
+    is_read: bool
+    """From a disk; otherwise computed."""
 
     def activations(self, indices: Tensor) -> Tensor:
         """[len(indices), T, d_in]."""
@@ -130,6 +136,8 @@ class ActivationSource(Protocol):
 
 class StreamSource:
     """The language model itself: no disk, one forward pass for every batch."""
+
+    is_read = False
 
     def __init__(self, model: LanguageModel, contexts: Contexts) -> None:
         self.model, self.contexts = model, contexts
@@ -147,6 +155,8 @@ class ActivationStore:
         model: run only if a shard is missing.
         contexts: what to harvest, in shards of `shard_contexts`.
     """
+
+    is_read = True
 
     def __init__(
         self, root: Path, model: LanguageModel, contexts: Contexts, shard_contexts: int
@@ -220,6 +230,8 @@ class ActivationStore:
         if shard not in self._open:
             path = self.shard_path(shard)
             tensors, _ = load_tensors(path, "delete it; the next run harvests it anew")
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
             self._open[shard] = tensors["activations"]
         return self._open[shard]
 
@@ -288,8 +300,16 @@ class ActivationBatches:
         return len(self.source.contexts.ids)
 
     def batch(self, indices: Tensor) -> Batch:
+        return self.finish(indices, self.read(indices))
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The activations of `finish`: page-locked if a GPU is to fetch them."""
+        x = self.source.activations(indices)
+        return x.pin_memory() if self.device.startswith("cuda") and x.is_cpu else x
+
+    def finish(self, indices: Tensor, x: Tensor) -> Batch:
         contexts = self.source.contexts
-        x = self.source.activations(indices).to(self.device)
+        x = x.to(self.device, non_blocking=True)
         valid = contexts.valid[indices].to(self.device)
         valid = valid & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
         ids, segments = contexts.ids[indices], contexts.segments[indices]

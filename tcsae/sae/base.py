@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tcsae.sae.fast import values_at_hand
 from tcsae.sae.passing import Codes, Places, SAELensState, TrainingOutput
 from tcsae.sae.statistics import geometric_median, total_variance
 from tcsae.schema import StrictModel
@@ -193,7 +194,7 @@ class SparseAutoencoder(nn.Module, ABC):
         valid_BT: Tensor,
         *,
         sparsity_warmup: float | Tensor,
-        dead_F: Tensor,
+        dead_F: Tensor | None,
         progress: float = 0.0,
         segments_BT: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -203,11 +204,11 @@ class SparseAutoencoder(nn.Module, ABC):
         reconstruction = mean over valid tokens of sum over d_in of (x_hat - x)^2; the other
         terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
         value nor gradient, whatever they hold. `sparsity_warmup` multiplies the
-        sparsity term; `dead_F` [d_sae] bool marks dead features; `progress` in [0, 1] is the
-        share of the run that is done; `segments_BT` [B, T] numbers the documents of each context
-        (None: one), `generator` (on the CPU) is for what an architecture draws. Under
-        torch.autocast the products run in its dtype, sums and losses in float32, gradients arrive
-        in float32.
+        sparsity term; `dead_F` [d_sae] bool marks dead features (None: there can be none yet);
+        `progress` in [0, 1] is the share of the run that is done; `segments_BT` [B, T] numbers
+        the documents of each context (None: one), `generator` (on the CPU) is for what an
+        architecture draws. Under torch.autocast the products run in its dtype, sums and losses in
+        float32, gradients arrive in float32.
         """
         places = Places.of(valid_BT, segments_BT, generator)
         b_dec = self.b_dec.detach()
@@ -241,7 +242,7 @@ class SparseAutoencoder(nn.Module, ABC):
         centred_ND: Tensor,
         residual_ND: Tensor,
         places: Places,
-        dead_F: Tensor,
+        dead_F: Tensor | None,
     ) -> Tensor:
         """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): dead features rebuild x - x_hat.
 
@@ -251,25 +252,46 @@ class SparseAutoencoder(nn.Module, ABC):
         The pre-activations pass a ReLU, as in OpenAI's code; those of a feature that has none
         above zero in the batch go in as they are, or it would get no gradient.
         """
-        if not dead_F.any():
+        if dead_F is None:
             return residual_ND.new_zeros(())
-        # Only the dead columns are computed: the cost follows their number, not d_sae.
-        dead_J = dead_F.nonzero().squeeze(1)
-        pre_NJ = self.dead_pre_activations(centred_ND, dead_J) * places.valid_N1
-        silent_J = pre_NJ.amax(0) <= 0
-        pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
-        k_aux = self.cfg.k_aux or max(self.d_in // 2, 1)
-        if k_aux < dead_J.numel():
-            values, index = pre_NJ.topk(k_aux, dim=-1, sorted=False)
-            pre_NJ = torch.zeros_like(pre_NJ).scatter(-1, index, values)
-        rebuilt_ND = pre_NJ @ self.W_dec[dead_J]
+        if values_at_hand(dead_F.device):
+            # Only the dead columns are computed: the cost follows their number, not d_sae.
+            among_J = dead_F.nonzero().squeeze(1)
+            if not among_J.numel():
+                return residual_ND.new_zeros(())
+            rebuilt_ND = self._rebuilt(centred_ND, places, among_J)
+        else:
+            among_J = torch.arange(self.d_sae, device=dead_F.device)
+            rebuilt_ND = self._rebuilt(centred_ND, places, among_J, dead_F)
         with torch.autocast(residual_ND.device.type, enabled=False):
             error = (rebuilt_ND.float() - residual_ND).square().sum() / places.n_valid
             var_x = total_variance(centred_ND, places.n_valid)
             # A residual of no variance (one token, a perfect fit) must not divide by zero.
             floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
             weight = var_x / total_variance(residual_ND, places.n_valid).maximum(floor)
-            return self.cfg.auxk_coefficient * weight * error
+            # In the dense form nothing may be dead.
+            return torch.where(dead_F.any(), self.cfg.auxk_coefficient * weight * error, 0)
+
+    def _rebuilt(
+        self, centred_ND: Tensor, places: Places, among_J: Tensor, dead_J: Tensor | None = None
+    ) -> Tensor:
+        """The top k_aux pre-activations of the features with indices `among_J`, decoded, [N, D].
+
+        Those that `dead_J` [J] bool does not mark are left out; None: all are dead. The two ways to
+        say which ones are dead agree in value and gradients.
+        """
+        pre_NJ = self.dead_pre_activations(centred_ND, among_J) * places.valid_N1
+        silent_J = pre_NJ.amax(0) <= 0
+        pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
+        if dead_J is not None:
+            pre_NJ = torch.where(dead_J, pre_NJ, -torch.inf)
+        k_aux = min(self.cfg.k_aux or max(self.d_in // 2, 1), among_J.numel())
+        if k_aux < among_J.numel() or dead_J is not None:
+            values, index = pre_NJ.topk(k_aux, dim=-1, sorted=False)
+            if dead_J is not None:
+                values = torch.where(values > -torch.inf, values, 0)
+            pre_NJ = torch.zeros_like(pre_NJ).scatter(-1, index, values)
+        return pre_NJ @ self.W_dec[among_J]
 
     def dead_pre_activations(self, centred_ND: Tensor, dead_J: Tensor) -> Tensor:
         """Pre-activations [N, J] of the features with indices `dead_J`, for AuxK."""

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
-from tcsae.sae.fast import is_sparse, largest_of_batch, sparse_pass
+from tcsae.sae.fast import is_sparse, largest_of_batch, sparse_pass, values_at_hand
 from tcsae.sae.passing import Codes, Places, SAELensState
 
 
@@ -63,13 +63,13 @@ class BatchTopKSAE(SparseAutoencoder):
         return torch.where(pre > self.threshold, pre, 0).relu()
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        n_kept = self.cfg.k * int(places.valid_BT.sum())
         if not is_sparse(self.cfg.k, self.d_sae, centred_ND.device):
             pre_NF = self.training_pre_activations(centred_ND, places)
-            features_NF = self.batch_activation(pre_NF, n_kept)
+            features_NF = self.batch_activation(pre_NF, places)
             return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
 
         def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            n_kept = self.cfg.k * int(places.valid_BT.sum())
             values_M, feature_M, token_M = largest_of_batch(pre_NF, places.valid_N1, n_kept)
             if len(values_M):
                 self._count_batch(values_M.min())
@@ -78,30 +78,34 @@ class BatchTopKSAE(SparseAutoencoder):
         bias_F = self.b_enc + self.b_dec_gradient_path()
         return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
 
-    def batch_activation(self, pre_NF: Tensor, n_kept: int) -> Tensor:
-        """The `n_kept` largest entries that are above 0; counts the batch for the threshold."""
+    def batch_activation(self, pre_NF: Tensor, places: Places) -> Tensor:
+        """The k * (valid tokens) largest entries above 0; counts the batch for the threshold."""
         with torch.no_grad():
-            smallest = self._smallest_kept(pre_NF, n_kept)
-            if smallest is None:
-                return pre_NF * 0
+            if values_at_hand(pre_NF.device):
+                smallest = self._smallest_kept(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
+            else:
+                smallest = smallest_kept(pre_NF, places.valid_BT, self.cfg.k)
             self._count_batch(smallest)
-        return torch.where(pre_NF >= smallest, pre_NF, 0)
+        # In this order a NaN is kept, and is noticed.
+        return torch.where(pre_NF < smallest, 0, pre_NF)
 
     def _count_batch(self, smallest: Tensor) -> None:
-        """Take the least activation that a batch kept into the threshold."""
-        self.n_batches += 1
+        """Take the least activation that a batch kept into the threshold; inf: it kept none."""
+        kept_any = smallest < torch.inf
+        self.n_batches += kept_any
         rate = (1 / self.n_batches).clamp(min=self.cfg.threshold_rate)
-        self.threshold.lerp_(smallest.to(self.threshold).expand_as(self.threshold), rate)
+        smallest = torch.where(kept_any, smallest, 0).to(self.threshold)
+        self.threshold.lerp_(smallest.expand_as(self.threshold), torch.where(kept_any, rate, 0))
 
-    def _smallest_kept(self, pre_NF: Tensor, n_kept: int) -> Tensor | None:
-        """The `n_kept`-th largest entry, or the least above 0 if that is larger; None: nothing."""
+    def _smallest_kept(self, pre_NF: Tensor, n_kept: int) -> Tensor:
+        """As `smallest_kept`, for a number that the host knows."""
         # Few entries are far above the usual threshold: to select among them is several times
         # quicker than among all, and gives the same.
         candidates = pre_NF[pre_NF > 0.7 * self.threshold[0]]
         if len(candidates) < n_kept:
             candidates = pre_NF[pre_NF > 0]
         if n_kept == 0 or len(candidates) == 0:
-            return None
+            return pre_NF.new_full((), torch.inf)
         return candidates.kthvalue(max(len(candidates) - n_kept, 0) + 1).values
 
     def saelens_state(self) -> SAELensState:
@@ -113,3 +117,11 @@ class BatchTopKSAE(SparseAutoencoder):
     def load_saelens(self, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().load_saelens(cfg, tensors)
         self.threshold.copy_(tensors["threshold"])
+
+
+def smallest_kept(pre_NF: Tensor, valid_BT: Tensor, k: int) -> Tensor:
+    """The k * (valid tokens)-th largest entry, or the least above 0 if that is larger; inf if there
+    is none. Entries at tokens that are not valid must be 0. A scalar; the host reads nothing."""
+    largest_M = pre_NF.flatten().topk(k * len(pre_NF)).values
+    n_kept = (k * valid_BT.sum()).minimum((largest_M > 0).sum())
+    return torch.where(n_kept > 0, largest_M.take((n_kept - 1).clamp(min=0)), torch.inf)

@@ -27,7 +27,8 @@ large as any entry of another group; likewise the n largest of a batch. So what 
 GROUPth of the codes, then GROUP entries of each chosen group. NumPy's partition does it with vector
 instructions where the processor has them.
 
-On another device than the CPU the dense pass serves every architecture (not measured).
+On another device than the CPU the dense pass serves every architecture (not measured), and nothing
+in a step depends on a value the host would have to wait for (`values_at_hand`).
 """
 
 from __future__ import annotations
@@ -54,9 +55,17 @@ GROUP = 8
 SPARSE_FROM_RATIO = 16
 
 
+def values_at_hand(device: torch.device) -> bool:
+    """Whether the host can read a tensor, or make one as long as its values say, for nothing.
+
+    On another device it would have to wait until all that is queued is done.
+    """
+    return device.type == "cpu"
+
+
 def is_sparse(k: int, d_sae: int, device: torch.device) -> bool:
     """Whether the sparse pass is the quicker one."""
-    return device.type == "cpu" and SPARSE_FROM_RATIO * k <= d_sae
+    return values_at_hand(device) and SPARSE_FROM_RATIO * k <= d_sae
 
 
 def products_dtype(x: Tensor) -> torch.dtype:

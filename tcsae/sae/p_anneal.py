@@ -6,14 +6,16 @@ L1 shrinks all activations alike; as p falls towards 0 the penalty counts featur
 
 from __future__ import annotations
 
+import ctypes
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.sae.fast import values_at_hand
 from tcsae.sae.passing import Codes, Places, SAELensState
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
@@ -58,6 +60,8 @@ class PAnnealSAE(SparseAutoencoder):
         super().add_encoder_vectors()
         self.register_buffer("exponent", torch.ones(()))
         self.register_buffer("strength", torch.ones(()))
+        self.exponent_now = 1.0  # `exponent`, as the host knows it
+        self.register_load_state_dict_post_hook(_read_exponent)
 
     def activation(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
@@ -80,7 +84,7 @@ class PAnnealSAE(SparseAutoencoder):
         sparsity_warmup: float | Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
-        before, exponent = self.exponent.item(), self.scheduled_exponent(progress)
+        before, exponent = self.exponent_now, self.scheduled_exponent(progress)
         penalty = self._penalty(codes.features_NF, exponent)
         if not math.isclose(before, exponent, rel_tol=1e-6):
             self._change_exponent(codes.features_NF, before, exponent)
@@ -92,9 +96,12 @@ class PAnnealSAE(SparseAutoencoder):
         if exponent == 1:
             return features_NF.sum(dtype=torch.float32)
         smoothing = SMOOTHING * math.sqrt(self.d_in)
-        # Powers are dear, and those of zeros add nothing.
-        on_M = features_NF[features_NF > 0].float()
-        return ((on_M + smoothing).pow(exponent) - smoothing**exponent).sum()
+        if values_at_hand(features_NF.device):
+            # Powers are dear, and those of zeros add nothing.
+            on_M = features_NF[features_NF > 0].float()
+            return ((on_M + smoothing).pow(exponent) - smoothing**exponent).sum()
+        terms_NF = (features_NF.float() + smoothing).pow(exponent) - smoothing**exponent
+        return torch.where(features_NF > 0, terms_NF, 0).sum()
 
     @torch.no_grad()
     def _change_exponent(self, features_NF: Tensor, before: float, after: float) -> None:
@@ -102,6 +109,11 @@ class PAnnealSAE(SparseAutoencoder):
         # A batch in which nothing fires says nothing about the ratio.
         self.strength.mul_(torch.where((old > 0) & (new > 0), old / new, 1))
         self.exponent.fill_(after)
+        self.exponent_now = ctypes.c_float(after).value  # float32, as a checkpoint would have it
 
     def saelens_state(self) -> SAELensState:
         return super().saelens_state()._replace(architecture="standard")
+
+
+def _read_exponent(module: Any, _keys: object) -> None:
+    module.exponent_now = module.exponent.item()

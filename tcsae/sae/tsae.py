@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from tcsae.positions import document_starts
+from tcsae.positions import document_starts, noise_like
 from tcsae.sae.base import SAEConfig
 from tcsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from tcsae.sae.passing import Codes, Places
@@ -110,7 +110,7 @@ class Pairs(NamedTuple):
 
     def some(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """At most `n` tokens with a partner, drawn without order: (tokens [P], exists [P])."""
-        noise_N = torch.rand(self.exists_N.shape, generator=generator).to(self.exists_N.device)
+        noise_N = noise_like(self.exists_N, generator)
         drawn = torch.where(self.exists_N, noise_N, -1).topk(min(n, len(noise_N)), sorted=False)
         return drawn.indices, drawn.values >= 0
 
@@ -146,7 +146,7 @@ def draw_pairs(
             after_BT = rank_BT + count_BT
             last_BT = torch.where(ends_BT, after_BT, n_positions).flip(1).cummin(1).values.flip(1)
             among_BT = last_BT - first_BT - 1
-        noise_BT = torch.rand(valid_BT.shape, generator=places.generator).to(valid_BT.device)
+        noise_BT = noise_like(valid_BT, places.generator)
         chosen_BT = first_BT + (noise_BT * among_BT).long().clamp(max=among_BT - 1)
         if shuffled:
             chosen_BT = chosen_BT + (chosen_BT >= rank_BT)  # any but the token itself

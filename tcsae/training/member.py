@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from tcsae.consistency import build_consistency, feature_window_variance
 from tcsae.data.store import Batch, Calibration
 from tcsae.errors import UserError
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.fast import values_at_hand
 from tcsae.sae.passing import TrainingOutput
 from tcsae.sae.registry import sae_class
 from tcsae.training.checkpoint import Checkpoint
+from tcsae.training.compiled import CompiledForward
 from tcsae.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -60,6 +63,8 @@ class Member:
             config.sae, d_in, generator=generator
         ).to(device)
         self.sae.initialise_from_data(calibration.sample.to(device) * self.scale)
+        compiled = CompiledForward if config.training.compile else lambda forward: forward
+        self.forward: Callable[..., TrainingOutput] = compiled(self.sae.training_forward)
         self.consistency = build_consistency(
             config.consistency, config.window, config.sae.d_sae
         ).to(device)
@@ -80,13 +85,12 @@ class Member:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
         cfg, step, steps = self.config.training, self.step, self.config.steps
         weight = self.config.lambda_ * ramp(step, steps, cfg.lambda_warmup)
-        dead_F = self.tokens_since_fired >= self.config.sae.dead_after_tokens
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
-            output = self.sae.training_forward(
+            output = self.forward(
                 x_BTD,
                 batch.valid,
                 sparsity_warmup=self._sparsity_weight(),
-                dead_F=dead_F,
+                dead_F=self._dead(batch),
                 progress=step / steps,
                 segments_BT=batch.segments,
                 generator=generator_for(self.config.seed, "pairs", step),
@@ -106,6 +110,15 @@ class Member:
         self.step += 1
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
+
+    def _dead(self, batch: Batch) -> Tensor | None:
+        """[d_sae] bool: the dead features; None where it is known without a look at the device that
+        too few tokens have come for any."""
+        after = self.config.sae.dead_after_tokens
+        too_early = self.step * batch.valid.numel() < after
+        if too_early and not values_at_hand(self.tokens_since_fired.device):
+            return None
+        return self.tokens_since_fired >= after
 
     def _sparsity_weight(self) -> float | Tensor:
         """What the sparsity term is multiplied by at this step."""

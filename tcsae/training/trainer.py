@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tcsae.config import run_id
+from tcsae.data.ahead import read_ahead
 from tcsae.data.store import ActivationBatches, Batch, shuffled_indices
 from tcsae.errors import UserError
 from tcsae.progress import Progress
@@ -126,15 +127,15 @@ def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest)
     size = config.training.batch_contexts
     per_step = size * config.dataset.context_size
     first = min(seat.member.step for seat in seats)
-    steps = max(seat.steps for seat in seats)
-    with Progress("train", steps * per_step, done=first * per_step) as progress:
-        for step in range(first, steps):
+    steps = range(first, max(seat.steps for seat in seats))
+    indices = (shuffled_indices(s, size, len(batches), config.dataset.seed) for s in steps)
+    progress = Progress("train", steps.stop * per_step, done=first * per_step)
+    started = time.monotonic()
+    with progress, contextlib.closing(read_ahead(batches, indices)) as ahead:
+        for step, batch in zip(steps, ahead, strict=True):
             working = [seat for seat in seats if seat.works_at(step)]
             if all(seat.error for seat in seats):
                 return
-            started = time.monotonic()
-            indices = shuffled_indices(step, size, len(batches), config.dataset.seed)
-            batch = batches.batch(indices)
             scaled = ScaledBatch(batch)
             for seat in working:
                 with _own_error(seat):
@@ -143,6 +144,7 @@ def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest)
             if stop:
                 _save_all(seats)
                 stop.check()
+            started = time.monotonic()
     _save_all(seats)
 
 

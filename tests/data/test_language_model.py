@@ -130,13 +130,19 @@ def test_parts_of_a_block_add_up_to_the_residual_stream(folder: Path) -> None:
     torch.testing.assert_close(total, part["resid_post"], rtol=1e-5, atol=1e-5)
 
 
-def test_the_forward_pass_stops_at_the_layer(folder: Path) -> None:
-    model = tiny(folder, layer=0)
-    ran: list[int] = []
-    for number, block in enumerate(blocks_of(model.bridge.original_model)):
-        block.register_forward_hook(lambda *_, n=number: ran.append(n))
-    model.activations(IDS)
-    assert ran == [0]
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_forward_pass_ends_at_the_hook_point(folder: Path, layer: int) -> None:
+    model = tiny(folder, layer)
+    original = model.bridge.original_model
+    ran: list[Any] = []
+    for number, block in enumerate(blocks_of(original)):
+        block.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
+    original.lm_head.register_forward_pre_hook(lambda *_: ran.append("logits"))
+    x_BTD = model.activations(IDS)
+    assert ran == list(range(layer + 1))
+    clean = model.logits(IDS)  # and what is run after it goes to the end
+    assert ran == [*range(layer + 1), 0, 1, 2, "logits"]
+    assert torch.equal(model.logits(IDS, lambda x: x_BTD), clean)
 
 
 def test_putting_activations_back_changes_nothing_and_other_ones_do(folder: Path) -> None:

@@ -148,6 +148,19 @@ def test_what_is_read_is_what_the_model_says(tiny_gpt2: Path, texts: Path, store
 # ---------------------------------------------------------------------- damage is noticed
 
 
+def test_a_bounded_number_of_shards_is_open_and_what_is_read_stays_the_same(
+    tiny_gpt2: Path, texts: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = opened(tiny_gpt2, texts, store).train
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    expected = whole.source.activations(order)
+    monkeypatch.setattr("tcsae.data.store.MAX_OPEN_SHARDS", 2)
+    source: Any = opened(tiny_gpt2, texts, store).train.source
+    assert torch.equal(source.activations(order), expected)
+    assert len(source._open) == 2 < source.n_shards
+
+
+
 def test_any_flipped_bit_in_a_file_of_tensors_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.arange(5.0), "b": torch.tensor([1, 2])}

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tcsae.sae import batchtopk
 from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from tcsae.sae.passing import Places
 
 D_IN, D_SAE = 8, 40
 
@@ -52,6 +54,36 @@ def test_the_largest_k_times_n_of_the_batch_are_kept_if_they_are_positive(
     assert found == kept.keys()
     for (token, j), value in kept.items():
         assert features[valid_BT][token, j].item() == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    seed=st.integers(0, 10_000),
+    k=st.integers(1, 40),
+    shift=st.sampled_from([0.0, 2.0, 9.0, 90.0]),
+    share=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_without_a_look_at_the_values_the_same_are_kept_and_counted(
+    dtype: torch.dtype, seed: int, k: int, shift: float, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    noise_NF = torch.randn(12, D_SAE, generator=generator)
+    pre_NF = (3 * noise_NF - shift).round(decimals=1).to(dtype)  # many are equal
+    valid_BT = torch.rand(2, 6, generator=generator) < share
+    pre_NF *= valid_BT.view(-1, 1)
+    for at_hand in (True, False):
+        sae = random_sae(seed, k=k)
+        sae.threshold.fill_(2.0)
+        sae.n_batches += seed % 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batchtopk, "values_at_hand", lambda device, at_hand=at_hand: at_hand)
+            features_NF = sae.batch_activation(pre_NF, Places.of(valid_BT))
+        found.append((features_NF, sae.threshold, sae.n_batches))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (found[1][0] > 0).sum() >= min(k * int(valid_BT.sum()), int((pre_NF > 0).sum()))
 
 
 def test_a_token_may_take_more_than_k_and_another_fewer() -> None:

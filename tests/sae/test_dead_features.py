@@ -22,6 +22,8 @@ from saes import (
     train_pass,
 )
 
+from tcsae.sae import base
+
 every_that_resamples = pytest.mark.parametrize(
     "name", [name for name in VARIANTS if name not in SEQUENTIAL]
 )
@@ -95,6 +97,51 @@ def test_auxk_equals_a_loop_over_tokens(k_aux: int | None, seed: int) -> None:
     variance = [(t - t.mean(0)).square().sum(1).mean() for t in (x_ND, residual_ND)]
     wanted = 0.5 * variance[0] / variance[1] * error
     torch.testing.assert_close(output.losses["auxk"].double(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k_aux", [None, 2, D_SAE])
+@pytest.mark.parametrize("dead", [[], [3], [0, 3, 7, 11], range(1, 20), range(D_SAE)], ids=len)
+@every_variant
+def test_auxk_of_a_mask_over_all_features_is_that_of_the_dead_ones_picked_out(
+    name: str, dead: list[int], k_aux: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = make(name, revival="auxk", k_aux=k_aux)
+    with torch.no_grad():
+        for bias in biases(sae):
+            bias[3] = -9.0  # nowhere above zero, so it goes in without ReLU
+    found = []
+    for at_hand in (True, False):
+        monkeypatch.setattr(base, "values_at_hand", lambda device, at_hand=at_hand: at_hand)
+        x_BTD, valid_BT = batch()
+        x_BTD[~valid_BT] = torch.nan
+        sae.zero_grad()
+        output = sae.training_forward(
+            x_BTD,
+            valid_BT,
+            sparsity_warmup=1.0,
+            dead_F=dead_at(*dead),
+            generator=torch.Generator().manual_seed(0),
+        )
+        if output.losses["auxk"].requires_grad:
+            output.losses["auxk"].backward()
+        zeros = {n: torch.zeros_like(p) for n, p in sae.named_parameters()}
+        grads = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+        found.append((output.losses["auxk"].detach(), {**zeros, **grads}))
+    (wanted, wanted_grads), (value, grads) = found
+    assert (value > 0) == bool(dead)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(grads, wanted_grads)
+    if not dead:
+        assert not any(grad.any() for grad in grads.values())
+
+
+@every_variant
+def test_auxk_is_zero_where_nothing_can_be_dead_yet(name: str) -> None:
+    x_BTD, valid_BT = batch()
+    output = make(name, revival="auxk").training_forward(
+        x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=None
+    )
+    assert output.losses["auxk"] == 0 and output.losses["auxk"].grad_fn is None
 
 
 @every_variant
