@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_data
 import torch
 from compare_peers import composed, peer_trainer
 from torch import Tensor
@@ -295,12 +296,25 @@ def bank_section(rounds: int) -> dict[str, Any]:
     return {"rows": summary(each, dict.fromkeys(sizes, one))}
 
 
+def harvest_section(rounds: int) -> dict[str, Any]:
+    times = take_turns(bench_data.harvest_steps(), rounds)
+    return {"rows": summary(times, {bench_data.OURS: bench_data.BARE})}
+
+
+def startup_section(rounds: int) -> dict[str, Any]:
+    with bench_data.startup_steps() as steps:
+        return {"rows": summary(take_turns(steps, rounds), {})}
+
+
 SECTIONS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "steps": (f"One step of {TOKENS:,} tokens, d_sae {D_SAE:,}", steps_section),
     "window": ("The temporal loss by window", window_section),
     "tokens": ("More tokens a step", tokens_section),
     "d_sae": ("A wider dictionary", d_sae_section),
     "bank": ("More SAEs on one stream: time for each of them", bank_section),
+    "harvest": ("Harvesting activations", harvest_section),
+    "startup": ("How soon training starts", startup_section),
+    "store": ("A larger store: reading shuffled batches", bench_data.store_section),
 }
 
 
@@ -323,6 +337,7 @@ def n_tokens(name: str) -> int:
     return int(digits) if name.endswith(" tokens") else TOKENS
 
 
+TABLES = {"startup": bench_data.startup_table, "store": bench_data.store_table}  # others: `table`
 HEADER = "| step | ms | least ms | tokens/s | times as long | as |\n|---|---|---|---|---|---|"
 
 
@@ -347,7 +362,7 @@ def page_part(results: Mapping[str, Any]) -> str:
             continue
         found = results[key]
         about = f"{found['machine']}; medians of {found['rounds']}."
-        parts += [f"## {title}", about, table(found["rows"])]
+        parts += [f"## {title}", about, TABLES.get(key, table)(found["rows"])]
         if found.get("missing"):
             parts.append("Left out: " + "; ".join(found["missing"]) + ".")
     return "\n\n".join(parts)
@@ -376,7 +391,7 @@ def main() -> None:
             results[key] = SECTIONS[key][1](args.rounds)
             results[key] |= {"machine": machine(), "rounds": args.rounds}
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-            print(table(results[key]["rows"]), flush=True)
+            print(TABLES.get(key, table)(results[key]["rows"]), flush=True)
     if args.json == RESULTS:
         write_page(results)
 

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from helpers import small_job
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -69,11 +70,47 @@ def test_a_section_measures_and_writes_its_rows(
     for name, value in {"D_SAE": 128, "CONTEXTS": 2, "TOKENS": 256, "WARM_UP": 1}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "PEERS", {})
-    monkeypatch.setattr(
-        sys, "argv", ["bench", "--rounds", "1", "--default-allocator", "--json", f"{tmp_path}/r"]
-    )
+    monkeypatch.setattr(bench.bench_data, "GROWTH", (128, 256))
+    measured = [key for key in bench.SECTIONS if key not in ("harvest", "startup")]
+    given = ["--rounds", "1", "--default-allocator", "--json", f"{tmp_path}/r"]
+    monkeypatch.setattr(sys, "argv", ["bench", *given, "--sections", *measured])
     bench.main()
     results = json.loads((tmp_path / "r").read_text())
-    assert list(results) == list(bench.SECTIONS)
-    assert all(row["ms"] > 0 for found in results.values() for row in found["rows"].values())
+    assert list(results) == measured
+    rows = {key: found["rows"] for key, found in results.items() if key != "store"}
+    assert all(row["ms"] > 0 for found in rows.values() for row in found.values())
     assert "topk, d_sae 16,384" in results["d_sae"]["rows"]
+
+
+def test_a_stores_growth_is_read_from_processes_of_their_own(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.bench_data, "GROWTH", (128, 256))
+    rows = bench.bench_data.store_section(1)["rows"]
+    assert list(rows) == ["128", "256"]
+    assert all(row["first_ms"] > 0 and row["later_ms"] > 0 for row in rows.values())
+    assert abs(rows["256"]["own_mb"] - rows["128"]["own_mb"]) < 30 < rows["128"]["own_mb"]
+    assert bench.TABLES["store"]({"256": {"first_ms": 1.0, "later_ms": 0.5, "own_mb": 100.4,
+                                          "mapped_mb": 50.6}}).endswith(
+        "| 256 | 1.00 | 0.50 | 100 | 51 |"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_time_to_the_first_step_is_read_from_what_runs_write(
+    bench: Any, tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    job = small_job(tiny_gpt2, texts, tmp_path)
+    small = [a for a in job if not a.startswith(("hydra.", "store.", "training.log_every",
+                                                 "tracking", "evaluation.analysis"))]  # fmt: skip
+    with bench.bench_data.startup_steps(small) as steps:
+        seconds = {name: step() for name, step in steps.items()}
+    assert seconds.pop(bench.bench_data.HELP) is None
+    assert len(seconds) == 2 and all(0 < taken < 300 for taken in seconds.values())
+
+
+def test_the_times_to_start_stand_beside_what_is_wanted(bench: Any) -> None:
+    rows = {name: {"ms": 1230.0, "least_ms": 900.0} for name in bench.bench_data.WANTED}
+    lines = bench.TABLES["startup"](rows).splitlines()
+    assert lines[2] == "| python -m tcsae.train --help | 1.23 | 0.90 | 1.5 |"
+    assert lines[3].endswith("| 1.23 | 0.90 |  |") and lines[4].endswith("| 1.23 | 0.90 | 5.0 |")

@@ -378,6 +378,10 @@ class LanguageModel:
             raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
         return model
 
+    @cached_property
+    def _hook_point(self) -> Any:
+        return self.bridge.hook_dict[self.hook_name]
+
     def _untrained(self) -> Any:
         """The architecture at its random start: the same weights for everybody."""
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -389,13 +393,20 @@ class LanguageModel:
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:
-        """[B, T, d_in] at the hook point, in the model's dtype; stops at the layer."""
-        _, cache = self.bridge.run_with_cache(
-            ids_BT.to(self.device, torch.long),
-            names_filter=self.hook_name,
-            stop_at_layer=self.layer + 1,
-        )
-        return cache[self.hook_name]
+        """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        def stop(activation: Tensor, hook: Any) -> None:
+            raise StopAtLayerException(activation)
+
+        # Stopping by the layer's number would run the last layer's final norm and logits too, and
+        # run_with_hooks resolves the names of all hooks at every call.
+        point = self._hook_point
+        point.add_hook(stop, level=1)
+        try:
+            return self.bridge(ids_BT.to(self.device, torch.long))
+        finally:
+            point.remove_hooks("fwd", level=1)
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, replace: Any = None) -> Tensor:

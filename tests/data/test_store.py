@@ -145,9 +145,6 @@ def test_what_is_read_is_what_the_model_says(tiny_gpt2: Path, texts: Path, store
     torch.testing.assert_close(batch.x, expected, rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------- damage is noticed
-
-
 def test_a_bounded_number_of_shards_is_open_and_what_is_read_stays_the_same(
     tiny_gpt2: Path, texts: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +156,8 @@ def test_a_bounded_number_of_shards_is_open_and_what_is_read_stays_the_same(
     assert torch.equal(source.activations(order), expected)
     assert len(source._open) == 2 < source.n_shards
 
+
+# ---------------------------------------------------------------------- damage is noticed
 
 
 def test_any_flipped_bit_in_a_file_of_tensors_is_noticed(tmp_path: Path) -> None:
