@@ -184,18 +184,21 @@ class Peer:
         self._process.join()
 
 
-def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round, after WARM_UP rounds that do not count.
+def take_turns(
+    steps: Mapping[str, Step], rounds: int, warm_up: int | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round, after `warm_up` (WARM_UP) rounds that do not count.
 
     A step that gives a number has taken its own time, in seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(WARM_UP + rounds):
+    warm_up = WARM_UP if warm_up is None else warm_up
+    for number in range(warm_up + rounds):
         for name, step in steps.items():
             started = time.perf_counter()
             own = step()
             seconds = own if isinstance(own, float) else time.perf_counter() - started
-            if number >= WARM_UP:
+            if number >= warm_up:
                 times[name].append(1000 * seconds)
     return times
 
@@ -297,13 +300,18 @@ def bank_section(rounds: int) -> dict[str, Any]:
 
 
 def harvest_section(rounds: int) -> dict[str, Any]:
-    times = take_turns(bench_data.harvest_steps(), rounds)
+    times = take_turns(bench_data.harvest_steps(), rounds, warm_up=1)
     return {"rows": summary(times, {bench_data.OURS: bench_data.BARE})}
+
+
+def evaluation_section(rounds: int) -> dict[str, Any]:
+    times = take_turns(bench_data.evaluation_steps(), rounds, warm_up=1)
+    return {"rows": summary(times, {bench_data.SUITE: bench_data.PASS})}
 
 
 def startup_section(rounds: int) -> dict[str, Any]:
     with bench_data.startup_steps() as steps:
-        return {"rows": summary(take_turns(steps, rounds), {})}
+        return {"rows": summary(take_turns(steps, rounds, warm_up=1), {})}
 
 
 SECTIONS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
@@ -313,6 +321,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "d_sae": ("A wider dictionary", d_sae_section),
     "bank": ("More SAEs on one stream: time for each of them", bank_section),
     "harvest": ("Harvesting activations", harvest_section),
+    "evaluation": ("Measuring an SAE on held-out contexts", evaluation_section),
     "startup": ("How soon training starts", startup_section),
     "store": ("A larger store: reading shuffled batches", bench_data.store_section),
 }

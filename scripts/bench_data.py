@@ -1,4 +1,5 @@
-"""Sections of scripts/bench.py about data: the harvest, how soon training starts, a store's growth.
+"""Sections of scripts/bench.py about all but steps: the harvest, the evaluation, how soon training
+starts, a store's growth.
 
 `python scripts/bench_data.py FOLDER N` is what the growth section starts for each of its readings.
 """
@@ -71,6 +72,53 @@ def harvest_steps() -> dict[str, Callable[[], object]]:
             plain(ids.long(), use_cache=False)
 
     return {OURS: harvest, BARE: bare}
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+EVALUATED = 256
+PASS = f"the language model up to the layer, {EVALUATED * POSITIONS:,} tokens"
+CODES = f"encode and decode, {EVALUATED * POSITIONS:,} tokens"
+SUITE = f"the suite of metrics with its intervals, {EVALUATED * POSITIONS:,} tokens"
+
+
+def evaluation_steps() -> dict[str, Callable[[], object]]:
+    """A pass of the embedded model, one of a topk SAE, and that SAE's metrics as a run has them."""
+    from compare_peers import composed
+
+    from tcsae.data.language_model import LanguageModel
+    from tcsae.evaluation import ENCODE_CONTEXTS, on_activations
+    from tcsae.sae.registry import sae_class
+
+    config = composed([f"dataset.n_eval_contexts={EVALUATED}"])
+    model = LanguageModel(config.model, config.layer)
+    contexts = some_contexts(EVALUATED, model.vocabulary)
+    pieces = contexts.ids.split(config.model.forward_contexts)
+    x_NTD = torch.cat([model.activations(ids) for ids in pieces]).clone()
+    source: Any = SimpleNamespace(
+        contexts=contexts, is_read=True, activations=lambda indices: x_NTD[indices]
+    )
+    calibration = calibrate(source, config.dataset.norm_filter)
+    batches = ActivationBatches(source, calibration, "cpu")
+    sae = sae_class("topk")(config.sae, model.d_in, generator=torch.Generator().manual_seed(0))
+    sae.initialise_from_data(calibration.sample)
+
+    def language_model() -> None:
+        for ids in pieces:
+            model.activations(ids)
+
+    @torch.inference_mode()
+    def codes() -> None:
+        for batch in batches.in_order(ENCODE_CONTEXTS):
+            sae.encode_and_decode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+
+    @torch.inference_mode()
+    def suite() -> None:
+        _, measured = on_activations(sae, config, batches, StopRequest())
+        measured.summary()
+        measured.draws()
+
+    return {SUITE: suite, PASS: language_model, CODES: codes}
 
 
 # ------------------------------------------------------------------------------ start-up

@@ -4,9 +4,9 @@
     python scripts/study.py                  write tables, figures and page from its JSON files
 
 Writes results.json (every comparison), runs.jsonl (a line a run: settings and what was measured),
-tables.md (all arms, all measures), the figures, and README.md from page.md.j2, in which no result
-is typed: `value`, `change` and `matched` look them up in results.json, and the tests hold the page
-to it.
+tables.md (all arms, all measures), the figures, README.md from page.md.j2, and the finding in the
+README of the project from sentence.md.j2. No result is typed there: `value`, `change` and `matched`
+look them up in results.json, and the tests hold the pages to it.
 
 Every arm is compared with the baselines of its own architecture and model at its own L0, the
 Temporal SAE with the Matryoshka SAE, the persistent SAE with topk.
@@ -28,6 +28,8 @@ from tcsae.report.runs import find_runs
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 RESULTS, RUNS, SEED = DOCS / "results.json", DOCS / "runs.jsonl", DOCS / "first_attempt.json"
 TEMPLATE, PAGE, TABLES = DOCS / "page.md.j2", DOCS / "README.md", DOCS / "tables.md"
+SENTENCE, README = DOCS / "sentence.md.j2", DOCS.parent.parent / "README.md"
+BEGIN, END = "<!-- study: begin -->\n", "<!-- study: end -->"
 MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2", "google/gemma-3-270m": "gemma3"}
 BASELINE_OF = {"temporal": "matryoshka", "persistent": "topk"}
 """Comparisons whose baseline has another architecture's name."""
@@ -218,12 +220,15 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(results: Mapping[str, Any], runs: list[dict[str, Any]], template: str) -> str:
+def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, Any]]) -> str:
+    """page.md.j2 or sentence.md.j2 with what it looks up."""
     from jinja2 import Environment, StrictUndefined
 
     look = Lookup(results)
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template).render(
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
         value=look.value,
         change=look.change,
         matched=look.matched,
@@ -269,7 +274,10 @@ def main() -> None:
     runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
     TABLES.write_text(tables(results), encoding="utf-8")
     write_figures(results, DOCS)
-    PAGE.write_text(page(results, runs, TEMPLATE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rendered(TEMPLATE, results, runs), encoding="utf-8")
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    said = rendered(SENTENCE, results, runs)
+    README.write_text(f"{before}{BEGIN}{said}{END}{rest.split(END)[1]}", encoding="utf-8")
     print(f"{len(runs)} runs, {len(results)} comparisons: {PAGE}, {', '.join(FIGURES)}")
 
 

@@ -120,7 +120,7 @@ def evaluate(
     Raises Interrupted if a signal comes.
     """
     sae = sae.to(model.device).eval()
-    reconstruction, suite = _on_activations(sae, config, batches, stop)
+    reconstruction, suite = on_activations(sae, config, batches, stop)
     n_boot = config.evaluation.bootstrap
     log.info(f"resampling the contexts {n_boot} times for the intervals")
     core = saebench_core_json(
@@ -175,9 +175,10 @@ def _json_list(values: Tensor) -> Any:
     return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
 
 
-def _on_activations(
+def on_activations(
     sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
 ) -> tuple[ReconstructionMetrics, ConsistencySuite]:
+    """The sums of one pass over the held-out activations. Raises Interrupted if a signal comes."""
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
     suite = ConsistencySuite(

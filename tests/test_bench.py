@@ -13,6 +13,8 @@ import pytest
 from helpers import small_job
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+LONG = ("harvest", "evaluation", "startup")
+"""Sections that run the embedded model or whole commands."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_a_section_measures_and_writes_its_rows(
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "PEERS", {})
     monkeypatch.setattr(bench.bench_data, "GROWTH", (128, 256))
-    measured = [key for key in bench.SECTIONS if key not in ("harvest", "startup")]
+    measured = [key for key in bench.SECTIONS if key not in LONG]
     given = ["--rounds", "1", "--default-allocator", "--json", f"{tmp_path}/r"]
     monkeypatch.setattr(sys, "argv", ["bench", *given, "--sections", *measured])
     bench.main()
