@@ -23,6 +23,8 @@ class SparseCodes(NamedTuple):
     """Where each token's entries begin."""
     order_M: Tensor
     """The entries by feature, and within it by token."""
+    sorted_feature_M: Tensor
+    """Their features in that order, int32."""
     sorted_token_M: Tensor
     """Their tokens in that order."""
     start_F: Tensor
@@ -42,13 +44,21 @@ class SparseCodes(NamedTuple):
         """From entries in the order of tokens; `shape` is (N, d_sae)."""
         n_tokens, d_sae = shape
         # Keys of 32 bits sort in half the time.
-        order_M = feature_M.int().argsort(stable=True)
+        sorted_feature_M, order_M = feature_M.int().sort(stable=True)
         count_N = torch.bincount(token_M, minlength=n_tokens)
         count_F = torch.bincount(feature_M, minlength=d_sae)
         start_N, start_F = count_N.cumsum(0) - count_N, count_F.cumsum(0) - count_F
         sorted_token_M = token_M.index_select(0, order_M)
         return cls(
-            values_M, feature_M, token_M, start_N, order_M, sorted_token_M, start_F, dtype
+            values_M,
+            feature_M,
+            token_M,
+            start_N,
+            order_M,
+            sorted_feature_M,
+            sorted_token_M,
+            start_F,
+            dtype,
         )
 
     @property

@@ -19,7 +19,7 @@ from tcsae.sums import column_sums
 
 Form = Literal["window_variance", "scale_free", "slow"]
 """docs/method.md has the formulas."""
-IN_CACHE = 256
+IN_CACHE = 512
 """Positions whose features stay in a processor's cache from one pass to the next."""
 LARGEST_SHARE = 100.0
 """slow: no feature weighs more than this many times what it weighs in scale_free."""
@@ -88,10 +88,7 @@ class WindowPenalty(torch.autograd.Function):
         features_BTF, mean_F, pull_F, share_F = rest
         dtype, pull_F = features_BTF.dtype, grad * pull_F
         share_F, row_F = (scale * share_F).to(dtype), pull_F.to(dtype)
-        gradient_BTF = torch.empty_like(smooth_BTF)
-        for f_CTF, smooth_CTF, gradient_CTF in _in_cache(features_BTF, smooth_BTF, gradient_BTF):
-            torch.mul(smooth_CTF, share_F, out=gradient_CTF)
-            gradient_CTF.addcmul_(f_CTF, row_F, value=-1)
+        gradient_BTF = torch.mul(smooth_BTF, share_F).addcmul_(features_BTF, row_F, value=-1)
         return gradient_BTF, pull_F * mean_F, None, None, None, None
 
 
@@ -139,8 +136,8 @@ class SparseWindowPenalty(torch.autograd.Function):
         form: Form,
     ) -> Tensor:
         n_positions, order_M = laplacian.shape[-1], codes.order_M
-        f_M, feature_M = (of.index_select(0, order_M) for of in (values_M, codes.feature_M))
-        token_M = codes.sorted_token_M
+        f_M = values_M.index_select(0, order_M)
+        feature_M, token_M = codes.sorted_feature_M, codes.sorted_token_M
         context_M = token_M.div(n_positions, rounding_mode="floor")
         position_M = token_M - context_M * n_positions
         begins_M = torch.ones_like(feature_M, dtype=torch.bool)
@@ -153,18 +150,19 @@ class SparseWindowPenalty(torch.autograd.Function):
             mode="sum",
         )
         bag_M = begins_M.cumsum(0).sub_(1)
-        smooth_M = columns_GT.take(bag_M.mul_(n_positions).add_(position_M)).to(f_M) / n_windows
+        smooth_M = columns_GT.take(bag_M.mul_(n_positions).add_(position_M)).to(f_M)
         per_entry_M3 = torch.stack([f_M * smooth_M, f_M, f_M.square()], 1)
         entries_M = torch.arange(len(f_M), device=f_M.device)
         sums_F3 = embedding_bag(entries_M, per_entry_M3, codes.start_F, mode="sum")
-        s2_F, mean_F, v_F = sums_F3[:, 0], sums_F3[:, 1] / n_valid, sums_F3[:, 2] / n_valid
-        gradient_M = smooth_M.mul_(2)
-        if form != "window_variance":
+        s2_F, mean_F, v_F = sums_F3[:, 0] / n_windows, *(sums_F3[:, 1:] / n_valid).unbind(1)
+        if form == "window_variance":
+            gradient_M = smooth_M.mul_(2 / n_windows)
+        else:
             share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F - mean_F.square())
             s2_F, pull_F = share_F * s2_F, 2 * share_F * ratio_F / n_valid
-            of_F = torch.stack([share_F, pull_F, pull_F * mean_F], 1)
-            share_M, pull_M, pull_mean_M = of_F.index_select(0, feature_M).unbind(1)
-            gradient_M.mul_(share_M).addcmul_(pull_M, f_M, value=-1).add_(pull_mean_M)
+            of_F = torch.stack([2 * share_F / n_windows, pull_F, pull_F * mean_F], 1)
+            weight_M, pull_M, pull_mean_M = of_F.index_select(0, feature_M).unbind(1)
+            gradient_M = smooth_M.mul_(weight_M).addcmul_(pull_M, f_M, value=-1).add_(pull_mean_M)
         ctx.save_for_backward(torch.empty_like(values_M).index_copy_(0, order_M, gradient_M))
         return s2_F.sum()
 

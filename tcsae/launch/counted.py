@@ -28,7 +28,7 @@ LOGGED_PASSES = 80
 """More over [N, F] and [N, D] where metrics are logged."""
 LAPLACIAN_PASSES = 80
 """Over [N, T], for the temporal loss."""
-ENTRY_BYTES, ENTRY_PENALTY_BYTES = 440, 530
+ENTRY_BYTES, ENTRY_PENALTY_BYTES = 440, 400
 """Sparse codes: sorting and moving an entry, and its part of the temporal loss."""
 PENALTIES = {"scale_free": (23, 90), "slow": (23, 100), "window_variance": (13, 50)}
 """Passes over dense [N, F], and kernels, of the forms of the temporal loss that cost something."""
@@ -181,12 +181,13 @@ def _products(what: str, flops: float, s: int, **other: float) -> Work:
 # ------------------------------------------------------------------------------ language model
 
 
-def forward_flops(facts: ModelFacts, n_blocks: int, context_size: int) -> float:
-    """Products per token; attention as it is computed, without a causal half. After the last block
-    the logits are worked out too, wanted or not."""
+def forward_flops(
+    facts: ModelFacts, n_blocks: int, context_size: int, logits: bool = False
+) -> float:
+    """Products per token; attention as it is computed, without a causal half."""
     attention = 4 * context_size * facts.n_heads * facts.d_head
-    logits = 2 * facts.d_model * facts.d_vocab if n_blocks == facts.n_layers else 0
-    return n_blocks * (2 * facts.block_parameters + attention) + logits
+    blocks = n_blocks * (2 * facts.block_parameters + attention)
+    return blocks + (2 * facts.d_model * facts.d_vocab if logits else 0)
 
 
 def forward_bytes(facts: ModelFacts, n_blocks: int, context_size: int, s: int) -> float:
@@ -196,13 +197,14 @@ def forward_bytes(facts: ModelFacts, n_blocks: int, context_size: int, s: int) -
 
 
 def forward_stage(
-    config: Config, facts: ModelFacts, z: Sizes, tokens: float, n_blocks: int, what: str
+    config: Config, facts: ModelFacts, z: Sizes, tokens: float, n_blocks: int | None, what: str
 ) -> Stage:
-    """`tokens` through the first `n_blocks` of the model."""
+    """`tokens` through the first `n_blocks` of the model; None: through all, to the logits."""
+    logits, n_blocks = n_blocks is None, facts.n_layers if n_blocks is None else n_blocks
     passes = tokens / (config.model.forward_contexts * z.T)
     weights = passes * n_blocks * facts.block_parameters * z.model_s
     activations = tokens * forward_bytes(facts, n_blocks, z.T, z.model_s)
-    flops = tokens * forward_flops(facts, n_blocks, z.T)
+    flops = tokens * forward_flops(facts, n_blocks, z.T, logits)
     kernels = passes * (n_blocks * BLOCK_KERNELS + 20) / 2
     return (
         _products(what, flops, z.model_s, bytes=weights, kernels=kernels),
@@ -321,7 +323,7 @@ def evaluate_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int)
             bytes=z.F * (140.0 * cfg.bootstrap * curves + 50 * G * z.T * lags),
             kernels=cfg.bootstrap * 65.0,
         ),
-        *forward_stage(config, facts, z, modelled, facts.n_layers, "model"),
+        *forward_stage(config, facts, z, modelled, None, "model"),
         Work(
             "logits",
             float32_flops=4.0 * modelled * z.D * z.F,
@@ -337,7 +339,7 @@ def reference_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int
     """The language model as it is, and with zeros in place of the hook's tensor."""
     modelled = min(config.evaluation.model_contexts, n_contexts) * z.T
     return (
-        *forward_stage(config, facts, z, 2 * modelled, facts.n_layers, "model alone"),
+        *forward_stage(config, facts, z, 2 * modelled, None, "model alone"),
         Work("logits alone", bytes=114.0 * modelled * facts.d_vocab),
     )
 

@@ -96,6 +96,14 @@ def _linear(
     return result_NF.relu_() if relu else result_NF
 
 
+def _masked(rows_NF: Tensor, valid_N1: Tensor) -> Tensor:
+    """In place: the rows of tokens that are not valid, zero."""
+    if not values_at_hand(rows_NF.device):
+        return rows_NF.mul_(valid_N1)
+    # They are few: a pass over them alone.
+    return rows_NF.index_fill_(0, (~valid_N1[:, 0].bool()).nonzero()[:, 0], 0)
+
+
 class DenseCodes(torch.autograd.Function):
     """(features [N, F], features @ W_dec [N, D], column sums [F]) of a ReLU encoder."""
 
@@ -105,7 +113,8 @@ class DenseCodes(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = products_dtype(centred_ND)
         centred_ND, decoder_FD = centred_ND.to(dtype), W_dec.to(dtype)
-        f_NF = _linear(centred_ND, W_enc.T.to(dtype), bias_F.to(dtype), relu=True).mul_(valid_N1)
+        f_NF = _linear(centred_ND, W_enc.T.to(dtype), bias_F.to(dtype), relu=True)
+        _masked(f_NF, valid_N1)
         ctx.save_for_backward(centred_ND, decoder_FD, f_NF)
         ctx.set_materialize_grads(False)
         return f_NF, f_NF @ decoder_FD, column_sums(f_NF)
