@@ -49,6 +49,8 @@ METRICS = {
 }
 PRIMARY = ("C_8", "explained_variance", "ce_loss_with_sae", "omega_squared")
 SECONDARY = tuple(name for name in METRICS if name not in (*PRIMARY, "l0"))
+WORTH = {"C_8": (1, 0.02), "explained_variance": (1, -0.01), "ce_loss_with_sae": (-1, 0.02)}
+"""The protocol's "worth it": at least so much, or at most (-1)."""
 _FORMS = {
     "none": "baseline",
     "scale_free": "scale-free",
@@ -181,6 +183,18 @@ class Lookup:
         entry = self.row(table, arm)["density_matched"].get(metric)
         return shown(entry, metric, signed=True, key="delta")
 
+    def worth_it(self) -> str:
+        """The arms that meet the protocol's criteria, in words."""
+        found = []
+        for table, comparison in self.results.items():
+            for row in comparison["rows"].values():
+                change = {metric: row["deltas"].get(metric, {}).get("value") for metric in WORTH}
+                if None not in change.values() and all(
+                    sign * (change[metric] - limit) >= 0 for metric, (sign, limit) in WORTH.items()
+                ):
+                    found.append(f"{table}: {row['name']}")
+        return "; ".join(found) or "none"
+
     def main_table(self, table: str) -> str:
         """All arms of a comparison with the primary measures and omega²."""
         header = ["", "seeds", "C_8", "change of C_8", "at matched density",
@@ -233,6 +247,7 @@ def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, An
         change=look.change,
         matched=look.matched,
         main_table=look.main_table,
+        worth_it=look.worth_it(),
         results=results,
         n_runs=len(runs),
         hours=f"{sum(run['info']['wall_seconds'] for run in runs) / 3600:.1f}",

@@ -1,0 +1,97 @@
+"""docs/results says what its JSON files hold, and no number in it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import study
+import study_figures
+import study_text
+
+RESULTS = json.loads(study.RESULTS.read_text(encoding="utf-8"))
+RUNS = [json.loads(line) for line in study.RUNS.read_text(encoding="utf-8").splitlines()]
+SETTINGS = {"0.05", "0.1", "0.15", "0.2", "0.3", "0.04", ".02", ".01"}
+"""Decimals that the page may name without looking them up: weights of losses, and the protocol's
+criteria."""
+
+
+def test_the_page_is_what_its_template_and_results_make() -> None:
+    assert study.PAGE.read_text(encoding="utf-8") == study.rendered(study.TEMPLATE, RESULTS, RUNS)
+    assert study.TABLES.read_text(encoding="utf-8") == study.tables(RESULTS)
+
+
+@pytest.mark.parametrize("template", [study.TEMPLATE, study.SENTENCE])
+def test_no_result_is_typed_into_the_page(template: Path) -> None:
+    text = template.read_text(encoding="utf-8")
+    prose = re.sub(r"{{.*?}}|{%.*?%}|\]\([^)]*\)|`[^`]*`", "", text, flags=re.DOTALL)
+    typed = set(re.findall(r"(?<![\w.])\d*\.\d+(?!\w|\.\d)", prose))
+    assert typed <= SETTINGS, typed - SETTINGS
+
+
+def test_the_readme_says_what_the_page_says() -> None:
+    said = study.README.read_text(encoding="utf-8").split(study.BEGIN)[1].split(study.END)[0]
+    assert said == study.rendered(study.SENTENCE, RESULTS, RUNS)
+
+
+def test_every_figure_is_what_the_results_make(tmp_path: Path) -> None:
+    study_figures.write_figures(RESULTS, tmp_path)
+    for name in study_figures.FIGURES:
+        drawn = (tmp_path / name).read_text(encoding="utf-8")
+        assert drawn == (study.DOCS / name).read_text(encoding="utf-8"), name
+
+
+def test_every_value_of_the_results_is_the_mean_of_its_runs() -> None:
+    """Energy-weighted C_8 and explained variance, from the line of each run."""
+    for table, found in RESULTS.items():
+        runs = [run for run in RUNS if run["table"] == table]
+        for row in found["rows"].values():
+            for metric, of_run in (
+                ("C_8", lambda info: info["consistency"]["C_8"]["energy_weighted"]),
+                ("l0", lambda info: info["metrics"]["sparsity"]["l0"]),
+            ):
+                wanted = row["metrics"][metric]["value"]
+                by_seed: dict[int, list[float]] = {}
+                for run in runs:
+                    by_seed.setdefault(run["config"]["seed"], []).append(of_run(run["info"]))
+                if table.endswith("persistent") and row["is_baseline"]:
+                    continue  # the runs of topk, checked there
+                # Some choice of one run for each seed has this mean: each lies within the range.
+                low = sum(min(by_seed[s]) for s in row["seeds"]) / len(row["seeds"])
+                high = sum(max(by_seed[s]) for s in row["seeds"]) / len(row["seeds"])
+                assert low - 1e-9 <= wanted <= high + 1e-9, (table, row["name"], metric)
+
+
+def test_every_run_trained_on_a_million_tokens_at_the_sparsity_asked() -> None:
+    assert RUNS
+    for run in RUNS:
+        info, config = run["info"], run["config"]
+        assert info["training_steps"] == 512
+        assert info["tokens"] > 1_000_000
+        target = config["training"]["target_l0"] or config["sae"].get("k")
+        if config["sae"]["architecture"] not in ("persistent",):
+            assert info["metrics"]["sparsity"]["l0"] == pytest.approx(target, rel=0.1), run["sweep"]
+
+
+def test_the_protocol_is_older_than_the_results() -> None:
+    def first_commit(path: str) -> int:
+        command = ["git", "log", "--diff-filter=A", "--format=%ct", "--", path]
+        times = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.split()
+        return int(times[-1])
+
+    assert first_commit("docs/results/protocol.md") < first_commit("docs/results/results.json")
+
+
+def test_brown_text_is_prose_again() -> None:
+    tagged = "\n\n\tThe/at jury/nn said/vbd ,/, ``/`` No/rb evidence/nn ''/'' (/( ok/uh )/) ./.\n"
+    assert study_text.brown_text(tagged) == 'The jury said, "No evidence" (ok).\n'
