@@ -83,8 +83,10 @@ def arm_of(differs: Mapping[str, Any]) -> tuple[str, str]:
     if architecture == "persistent":
         return "persistent", "persistent SAE"
     if form == "none":
-        target = differs.get("training.target_l0") or differs.get("sae.k") or differs.get("k")
-        return f"baseline-{target:g}", f"baseline, L0 {target:g}"
+        if target := differs.get("training.target_l0"):
+            return f"baseline-{target:g}", f"baseline, steered to L0 {target:g}"
+        k = differs.get("sae.k") or differs["k"]
+        return f"baseline-{k}", f"baseline, k {k}"
     window = "" if form == "slow" else f", W {differs['window']}"
     key = form if form == "slow" else f"{form}-w{differs['window']}-l{differs['lambda']:g}"
     return key, f"{_FORMS[form]}{window}, lambda {differs['lambda']:g}"
@@ -197,11 +199,12 @@ class Lookup:
 
     def main_table(self, table: str) -> str:
         """All arms of a comparison with the primary measures and omega²."""
-        header = ["", "seeds", "C_8", "change of C_8", "at matched density",
+        header = ["", "seeds", "L0", "C_8", "change of C_8", "at matched density",
                   "explained variance", "CE, nats a token", "omega²"]  # fmt: skip
         lines = []
         for arm, row in self.results[table]["rows"].items():
-            cells = [row["name"], str(len(row["seeds"])), self.value(table, arm, "C_8")]
+            cells = [row["name"], str(len(row["seeds"]))]
+            cells += [f"{row['metrics']['l0']['value']:.1f}", self.value(table, arm, "C_8")]
             if row["is_baseline"]:
                 own = [self.value(table, arm, m) for m in PRIMARY[1:]]
                 cells += ["", "", *own]
