@@ -55,8 +55,16 @@ def _figure(columns: int, height: float = 4.2) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """With one legend under all panels, out of the data's way."""
     import matplotlib.pyplot as plt
 
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, said in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(said, handle)
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     figure.savefig(path, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
@@ -66,7 +74,6 @@ def tradeoff(results: Mapping[str, Any], path: Path) -> None:
     models = [model for model in TITLES if any(t.split(".")[0] == model for t in results)]
     figure, axes = _figure(len(models))
     for axis, model in zip(axes, models, strict=True):
-        named: dict[str, None] = {}
         for table, found in results.items():
             if table.split(".")[0] != model:
                 continue
@@ -79,16 +86,20 @@ def tradeoff(results: Mapping[str, Any], path: Path) -> None:
                 axis.errorbar(
                     x["value"], y["value"], xerr=_bars(x), yerr=_bars(y), fmt=marker, ms=6, lw=0.8,
                     color=colour, mfc=_OPEN.get(table.split(".")[1], colour),
-                    label=None if said in named else said,
+                    label=said,
                 )  # fmt: skip
-                named[said] = None
         axis.axhline(0, lw=0.6, color="0.6")
         axis.axvline(0, lw=0.6, color="0.6")
+        # Most arms lie near 0, the strongest far out: linear within the threshold, then by decades.
+        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_yscale("symlog", linthresh=0.02)
+        axis.set_xticks([-0.1, -0.01, -0.005, 0], ["-0.1", "-0.01", "-0.005", "0"])
+        axis.set_yticks([0, 0.01, 0.02, 0.1, 0.3], ["0", "0.01", "0.02", "0.1", "0.3"])
+        axis.set_xlim(-0.3, 0.005)
+        axis.set_ylim(-0.005, 0.7)
         axis.set_title(TITLES[model])
-        axis.set_xlabel("change of explained variance")
+        axis.set_xlabel("change of explained variance (open: standard L1, JumpReLU)")
         axis.set_ylabel("change of C_8 at matched L0")
-        axis.legend(frameon=False, fontsize=8)
-    figure.supxlabel("filled: topk, batchtopk, Temporal; open: standard L1, JumpReLU", fontsize=8)
     _save(figure, path)
 
 
@@ -131,8 +142,8 @@ def ablation(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xticks(x, [f"{place:g}" if place != "document" else "doc." for place in places])
         axis.set_xlabel("lambda" if title == "window 8" else "window")
         axis.set_title(f"SmolLM2, topk, scale-free, {title}")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-        other.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.set_ylabel("C_8, omega²")
+        other.set_ylabel("explained variance")
     _save(figure, path)
 
 
@@ -162,7 +173,6 @@ def autocorrelation(results: Mapping[str, Any], path: Path) -> None:
         axis.set_title(f"{TITLES[model]}, topk")
         axis.set_xlabel("lag (tokens)")
         axis.set_ylabel("autocorrelation, energy-weighted")
-        axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
