@@ -107,11 +107,13 @@ def _smoothed(
     laplacian = laplacian.to(features_BTF.dtype).expand(len(features_BTF), -1, -1)
     smooth_BTF = torch.empty_like(features_BTF)
     sums_2F: list[Tensor | float] = [0.0, 0.0]
+    held = None  # one piece of memory for all products: it stays in the cache
     for f_CTF, q_CTT, smooth_CTF in _in_cache(features_BTF, laplacian, smooth_BTF):
         torch.bmm(q_CTT, f_CTF, out=smooth_CTF)
-        sums_2F[0] += column_sums((f_CTF * smooth_CTF).flatten(0, 1))
-        if squares:
-            sums_2F[1] += column_sums(f_CTF.square().flatten(0, 1))
+        held = torch.empty_like(f_CTF) if held is None else held[: len(f_CTF)]
+        for number, factor_CTF in enumerate((smooth_CTF, f_CTF) if squares else (smooth_CTF,)):
+            torch.mul(f_CTF, factor_CTF, out=held)
+            sums_2F[number] += column_sums(held.flatten(0, 1))
     return smooth_BTF, *sums_2F  # type: ignore[return-value]
 
 

@@ -50,6 +50,8 @@ from tcsae.sums import column_sums
 Selection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Pre-activations [N, F] -> (values, features, tokens) of the chosen, in the order of tokens."""
 GROUP = 8
+ROWS = 1024
+"""Tokens whose code gradients are masked and summed while they are in a processor's cache."""
 # Sparse products cost ~k, dense ones ~d_sae; on a CPU they meet near d_sae / k = 16 in bfloat16
 # (near 4 in float32).
 SPARSE_FROM_RATIO = 16
@@ -131,9 +133,13 @@ class DenseCodes(torch.autograd.Function):
         error_ND = error_ND.to(dtype)
         row_F = f_NF.new_zeros(f_NF.shape[1]) if grad_sums_F is None else grad_sums_F.to(dtype)
         g_NF = _linear(error_ND, decoder_FD, row_F, plus_NF=grad_f_NF)
-        torch.ops.aten.threshold_backward.grad_input(g_NF, f_NF, 0, grad_input=g_NF)
+        sums_F: Tensor | float = 0.0
+        rows = ROWS if values_at_hand(g_NF.device) else max(len(g_NF), 1)
+        for g_RF, f_RF in zip(g_NF.split(rows), f_NF.split(rows), strict=True):
+            torch.ops.aten.threshold_backward.grad_input(g_RF, f_RF, 0, grad_input=g_RF)
+            sums_F = sums_F + column_sums(g_RF)
         grad_W_enc = (g_NF.T @ centred_ND).to(wide).T
-        return None, grad_W_enc, column_sums(g_NF), (f_NF.T @ error_ND).to(wide), None
+        return None, grad_W_enc, sums_F, (f_NF.T @ error_ND).to(wide), None
 
 
 # ------------------------------------------------------------------------------ sparse codes
