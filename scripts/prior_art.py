@@ -9,11 +9,12 @@ paired 95 % intervals over held-out contexts and seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pages import given_folders, markdown_table, with_interval
 
 from tcsae.report.comparison import compare_runs
 
@@ -73,39 +74,27 @@ def results(folders: list[Path]) -> dict[str, Any]:
     return {"stream": comparison.streams[0], "rows": rows}
 
 
-def _shown(entry: Mapping[str, Any], signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{entry['value']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]"
-
-
 def tables(found: Mapping[str, Any]) -> str:
-    def table(header: list[str], rows: list[list[str]]) -> str:
-        lines = [header, ["---"] * len(header), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
     rows = found["rows"]
-    values = [[row["name"], *(_shown(row["metrics"][n]) for n in COLUMNS)] for row in rows]
+    values = [[row["name"], *(with_interval(row["metrics"][n]) for n in COLUMNS)] for row in rows]
     changes = []
     for row in rows:
         if not row["is_baseline"]:
             entries = [row["deltas"][name] for name in CHANGES]
-            shown = [("~ " if e["within_noise"] else "") + _shown(e, signed=True) for e in entries]
+            noise = ["~ " if e["within_noise"] else "" for e in entries]
+            shown = [n + with_interval(e, signed=True) for n, e in zip(noise, entries, strict=True)]
             changes.append([row["name"], *shown])
     return "\n\n".join(
         [
-            table(["", *COLUMNS.values()], values),
+            markdown_table(["", *COLUMNS.values()], values),
             "Minus the Matryoshka SAE without temporal loss (~: the interval holds 0):",
-            table(["", *(NAMES[name] for name in CHANGES)], changes),
+            markdown_table(["", *(NAMES[name] for name in CHANGES)], changes),
         ]
     )
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("folders", nargs="*", type=Path, metavar="DIR")
-    folders = arguments.parse_args().folders
+    folders = given_folders(__doc__)
     if folders:
         RESULTS.write_text(json.dumps(results(folders), indent=1) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))

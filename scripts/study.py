@@ -14,12 +14,12 @@ Temporal SAE with the Matryoshka SAE, the persistent SAE with topk.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pages import given_folders, markdown_table, with_interval
 from study_figures import FIGURES, write_figures
 
 from tcsae.report.comparison import compare_runs
@@ -156,11 +156,7 @@ def shown(
     """`+0.012 [+0.010, +0.014]`; n/a where there is none."""
     if entry is None or entry[key] is None:
         return "n/a"
-    form = f"{'+' if signed else ''}.{digits(metric)}f"
-    text = format(entry[key], form)
-    if entry["low"] is not None:
-        text += f" [{entry['low']:{form}}, {entry['high']:{form}}]"
-    return text
+    return with_interval(entry, digits(metric), signed, key)
 
 
 class Lookup:
@@ -212,7 +208,7 @@ class Lookup:
                 changes = [self.change(table, arm, metric) for metric in PRIMARY]
                 cells += [changes[0], self.matched(table, arm), *changes[1:]]
             lines.append(cells)
-        return _markdown(header, lines)
+        return markdown_table(header, lines)
 
     def all_measures(self, table: str) -> str:
         header = ["", "seeds", *METRICS.values(), "compared at"]
@@ -221,7 +217,7 @@ class Lookup:
              *(self.value(table, arm, metric) for metric in METRICS), row["compared_at"]]
             for arm, row in self.results[table]["rows"].items()
         ]  # fmt: skip
-        return _markdown(header, lines)
+        return markdown_table(header, lines)
 
     def secondary_changes(self, table: str) -> str:
         lines = [
@@ -229,12 +225,7 @@ class Lookup:
             for arm, row in self.results[table]["rows"].items()
             if not row["is_baseline"]
         ]
-        return _markdown(["", *(METRICS[metric] for metric in SECONDARY)], lines)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(["", *(METRICS[metric] for metric in SECONDARY)], lines)
 
 
 def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, Any]]) -> str:
@@ -278,11 +269,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("folders", nargs="*", type=Path, metavar="DIR")
-    folders = arguments.parse_args().folders
+    folders = given_folders(__doc__)
     if folders:
         results, runs = gather(folders)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,35 @@
+"""What the scripts that write pages of docs/ from run folders share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def given_folders(description: str | None) -> list[Path]:
+    """The command line's run folders; none: write the page from its JSON alone."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    folders: list[Path] = arguments.parse_args().folders
+    return folders
+
+
+def with_interval(
+    entry: Mapping[str, Any], digits: int = 3, signed: bool = False, key: str = "value"
+) -> str:
+    """`+0.012 [+0.010, +0.014]`, without the interval where there is none."""
+    form = f"{'+' if signed else ''}.{digits}f"
+    text = format(entry[key], form)
+    if entry["low"] is not None:
+        text += f" [{entry['low']:{form}}, {entry['high']:{form}}]"
+    return text
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
