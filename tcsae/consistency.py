@@ -42,12 +42,14 @@ class Laplacian(NamedTuple):
 def _window_pairs(window: int, allowed_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, T]: how many allowed windows hold both positions; allowed_BS by first position."""
     before_BT = nn.functional.pad(allowed_BS.to(dtype).cumsum(-1), (1, 0))
-    # Of a pair t <= u, windows that hold both start from u - W + 1 to t.
+    # Windows that hold both start from u - W + 1 to t, where t <= u. Both counts only grow with the
+    # position: the lesser of two is that of the earlier position, the greater that of the later.
     padding = window - 1
-    up_to_t = nn.functional.pad(before_BT[:, None, 1:], (0, padding), mode="replicate")[:, 0]
-    before_u = nn.functional.pad(before_BT[:, :-1], (padding, 0))
-    pairs_BTT = (up_to_t[:, :, None] - before_u[:, None, :]).clamp_(min=0).triu_()
-    return pairs_BTT + pairs_BTT.triu(1).transpose(1, 2)
+    up_to_BT = nn.functional.pad(before_BT[:, None, 1:], (0, padding), mode="replicate")[:, 0]
+    before_BT = nn.functional.pad(before_BT[:, :-1], (padding, 0))
+    pairs_BTT = torch.minimum(up_to_BT[:, :, None], up_to_BT[:, None, :])
+    pairs_BTT.sub_(torch.maximum(before_BT[:, :, None], before_BT[:, None, :]))
+    return pairs_BTT.clamp_(min=0)
 
 
 def window_laplacian(

@@ -140,30 +140,31 @@ class SparseWindowPenalty(torch.autograd.Function):
         n_positions, order_M = laplacian.shape[-1], codes.order_M
         f_M = values_M.index_select(0, order_M)
         feature_M, token_M = codes.sorted_feature_M, codes.sorted_token_M
-        context_M = token_M.div(n_positions, rounding_mode="floor")
-        position_M = token_M - context_M * n_positions
+        context_M, position_M = _split(token_M, n_positions)
         begins_M = torch.ones_like(feature_M, dtype=torch.bool)
         begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
+        begin_G = begins_M.nonzero()[:, 0]
         columns_GT = embedding_bag(
             token_M if len(laplacian) > 1 else position_M,
             laplacian.to(codes.dtype).flatten(0, 1),
-            begins_M.nonzero()[:, 0],
+            begin_G,
             per_sample_weights=f_M.to(codes.dtype),
             mode="sum",
         )
-        bag_M = begins_M.cumsum(0).sub_(1)
-        smooth_M = columns_GT.take(bag_M.mul_(n_positions).add_(position_M)).to(f_M)
-        per_entry_M3 = torch.stack([f_M * smooth_M, f_M, f_M.square()], 1)
-        entries_M = torch.arange(len(f_M), device=f_M.device)
-        sums_F3 = embedding_bag(entries_M, per_entry_M3, codes.start_F, mode="sum")
-        s2_F, mean_F, v_F = sums_F3[:, 0] / n_windows, *(sums_F3[:, 1:] / n_valid).unbind(1)
+        begins_M[:1] = False  # the first bag is number 0
+        at_M = torch.add(position_M, begins_M.cumsum(0), alpha=n_positions)
+        smooth_M = columns_GT.view(-1).index_select(0, at_M).to(f_M)
+        s2_F = _sums(codes, smooth_M, f_M) / n_windows
         if form == "window_variance":
             gradient_M = smooth_M.mul_(2 / n_windows)
         else:
-            share_F, ratio_F = _normalised(form, s2_F, mean_F, v_F - mean_F.square())
+            mean_F, square_F = _sums(codes, f_M) / n_valid, _sums(codes, f_M, f_M) / n_valid
+            share_F, ratio_F = _normalised(form, s2_F, mean_F, square_F - mean_F.square())
             s2_F, pull_F = share_F * s2_F, 2 * share_F * ratio_F / n_valid
-            of_F = torch.stack([2 * share_F / n_windows, pull_F, pull_F * mean_F], 1)
-            weight_M, pull_M, pull_mean_M = of_F.index_select(0, feature_M).unbind(1)
+            weight_M, pull_M, pull_mean_M = (
+                of_F.index_select(0, feature_M)
+                for of_F in (2 * share_F / n_windows, pull_F, pull_F * mean_F)
+            )
             gradient_M = smooth_M.mul_(weight_M).addcmul_(pull_M, f_M, value=-1).add_(pull_mean_M)
         ctx.save_for_backward(torch.empty_like(values_M).index_copy_(0, order_M, gradient_M))
         return s2_F.sum()
@@ -173,3 +174,20 @@ class SparseWindowPenalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gradient_M,) = ctx.saved_tensors
         return gradient_M * grad, None, None, None, None, None
+
+
+def _split(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+    """(context, position) of tokens; a division takes several times as long as a shift."""
+    bits = n_positions.bit_length() - 1
+    if n_positions == 1 << bits:
+        return token_M >> bits, token_M & (n_positions - 1)
+    context_M = token_M.div(n_positions, rounding_mode="floor")
+    return context_M, token_M - context_M * n_positions
+
+
+def _sums(codes: SparseCodes, values_M: Tensor, factor_M: Tensor | None = None) -> Tensor:
+    """Of values (times factors) by feature, [F]; entries in `codes`' sorted order."""
+    entries_M = torch.arange(len(values_M), device=values_M.device)
+    return embedding_bag(
+        entries_M, values_M[:, None], codes.start_F, mode="sum", per_sample_weights=factor_M
+    )[:, 0]
