@@ -81,7 +81,8 @@ def arm_of(differs: Mapping[str, Any]) -> tuple[str, str]:
             return "tsae-control", "Temporal SAE, any other token (control)"
         return "tsae", "Temporal SAE, alpha 0.2"
     if architecture == "persistent":
-        return "persistent", "persistent SAE"
+        k = differs.get("sae.k") or differs["k"]
+        return f"persistent-{k}", f"persistent SAE, k {k}"
     if form == "none":
         if target := differs.get("training.target_l0"):
             return f"baseline-{target:g}", f"baseline, steered to L0 {target:g}"
@@ -138,8 +139,11 @@ def gather(folders: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     results = {name: compared(own, name) for name, own in sorted(sorted_runs.items())}
     for name, found in results.items():
         if name.endswith(".persistent"):
-            keep = {k: r for k, r in found["rows"].items() if r["is_baseline"] or k == "persistent"}
-            found["rows"] = keep
+            found["rows"] = {
+                key: row
+                for key, row in found["rows"].items()
+                if row["is_baseline"] or key.startswith("persistent")
+            }
     return results, sorted(lines, key=lambda line: (line["sweep"], line["info"]["unique_id"]))
 
 
@@ -244,9 +248,18 @@ def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, An
         worth_it=look.worth_it(),
         results=results,
         n_runs=len(runs),
-        hours=f"{sum(run['info']['wall_seconds'] for run in runs) / 3600:.1f}",
+        hours=f"{hours(runs):.1f}",
         first=json.loads(SEED.read_text(encoding="utf-8")),
     )
+
+
+def hours(runs: list[dict[str, Any]]) -> float:
+    """What the sweeps took, one after another: runs of a sweep share a bank, and each counts from
+    the bank's beginning."""
+    longest: dict[str, float] = {}
+    for run in runs:
+        longest[run["sweep"]] = max(longest.get(run["sweep"], 0), run["info"]["wall_seconds"])
+    return sum(longest.values()) / 3600
 
 
 def tables(results: Mapping[str, Any]) -> str:

@@ -21,6 +21,6 @@ sweep() { # preset model seed
 
 for seed in 0 1 2; do
   for model in smollm2 gemma3-270m; do sweep study "$model" "$seed"; done
-  for preset in study_ablation study_methods study_untrained; do sweep "$preset" smollm2 "$seed"; done
+  for preset in study_ablation study_methods study_persistent study_untrained; do sweep "$preset" smollm2 "$seed"; done
   for model in smollm2 gemma3-270m; do sweep study_seed_plan "$model" "$seed"; done
 done
