@@ -214,6 +214,20 @@ class Lookup:
             lines.append(cells)
         return markdown_table(header, lines)
 
+    def order_table(self) -> str:
+        """The loss at lambda 1 beside its control, of every comparison that has both."""
+        lines = []
+        for table, comparison in self.results.items():
+            arms = [comparison["rows"].get(f"{form}-w8-l1") for form in ("scale_free", "shuffled")]
+            if None in arms:
+                continue
+            loss, control = (arm["deltas"]["C_8"] for arm in arms)
+            apart = "more" if loss["low"] > control["high"] else "not told apart"
+            apart = "less" if loss["high"] < control["low"] else apart
+            cells = (shown(entry, "C_8", signed=True) for entry in (loss, control))
+            lines.append([table.replace(".", ", "), *cells, apart])
+        return markdown_table(["", "the loss", "its control", "the loss gains"], lines)
+
     def all_measures(self, table: str) -> str:
         header = ["", "seeds", *METRICS.values(), "compared at"]
         lines = [
@@ -245,6 +259,7 @@ def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, An
         change=look.change,
         matched=look.matched,
         main_table=look.main_table,
+        order_table=look.order_table,
         worth_it=look.worth_it(),
         results=results,
         n_runs=len(runs),

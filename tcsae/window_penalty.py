@@ -154,11 +154,20 @@ class SparseWindowPenalty(torch.autograd.Function):
         begins_M[:1] = False  # the first bag is number 0
         at_M = torch.add(position_M, begins_M.cumsum(0), alpha=n_positions)
         smooth_M = columns_GT.view(-1).index_select(0, at_M).to(f_M)
-        s2_F = _sums(codes, smooth_M, f_M) / n_windows
+        entries_M = torch.arange(len(f_M), device=f_M.device)
+
+        def sums(per_entry_M: Tensor, factor_M: Tensor | None = None) -> Tensor:
+            """Over each feature's entries, [F], of values or of products."""
+            columns_M1, starts_F = per_entry_M[:, None], codes.start_F
+            return embedding_bag(
+                entries_M, columns_M1, starts_F, mode="sum", per_sample_weights=factor_M
+            )[:, 0]
+
+        s2_F = sums(smooth_M, f_M) / n_windows
         if form == "window_variance":
             gradient_M = smooth_M.mul_(2 / n_windows)
         else:
-            mean_F, square_F = _sums(codes, f_M) / n_valid, _sums(codes, f_M, f_M) / n_valid
+            mean_F, square_F = sums(f_M) / n_valid, sums(f_M, f_M) / n_valid
             share_F, ratio_F = _normalised(form, s2_F, mean_F, square_F - mean_F.square())
             s2_F, pull_F = share_F * s2_F, 2 * share_F * ratio_F / n_valid
             weight_M, pull_M, pull_mean_M = (
@@ -183,11 +192,3 @@ def _split(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
         return token_M >> bits, token_M & (n_positions - 1)
     context_M = token_M.div(n_positions, rounding_mode="floor")
     return context_M, token_M - context_M * n_positions
-
-
-def _sums(codes: SparseCodes, values_M: Tensor, factor_M: Tensor | None = None) -> Tensor:
-    """Of values (times factors) by feature, [F]; entries in `codes`' sorted order."""
-    entries_M = torch.arange(len(values_M), device=values_M.device)
-    return embedding_bag(
-        entries_M, values_M[:, None], codes.start_F, mode="sum", per_sample_weights=factor_M
-    )[:, 0]
