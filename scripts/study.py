@@ -214,6 +214,16 @@ class Lookup:
             lines.append(cells)
         return markdown_table(header, lines)
 
+    def lower(self, metric: str) -> str:
+        """The arms of trained models whose change is below 0, interval and all, in words."""
+        found = [
+            f"{table.replace('.', ', ')}: {row['name']} ({self.change(table, arm, metric)})"
+            for table, comparison in self.results.items()
+            for arm, row in comparison["rows"].items()
+            if "untrained" not in table and (row["deltas"].get(metric, {}).get("high") or 0) < 0
+        ]
+        return "; ".join(found) or "none"
+
     def order_table(self) -> str:
         """The loss at lambda 1 beside its control, of every comparison that has both."""
         lines = []
@@ -260,6 +270,7 @@ def rendered(template: Path, results: Mapping[str, Any], runs: list[dict[str, An
         matched=look.matched,
         main_table=look.main_table,
         order_table=look.order_table,
+        lower=look.lower,
         worth_it=look.worth_it(),
         results=results,
         n_runs=len(runs),
