@@ -94,9 +94,10 @@ def tradeoff(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xscale("symlog", linthresh=0.01)
         axis.set_yscale("symlog", linthresh=0.02)
         axis.set_xticks([-0.1, -0.01, -0.005, 0], ["-0.1", "-0.01", "-0.005", "0"])
-        axis.set_yticks([0, 0.01, 0.02, 0.1, 0.3], ["0", "0.01", "0.02", "0.1", "0.3"])
-        axis.set_xlim(-0.3, 0.005)
-        axis.set_ylim(-0.005, 0.7)
+        ticks = ["-0.01", "0", "0.01", "0.02", "0.1", "0.3"]
+        axis.set_yticks([float(tick) for tick in ticks], ticks)
+        axis.set_xlim(-0.5, 0.005)
+        axis.set_ylim(-0.016, 0.7)
         axis.set_title(TITLES[model])
         axis.set_xlabel("change of explained variance (open: standard L1, JumpReLU)")
         axis.set_ylabel("change of C_8 at matched L0")
