@@ -71,7 +71,8 @@ class Member:
         self.optimizer = build_optimizer(self.sae, config.training)
         self.controller = None
         if config.training.target_l0 is not None and not hasattr(config.sae, "k"):
-            self.controller = L0Controller(config.training.target_l0, config.steps, device)
+            target, lr = config.training.target_l0, config.training.lr
+            self.controller = L0Controller(target, config.steps, device, lr)
         self.average = copy.deepcopy(self.sae) if config.training.ema_decay is not None else None
         self.step = 0
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=device)

@@ -9,9 +9,10 @@ a PID controller in logarithms: L0 falls about as a power of the coefficient, so
 serve any target and any configured value. The reference goes from the first L0 to the target,
 geometrically, over the first REACHED of the run: L0 follows a coefficient only as fast as the
 learning rate lets the weights move, and without a reachable reference the controller would wind up
-and overshoot. For the same reason the integral grows only where the error is small, and the gains
-are small: L0 answers after some 40 steps, and a controller that asks for more in the meantime
-swings the coefficient by a factor of ten and ends wherever the run does.
+and overshoot. For the same reason the integral grows only where the error is small. The gains are
+those of a learning rate of 1e-3, at which L0 answers after some 40 steps: a controller that asks for
+more in the meantime swings the coefficient by a factor of ten and ends wherever the run does. At a
+lower rate it answers more slowly, and the gains are higher by as much, within reason.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ PROPORTIONAL = 1.5
 INTEGRAL = 15.0
 """Over the whole run, for an error of 1."""
 HORIZON = 0.01
+OF_RATE, HIGHEST_SCALE = 1e-3, 8 / 3
+"""The learning rate that the three above are for, and how many times higher they may be."""
 REACHED = 0.3
 SMOOTHING = 0.8
 LARGEST_ERROR = 2.0
-INTEGRATED_ERROR = 1.0
+INTEGRATED_ERROR = 0.5
 
 
 class L0Controller:
     """The controller of one run of `steps` steps; nothing in it synchronises with the device."""
 
-    def __init__(self, target: float, steps: int, device: str) -> None:
+    def __init__(self, target: float, steps: int, device: str, lr: float = OF_RATE) -> None:
         self.target, self.steps = math.log(target), steps
+        self.scale = min(OF_RATE / lr, HIGHEST_SCALE)
         nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
         self.state = {"first": nan, "log_l0": nan, "slope": zero, "integral": zero}
 
@@ -45,13 +49,14 @@ class L0Controller:
         first = self.state["first"]
         reference = (1 - share) * first + share * self.target
         reference_slope = (self.target - first) / (REACHED * self.steps) if share < 1 else 0.0
-        ahead = HORIZON * self.steps * (self.state["slope"] - reference_slope)
+        ahead = self.scale * HORIZON * self.steps * (self.state["slope"] - reference_slope)
         error = self.state["log_l0"] - reference + ahead
         return error.nan_to_num(0.0).clamp(-LARGEST_ERROR, LARGEST_ERROR)
 
     def multiplier(self, step: int) -> Tensor:
         """Scalar for the sparsity coefficient of step number `step`."""
-        return (PROPORTIONAL * self._error(step) + self.state["integral"]).exp()
+        gain = self.scale * PROPORTIONAL
+        return (gain * self._error(step) + self.state["integral"]).exp()
 
     def observe(self, step: int, l0: Tensor) -> None:
         """Take note of the mean number of active features per valid token at step number `step`."""
@@ -63,7 +68,8 @@ class L0Controller:
         self.state |= {"first": first, "log_l0": smooth, "slope": slope}
         error = self._error(step + 1)
         grown = torch.where(error.abs() < INTEGRATED_ERROR, error, torch.zeros_like(error))
-        self.state["integral"] = self.state["integral"] + INTEGRAL / self.steps * grown
+        gain = self.scale * INTEGRAL / self.steps
+        self.state["integral"] = self.state["integral"] + gain * grown
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Exactly the state that was saved."""

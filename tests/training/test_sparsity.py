@@ -39,11 +39,12 @@ def follow(
     power=st.floats(0.5, 1.2),
     shift=st.floats(-1.5, 1.5),
     lag=st.floats(10, 40),
+    lr=st.sampled_from([1e-4, 3e-4, 1e-3]),
 )
 def test_l0_ends_at_the_target_whatever_the_coefficient_was(
-    target: float, power: float, shift: float, lag: float
+    target: float, power: float, shift: float, lag: float, lr: float
 ) -> None:
-    controller = L0Controller(target, STEPS, "cpu")
+    controller = L0Controller(target, STEPS, "cpu", lr)
     log_l0 = follow(controller, power, shift, lag, range(STEPS), math.log(1100))
     assert math.exp(log_l0) == pytest.approx(target, rel=0.1)
 
