@@ -10,9 +10,9 @@ serve any target and any configured value. The reference goes from the first L0 
 geometrically, over the first REACHED of the run: L0 follows a coefficient only as fast as the
 learning rate lets the weights move, and without a reachable reference the controller would wind up
 and overshoot. For the same reason the integral grows only where the error is small. The gains are
-those of a learning rate of 1e-3, at which L0 answers after some 40 steps: a controller that asks for
-more in the meantime swings the coefficient by a factor of ten and ends wherever the run does. At a
-lower rate it answers more slowly, and the gains are higher by as much, within reason.
+those of a learning rate of 1e-3, at which L0 answers after some 40 steps: a controller that asks
+for more in the meantime swings the coefficient by a factor of ten and ends wherever the run does.
+At a lower rate it answers more slowly, and the gains are higher by as much, within reason.
 """
 
 from __future__ import annotations
