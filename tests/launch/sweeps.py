@@ -41,8 +41,13 @@ def words(outcome: Outcome) -> str:
     return outcome.stderr + outcome.stdout
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    seconds: float = 300,
+    told: Callable[[], str] = lambda: "it did not come about",
+) -> None:
+    """`told`: what the failure says when the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, told()
         time.sleep(0.05)

@@ -52,22 +52,37 @@ def job_id(sweep: Path, name: str) -> str:
 
 
 def is_training(folder: Path, attempt: int) -> bool:
+    """In that attempt or, where that was stopped before its first step, in a later one."""
     state: RunState | None = read_state(folder)
     # Its state is written every few seconds, which a short job may not last; its metrics at once.
     metrics = folder / "metrics.jsonl"
     return (
         state is not None
-        and (state.state, state.stage, state.attempt) == ("running", "train", attempt)
+        and (state.state, state.stage) == ("running", "train")
+        and state.attempt >= attempt
         and metrics.is_file()
         and metrics.stat().st_size > 0
     )
 
 
-def disturb(sweep: Path, name: str, attempt: int, action: Callable[[str], None]) -> None:
-    """Wait until the job trains in that attempt, and do something to it."""
+def disturb(sweep: Path, *plan: tuple[str, int, Callable[[str], None]]) -> None:
+    """Do each thing of the plan to its job, once that trains in its attempt.
+
+    All of them are watched for at once: which job trains first, and how long one alone on the
+    machine takes, is Slurm's affair and the machine's.
+    """
+    left = list(plan)
+
+    def all_done() -> bool:
+        for step in tuple(left):
+            name, attempt, action = step
+            if is_training(folders(sweep)[name], attempt):
+                left.remove(step)
+                action(job_id(sweep, name))
+        return not left
+
     wait_for(lambda: (sweep / "sweep.json").is_file())
-    wait_for(lambda: is_training(folders(sweep)[name], attempt))
-    action(job_id(sweep, name))
+    wait_for(all_done, told=lambda: f"{left} of {[read_state(f) for f in folders(sweep).values()]}")
 
 
 def slurm(*command: str) -> None:
@@ -109,12 +124,17 @@ def rough(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, O
     assert blocked.code == 0, blocked.stderr
     name = next(w for w in words(blocked).split() if w == "window=8,lambda=0.2")
     process = start(*arguments)
-    wait_for(lambda: (sweep / "sweep.json").is_file())
-    wait_for(lambda: is_training(folders(sweep)[name], 1))
-    (folders(sweep)[name] / "eval").write_text("in the way")
-    for attempt in (1, 2):
-        disturb(sweep, "window=4,lambda=0.1", attempt, preempt)
+    disturb(
+        sweep,
+        (name, 1, lambda _: block_evaluation(folders(sweep)[name])),
+        ("window=4,lambda=0.1", 1, preempt),
+        ("window=4,lambda=0.1", 2, preempt),
+    )
     return sweep, finish(process)
+
+
+def block_evaluation(folder: Path) -> None:
+    (folder / "eval").write_text("in the way")
 
 
 def preempt(job: str) -> None:
@@ -123,7 +143,8 @@ def preempt(job: str) -> None:
         ["sinfo", "-h", "-o", "%c"], capture_output=True, text=True, check=True
     ).stdout.split()[0]
     options = ["-p", "high", "-c", cpus, "-n1", "-o", os.devnull, "--mem=100"]
-    slurm("sbatch", "--wait", *options, "--wrap", "sleep 1")
+    # Not waited for (--wait asks every 2 to 32 s, in which the preempted job may end).
+    slurm("sbatch", *options, "--wrap", "sleep 1")
 
 
 def test_five_results_one_failure_and_an_exit_code_that_says_so(
@@ -188,7 +209,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on_bit_for_bit(
 ) -> None:
     sweep = tmp_path / "sweep"
     process = start(*grid(sweep, tracking="offline", **LONG), *SMALL_JOB)
-    disturb(sweep, "job", 1, action)
+    disturb(sweep, ("job", 1, action))
     outcome = finish(process)
     assert outcome.code == 0, words(outcome)
     sessions = list((folders(sweep)["job"] / "wandb").glob("offline-run-*"))
@@ -211,7 +232,7 @@ def test_a_killed_process_loses_at_most_one_interval(
     arguments = [*grid(sweep, **LONG), *SMALL_JOB]
     process = start(*arguments)
     wait_for(lambda: any(sweep.glob("*/checkpoint/step-00000500.safetensors")))
-    disturb(sweep, "job", 1, lambda job: slurm("scancel", "--signal=KILL", "--full", job))
+    disturb(sweep, ("job", 1, lambda job: slurm("scancel", "--signal=KILL", "--full", job)))
     outcome = finish(process)
     assert outcome.code == 1
     assert run_apart(*arguments).code == 0
@@ -222,7 +243,7 @@ def test_a_killed_process_loses_at_most_one_interval(
 def test_a_cancelled_job_stays_cancelled_and_is_told(grid: Grid, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     process = start(*grid(sweep, **LONG), *SMALL_JOB)
-    disturb(sweep, "job", 1, lambda job: slurm("scancel", job))
+    disturb(sweep, ("job", 1, lambda job: slurm("scancel", job)))
     outcome = finish(process)
     assert outcome.code == 1
     assert "CANCELLED, with no result" in outcome.stdout
