@@ -9,7 +9,9 @@ a PID controller in logarithms: L0 falls about as a power of the coefficient, so
 serve any target and any configured value. The reference goes from the first L0 to the target,
 geometrically, over the first REACHED of the run: L0 follows a coefficient only as fast as the
 learning rate lets the weights move, and without a reachable reference the controller would wind up
-and overshoot. For the same reason the integral grows only where the error is small. The gains are
+and overshoot. For the same reason the integral grows only where the error is small, or where L0 no
+longer moves: with a coefficient configured far off, the rest can balance at an error above any
+limit, and only the integral gets it out. The gains are
 those of a learning rate of 1e-3, at which L0 answers after some 40 steps: a controller that asks
 for more in the meantime swings the coefficient by a factor of ten and ends wherever the run does.
 At a lower rate it answers more slowly, and the gains are higher by as much, within reason.
@@ -32,6 +34,8 @@ REACHED = 0.3
 SMOOTHING = 0.8
 LARGEST_ERROR = 2.0
 INTEGRATED_ERROR = 0.5
+BALANCED_FROM, CLOSING = 0.4, 0.2
+"""From this share of the run on, an error that would take this share of it to close counts too."""
 
 
 class L0Controller:
@@ -67,9 +71,17 @@ class L0Controller:
         first = torch.where(self.state["first"].isnan(), log_l0, self.state["first"])
         self.state |= {"first": first, "log_l0": smooth, "slope": slope}
         error = self._error(step + 1)
-        grown = torch.where(error.abs() < INTEGRATED_ERROR, error, torch.zeros_like(error))
+        is_small = error.abs() < INTEGRATED_ERROR
+        grown = torch.where(is_small, error, error.clamp(-1, 1) * self._balanced(step + 1, error))
         gain = self.scale * INTEGRAL / self.steps
         self.state["integral"] = self.state["integral"] + gain * grown
+
+    def _balanced(self, step: int, error: Tensor) -> Tensor:
+        """From 0, L0 is on its way to the reference, to 1, it stands still."""
+        if step < BALANCED_FROM * self.steps:
+            return torch.zeros_like(error)
+        closed = -self.state["slope"] * (CLOSING * self.steps) / error
+        return (4 * (1 - closed)).clamp(0, 1)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Exactly the state that was saved."""
