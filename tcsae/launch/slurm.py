@@ -33,6 +33,18 @@ LEAST_SECONDS = 60
 """What a job has at least between its start and the call to save."""
 CLOSING_MINUTES = 60
 SAY_EVERY = 60.0
+PREEMPTED_EARLY = """\
+code=$?
+# Told to leave while Python was starting, nobody was there yet to queue the job again, and Slurm
+# takes one that ends by itself for ended (tcsae/launch/slurm_job.py).
+if [ "$code" -eq 143 ]; then
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  case $(scontrol show job "${id:-$SLURM_JOB_ID}" --oneliner) in
+    *PreemptTime=None*) ;;
+    *JobState=RUNNING*) scontrol requeue "${id:-$SLURM_JOB_ID}" ;;
+  esac
+fi
+exit "$code\""""
 QUIET_LOOKS = 3
 """Looks at the queue without a job after which it has ended: Slurm's lists lag behind."""
 
@@ -157,6 +169,7 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
         "cpus_per_task": options.cpus_per_task,
         "mem": f"{round(options.mem_gb * 1024)}MB",
         "setup": options.setup or None,
+        "teardown": PREEMPTED_EARLY.splitlines(),
         "signal_delay_s": options.signal_delay_s,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,

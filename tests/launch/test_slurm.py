@@ -114,6 +114,34 @@ def alone(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------- failures and preemption
 
 
+HELD_UP = """\
+import os, pathlib, time
+hold = pathlib.Path(os.environ["HOLD"])
+if "SLURM_JOB_ID" in os.environ and hold.exists():
+    hold.with_name("pid").write_text(str(os.getpid()))
+    while hold.exists():
+        time.sleep(0.05)
+"""
+
+
+def test_a_job_preempted_while_python_starts_is_queued_again(grid: Grid, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HELD_UP)
+    sweep, hold, pid = tmp_path / "sweep", tmp_path / "hold", tmp_path / "pid"
+    hold.touch()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    arguments = [*grid(sweep), *SMALL_JOB, "hydra.launcher.partition=low"]
+    process = start(*arguments, PYTHONPATH=path, HOLD=str(hold))
+    wait_for(lambda: pid.is_file() and pid.read_text())
+    preempt("")
+    wait_for(lambda: not Path("/proc", pid.read_text()).exists())
+    hold.unlink()
+    outcome = finish(process)
+    assert outcome.code == 0, words(outcome)
+    assert slurm_states(sweep)[0].count("PREEMPTED") + slurm_states(sweep)[0].count("REQUEUED") == 1
+    state = read_state(folders(sweep)["job"])
+    assert state is not None and (state.state, state.attempt) == ("done", 1)
+
+
 @pytest.fixture(scope="module")
 def rough(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A 2 x 3 grid: one job fails at its evaluation, one is preempted twice."""
