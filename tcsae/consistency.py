@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tcsae.positions import permute_within_segments
 from tcsae.sparse import SparseCodes
-from tcsae.sums import ColumnSums
+from tcsae.sums import ColumnSums, GradientPart
 from tcsae.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 
 Window = int | str  # a number of positions, or "document"
@@ -221,11 +221,12 @@ def _window_penalty(
     *,
     sums_F: Tensor | None = None,
     order_BT: Tensor | None = None,
+    parts: list[GradientPart] | None = None,
 ) -> Tensor:
     """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
 
-    `sums_F` as of `Consistency.forward`. With `order_BT`, of the features at permuted positions,
-    f[order]: the Laplacian is permuted.
+    `sums_F` and `parts` as of `Consistency.forward`. With `order_BT`, of the features at permuted
+    positions, f[order]: the Laplacian is permuted.
     """
     dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -241,7 +242,7 @@ def _window_penalty(
         return SparseWindowPenalty.apply(features.values_M, features, matrix, count, n_valid, form)
     if sums_F is None and form != "window_variance":
         sums_F = ColumnSums.apply(features.flatten(0, 1))
-    return WindowPenalty.apply(features, sums_F, matrix, count, n_valid, form)
+    return WindowPenalty.apply(features, sums_F, matrix, count, n_valid, form, parts)
 
 
 class Consistency(nn.Module):
@@ -284,11 +285,14 @@ class Consistency(nn.Module):
         valid: Tensor,
         generator: torch.Generator | None = None,
         sums_F: Tensor | None = None,
+        parts: list[GradientPart] | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
         `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
         them; `sums_F` are their sums over positions with a gradient of their own, if there are any.
+        If whoever made the features takes `parts` of their gradient (`Codes.parts`), the backward
+        pass may put its own there and give the features none.
         """
         if self.form == "none":
             return torch.zeros((), device=valid.device)
@@ -306,6 +310,7 @@ class Consistency(nn.Module):
             self.form,  # type: ignore[arg-type]
             sums_F=sums_F,
             order_BT=order_BT,
+            parts=parts,
         )
 
     def _batch_history(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,19 @@ def column_sums(rows_NF: Tensor) -> Tensor:
     chunks_KCF = rows_NF[:whole].reshape(-1, CHUNK, rows_NF.shape[1])
     sums_F = (ones_1C @ chunks_KCF).to(wide).sum((0, 1))
     return sums_F if whole == len(rows_NF) else sums_F + rows_NF[whole:].sum(0, dtype=wide)
+
+
+class GradientPart(NamedTuple):
+    """A part smooth * share - f * pull of the gradient to features f, not yet made."""
+
+    smooth_NF: Tensor
+    share_F: Tensor
+    pull_F: Tensor
+
+    def add_to(self, gradient_RF: Tensor, features_RF: Tensor, first: int) -> None:
+        """In place, the rows from `first` on."""
+        smooth_RF = self.smooth_NF[first : first + len(gradient_RF)]
+        gradient_RF.addcmul_(smooth_RF, self.share_F).addcmul_(features_RF, self.pull_F, value=-1)
 
 
 class ColumnSums(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from tcsae.sparse import SparseCodes
-from tcsae.sums import column_sums
+from tcsae.sums import GradientPart, column_sums
 
 Form = Literal["window_variance", "scale_free", "slow"]
 """docs/method.md has the formulas."""
@@ -50,7 +50,8 @@ class WindowPenalty(torch.autograd.Function):
     `sums_F`, the features' sums over positions (None for the plain form), carries the mean and its
     part of the gradient, one number a feature. The product runs in the features' own dtype
     (bfloat16 where the SAE's products do), sums in float32. What the forward pass makes of a few
-    contexts is still in the cache when it is summed.
+    contexts is still in the cache when it is summed. Where there is a list `parts`, the gradient to
+    the features is put there in its factors, for whoever made them (as of `Consistency.forward`).
     """
 
     @staticmethod
@@ -62,11 +63,12 @@ class WindowPenalty(torch.autograd.Function):
         n_windows: Tensor,
         n_valid: Tensor,
         form: Form,
+        parts: list[GradientPart] | None = None,
     ) -> Tensor:
         smooth_BTF, s2_F, square_F = _smoothed(features_BTF, laplacian, form != "window_variance")
         # The number of windows comes in afterwards: in bfloat16 it would round all alike.
         s2_F /= n_windows
-        ctx.form = form
+        ctx.form, ctx.parts = form, parts
         if form == "window_variance":
             ctx.save_for_backward(smooth_BTF, n_windows)
             return s2_F.sum()
@@ -84,12 +86,15 @@ class WindowPenalty(torch.autograd.Function):
         smooth_BTF, n_windows, *rest = ctx.saved_tensors
         scale = 2 * grad / n_windows
         if ctx.form == "window_variance":
-            return smooth_BTF * scale.to(smooth_BTF.dtype), None, None, None, None, None
+            return smooth_BTF * scale.to(smooth_BTF.dtype), *[None] * 6
         features_BTF, mean_F, pull_F, share_F = rest
         dtype, pull_F = features_BTF.dtype, grad * pull_F
         share_F, row_F = (scale * share_F).to(dtype), pull_F.to(dtype)
+        if ctx.parts is not None:
+            ctx.parts.append(GradientPart(smooth_BTF.flatten(0, 1), share_F, row_F))
+            return None, pull_F * mean_F, *[None] * 5
         gradient_BTF = torch.mul(smooth_BTF, share_F).addcmul_(features_BTF, row_F, value=-1)
-        return gradient_BTF, pull_F * mean_F, None, None, None, None
+        return gradient_BTF, pull_F * mean_F, *[None] * 5
 
 
 def _in_cache(*tensors_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:

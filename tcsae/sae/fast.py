@@ -11,7 +11,8 @@ g_f, g_s the loss's gradients to the three outputs,
 
 are five products of 2 N D F in all. Whatever is linear in f summed over tokens (L1, and the mean in
 the temporal loss) comes in through g_s, one row that the product adds as its bias: no [N, F] tensor
-is made for it. The tokens that do not count need no mask: their f is zero.
+is made for it. The temporal loss leaves its g_f in factors (`GradientPart`), which are added while
+a piece of g is in the cache. The tokens that do not count need no mask: their f is zero.
 
 Sparse codes (`SparseEncode`, `SparseDecode`): only c W + b is dense. With M entries (token n,
 feature j, value f), all that follows costs M D instead of N F D:
@@ -45,7 +46,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from tcsae.sae.passing import Codes
 from tcsae.sparse import SparseCodes
-from tcsae.sums import column_sums
+from tcsae.sums import GradientPart, column_sums
 
 Selection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Pre-activations [N, F] -> (values, features, tokens) of the chosen, in the order of tokens."""
@@ -106,12 +107,26 @@ def _masked(rows_NF: Tensor, valid_N1: Tensor) -> Tensor:
     return rows_NF.index_fill_(0, (~valid_N1[:, 0].bool()).nonzero()[:, 0], 0)
 
 
+def gradient_parts(device: torch.device) -> list[GradientPart] | None:
+    """For `DenseCodes`; None where pieces would gain nothing, or the compiler looks on."""
+    return [] if values_at_hand(device) and not torch.compiler.is_compiling() else None
+
+
 class DenseCodes(torch.autograd.Function):
-    """(features [N, F], features @ W_dec [N, D], column sums [F]) of a ReLU encoder."""
+    """(features [N, F], features @ W_dec [N, D], column sums [F]) of a ReLU encoder.
+
+    What is in `parts` at the backward pass is added to the features' gradient, and taken out.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, centred_ND: Tensor, W_enc: Tensor, bias_F: Tensor, W_dec: Tensor, valid_N1: Tensor
+        ctx: Any,
+        centred_ND: Tensor,
+        W_enc: Tensor,
+        bias_F: Tensor,
+        W_dec: Tensor,
+        valid_N1: Tensor,
+        parts: list[GradientPart] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = products_dtype(centred_ND)
         centred_ND, decoder_FD = centred_ND.to(dtype), W_dec.to(dtype)
@@ -119,6 +134,7 @@ class DenseCodes(torch.autograd.Function):
         _masked(f_NF, valid_N1)
         ctx.save_for_backward(centred_ND, decoder_FD, f_NF)
         ctx.set_materialize_grads(False)
+        ctx.parts = [] if parts is None else parts
         return f_NF, f_NF @ decoder_FD, column_sums(f_NF)
 
     @staticmethod
@@ -135,11 +151,16 @@ class DenseCodes(torch.autograd.Function):
         g_NF = _linear(error_ND, decoder_FD, row_F, plus_NF=grad_f_NF)
         sums_F: Tensor | float = 0.0
         rows = ROWS if values_at_hand(g_NF.device) else max(len(g_NF), 1)
-        for g_RF, f_RF in zip(g_NF.split(rows), f_NF.split(rows), strict=True):
+        for first, g_RF, f_RF in zip(
+            range(0, len(g_NF), rows), g_NF.split(rows), f_NF.split(rows), strict=True
+        ):
+            for part in ctx.parts:
+                part.add_to(g_RF, f_RF, first)
             torch.ops.aten.threshold_backward.grad_input(g_RF, f_RF, 0, grad_input=g_RF)
             sums_F = sums_F + column_sums(g_RF)
         grad_W_enc = (g_NF.T @ centred_ND).to(wide).T
-        return None, grad_W_enc, sums_F, (f_NF.T @ error_ND).to(wide), None
+        ctx.parts.clear()
+        return None, grad_W_enc, sums_F, (f_NF.T @ error_ND).to(wide), None, None
 
 
 # ------------------------------------------------------------------------------ sparse codes

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tcsae.sae.base import SAEConfig, SparseAutoencoder
-from tcsae.sae.fast import DenseCodes
+from tcsae.sae.fast import DenseCodes, gradient_parts
 from tcsae.sae.passing import Codes, Places
 from tcsae.sums import RowNorms
 
@@ -46,10 +46,11 @@ class StandardSAE(SparseAutoencoder):
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         bias_F = self.b_enc + self.b_dec_gradient_path()
+        parts = gradient_parts(centred_ND.device)
         features_NF, decoded_ND, sums_F = DenseCodes.apply(
-            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1
+            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1, parts
         )
-        return Codes(features_NF, decoded_ND, sums_F=sums_F)
+        return Codes(features_NF, decoded_ND, sums_F=sums_F, parts=parts)
 
     def architecture_losses(
         self,

@@ -137,6 +137,7 @@ class Member:
             valid=batch.valid,
             generator=generator,
             sums_F=codes.sums_F,
+            parts=codes.parts,
         )
 
     def _update(self, total: Tensor, lr: float) -> None:

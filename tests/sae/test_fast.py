@@ -19,7 +19,7 @@ from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
 from tcsae.sae.passing import TrainingOutput
 from tcsae.sparse import SparseCodes
-from tcsae.sums import ColumnSums, RowNorms, column_sums
+from tcsae.sums import ColumnSums, GradientPart, RowNorms, column_sums
 
 FAST = ["standard", "topk", "batchtopk"]
 D_SAE = 136
@@ -114,6 +114,27 @@ def test_an_output_of_dense_codes_may_go_unused() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_parts_of_a_gradient_are_added_to_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "ROWS", 2)
+    torch.manual_seed(0)
+    x_ND, valid_N1 = torch.randn(5, 4), torch.tensor([[True], [True], [False], [True], [True]])
+    weights = [torch.randn(*shape, requires_grad=True) for shape in ((4, 9), (9,), (9, 4))]
+    direct_NF, smooth_NF, share_F, pull_F = (torch.randn(*s) for s in ((5, 9), (5, 9), (9,), (9,)))
+    parts: list[GradientPart] = []
+    gradients = []
+    for is_in_parts in (True, False):
+        f_NF, decoded_ND, sums_F = DenseCodes.apply(x_ND, *weights, valid_N1, parts)
+        upstream_NF = direct_NF
+        if is_in_parts:
+            parts.append(GradientPart(smooth_NF, share_F, pull_F))
+        else:
+            upstream_NF = direct_NF + smooth_NF * share_F - f_NF.detach() * pull_F
+        loss = (f_NF * upstream_NF).sum() + decoded_ND.square().sum() + sums_F.square().sum()
+        gradients.append(torch.autograd.grad(loss, weights))
+        assert parts == []  # taken out: the next pass begins with none
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def random_codes(dtype: torch.dtype) -> SparseCodes:
     """Tokens with no entry, one, or several; a feature without any."""
     token_M = torch.tensor([0, 0, 0, 2, 2, 3, 5])
@@ -187,6 +208,7 @@ def one_pass(
         segments=segments_BT,
         valid=valid_BT,
         sums_F=codes.sums_F,
+        parts=codes.parts,
     )
     (sum(output.losses.values()) + 0.5 * penalty).backward()
     output.losses["penalty"] = penalty
@@ -252,9 +274,9 @@ class _Counted(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 4)])
+@pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 3)])
 def test_few_dense_codes_are_made(name: str, n: int) -> None:
-    """Sparse: the pre-activations. Dense: f, Q f, the temporal loss's gradient, g."""
+    """Sparse: the pre-activations. Dense: f, Q f, g."""
     with _Counted(40 * 16 * D_SAE) as counted:
         one_pass(name, True, "scale_free", contexts=40)
     assert len(counted.made) == n, counted.made
