@@ -1,4 +1,4 @@
-"""Reductions of [N, F] tensors in as few passes as they need, forward and backward."""
+"""Reductions of [N, F] tensors, and gradients to them, in as few passes as they need."""
 
 from __future__ import annotations
 

@@ -39,12 +39,14 @@ code=$?
 # takes one that ends by itself for ended (tcsae/launch/slurm_job.py).
 if [ "$code" -eq 143 ]; then
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  case $(scontrol show job "${id:-$SLURM_JOB_ID}" --oneliner) in
+  id=${id:-$SLURM_JOB_ID}
+  case $(scontrol show job "$id" --oneliner) in
     *PreemptTime=None*) ;;
-    *JobState=RUNNING*) scontrol requeue "${id:-$SLURM_JOB_ID}" ;;
+    *JobState=RUNNING*) scontrol requeue "$id" ;;
   esac
 fi
-exit "$code\""""
+exit "$code"
+"""
 QUIET_LOOKS = 3
 """Looks at the queue without a job after which it has ended: Slurm's lists lag behind."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, finish, run_apart, run_here, start, weights_digest
+from helpers import REPOSITORY, Outcome, finish, run_apart, run_here, start, weights_digest
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
 from tcsae.files import locked
@@ -128,7 +128,7 @@ def test_a_job_preempted_while_python_starts_is_queued_again(grid: Grid, tmp_pat
     (tmp_path / "sitecustomize.py").write_text(HELD_UP)
     sweep, hold, pid = tmp_path / "sweep", tmp_path / "hold", tmp_path / "pid"
     hold.touch()
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     arguments = [*grid(sweep), *SMALL_JOB, "hydra.launcher.partition=low"]
     process = start(*arguments, PYTHONPATH=path, HOLD=str(hold))
     wait_for(lambda: pid.is_file() and pid.read_text())
