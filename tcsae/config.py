@@ -74,6 +74,13 @@ class ConsistencyConfig(StrictModel):
     """Which form of the temporal loss (docs/method.md)."""
 
     form: Literal["scale_free", "window_variance", "slow", "batch_history", "none"]
+    position_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """beta: weight of the position term beside the window variance, within lambda."""
+    variance_over: Literal["windows", "positions"] = "windows"
+    """What scale_free and slow divide by: the variance as the windows see it, or over all positions
+    alike, which can be lowered by moving energy to the edges of contexts (the first study's)."""
+    features: Literal["all", "first_group"] = "all"
+    """What the loss is on; first_group is for dictionaries that have groups."""
     shuffle_positions: bool = False
     scale_by_window: bool = False
     """batch_history only: its second version, lambda / window."""
@@ -281,7 +288,26 @@ class Config(Measured):
     def _parts_fit(self) -> Self:
         if self.window == "document" and self.consistency.form == "batch_history":
             raise ValueError("window = document: batch_history needs a number of batches")
+        if self.consistency.features == "first_group" and len(self.sae.group_sizes) < 2:
+            raise ValueError(
+                f"consistency.features = first_group: sae={self.sae.architecture} has no groups "
+                "(matryoshka and tsae have)"
+            )
+        if (
+            self.has_temporal_loss
+            and self.consistency.position_weight > 0
+            and self.training.batch_contexts < 2
+        ):
+            raise ValueError(
+                "training.batch_contexts = 1: the position term compares contexts, take 2 or more "
+                "(or consistency.position_weight=0)"
+            )
         return self
+
+    @property
+    def has_temporal_loss(self) -> bool:
+        """Whether a loss on positions takes part in training."""
+        return self.lambda_ > 0 and self.consistency.form not in ("none", "batch_history")
 
     @property
     def steps(self) -> int:
@@ -338,9 +364,17 @@ def parse_loaded(raw: dict[str, Any]) -> LoadedConfig:
     return _parsed(LoadedConfig, raw)
 
 
+_FIRST_LOSS = {"variance_over": "positions", "position_weight": 0.0, "features": "all"}
+"""What the temporal loss was before these keys: a config.json without them means this."""
+
+
 def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
     """As `parse`, of whatever a run's config.json holds."""
-    return parse_loaded(raw) if "source" in raw else parse(raw)
+    if "source" in raw:
+        return parse_loaded(raw)
+    if isinstance(part := raw.get("consistency"), dict):
+        raw = {**raw, "consistency": {**_FIRST_LOSS, **part}}
+    return parse(raw)
 
 
 # What does not change the result of a run: where things are written, and what it is called.
@@ -354,6 +388,14 @@ def identity(config: Measured) -> dict[str, Any]:
         # The weights are the same wherever they lie.
         content["source"] = {"sha256": config.source.sha256}
     # Younger than the first runs: where they are not used, those keep their names.
+    if "consistency" in content:
+        part = content["consistency"]
+        unused = dict(_FIRST_LOSS)
+        if part["form"] not in ("scale_free", "slow"):
+            unused["variance_over"] = part["variance_over"]
+        if part["form"] in ("none", "batch_history"):
+            unused["position_weight"] = part["position_weight"]
+        content["consistency"] = {k: v for k, v in part.items() if unused.get(k, part) != v}
     for part, key in (("training", "target_l0"), ("training", "compile"), ("model", "untrained")):
         if part in content and not content[part][key]:
             del content[part][key]

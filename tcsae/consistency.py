@@ -2,8 +2,7 @@
 
 Shapes: B contexts, T positions, F features. A window is `window` consecutive positions (stride 1),
 all valid and all in one segment; for "document" it is the valid positions of one segment. With
-s2[w, j] the unbiased variance of feature j in window w (notation as in
-docs/method.md):
+s2[w, j] the unbiased variance of feature j in window w (notation as in docs/method.md):
 
     window_variance = (1 / windows) * sum over windows w, features j of s2[w, j]
 
@@ -13,22 +12,40 @@ The sum over windows is a quadratic form in the positions of each context, sum_j
 
 so that value and gradient, 2 Q f, cost one [T, T] x [T, F] product a context whatever W is, and no
 [windows, W, F] tensor is ever made. Every smoothness penalty on positions is such a Laplacian.
+
+Windows see some positions more often than others: few hold one near the edge of a context or of a
+document, or beside a position that is left out. Their own measure of positions is the diagonal of
+Q: it adds up to the number of windows, and by it
+
+    v_j = mean over windows of (W - 1) / W s2[w, j] + variance over windows of the windows' means
+
+exactly, so that s2_j / v_j is a share. Against a variance over all positions alike it is none, and
+falls when a feature moves its energy to where few windows look (`variance_over="positions"`, kept
+to repeat what was done with it).
+
+The position term b_j is the variance of feature j between positions, over pairs of different
+contexts, so that its expectation is 0 for a feature that does not know its position, however long
+it lasts. It too is a quadratic form: a part within contexts, which joins Q, and a part in the sums
+over contexts S_t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tcsae.positions import permute_within_segments
 from tcsae.sparse import SparseCodes
-from tcsae.sums import ColumnSums, GradientPart
-from tcsae.window_penalty import Form, SparseWindowPenalty, WindowPenalty
+from tcsae.sums import GradientPart, PositionSums
+from tcsae.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
 
 Window = int | str  # a number of positions, or "document"
+VarianceOver = Literal["windows", "positions"]
+TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
+"""Those that see positions."""
 
 
 class Laplacian(NamedTuple):
@@ -173,23 +190,126 @@ def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Ten
     return torch.where(mask, kept - mean, 0), count
 
 
-def scale_free_window_variance(
+def measured_variance(
     features: Tensor,
     window: Window,
     *,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """sum_j sg(v_j) s2_j / v_j: the value of `window_variance`, blind in its gradient to scale.
+    """Variance of every feature by the windows' own measure of positions, [F], differentiable.
 
-    s2_j is the window variance of feature j over the batch and v_j its variance over the batch's
-    valid positions (both as in `window_variance`; sg = stop-gradient). Arguments as there.
+    `feature_window_variance` over this is the share of the variance that lies within windows (times
+    W / (W - 1)); 1 minus it estimates C_W without the noise of what the windows do not see.
+    Arguments as of `window_variance`; 0 where there is no window.
     """
-    return _blind_to_offsets(features, window, segments, valid, "scale_free")
+    dtype = features.dtype if features.dtype == torch.float64 else torch.float32
+    laplacian = window_laplacian(
+        window,
+        features.shape[1],
+        segments=segments,
+        valid=valid,
+        device=features.device,
+        dtype=dtype,
+    )
+    measure_BT1 = laplacian.matrix.diagonal(dim1=-2, dim2=-1)[..., None]
+    total = _expanded_count(laplacian, features.shape[0])
+    centred, _ = _centred(features.to(dtype), valid)
+    mean_F = (measure_BT1 * centred).sum((0, 1)) / total
+    return (measure_BT1 * centred.square()).sum((0, 1)) / total - mean_F.square()
+
+
+def position_variance(features: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """b_j: the variance of every feature between positions, without bias, [F], differentiable.
+
+    With v_nt = 1 where position t of context n is valid, C_t = sum_n v_nt, S_t = sum_n f_nt,
+    R_n = sum_t f_nt and Y_n = sum_t v_nt, over positions with C_t >= 2,
+
+        b = sum_t (S_t^2 - sum_n f_nt^2) / (C_t - 1) / sum_t C_t
+            - ((sum_n R_n)^2 - sum_n R_n^2) / ((sum_n Y_n)^2 - sum_n Y_n^2),
+
+    the mean square of position means less the square of their mean, both over pairs of different
+    contexts; a position weighs by its valid tokens. 0 in expectation for a feature that does not
+    know its position, whatever its memory; may be negative. (The mean over valid tokens is taken
+    out first: where masks differ between contexts that lessens the noise.)
+
+    Args:
+        features: [B, T, F] activations, B >= 2.
+        valid: [B, T] bool; None: all valid.
+
+    Raises:
+        ValueError: a single context has no pairs.
+    """
+    if valid is None:
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    f_BTF, _ = _centred(features.to(wide), valid)
+    pairs = _position_pairs(valid, wide)
+    f_BTF = f_BTF * pairs.counted_T[:, None]
+    squares_TF = f_BTF.square().sum(0)
+    sums_TF, context_BF = f_BTF.sum(0), f_BTF.sum(1)
+    spread_F = (pairs.spread_T[:, None] * (sums_TF.square() - squares_TF)).sum(0)
+    joint_F = context_BF.sum(0).square() - context_BF.square().sum(0)
+    return spread_F - pairs.joint * joint_F
+
+
+class _PositionPairs(NamedTuple):
+    """b = sum_t spread_t (S_t^2 - sum_n f_nt^2) - joint ((sum_n R_n)^2 - sum_n R_n^2), with R_n the
+    sum over positions that are counted."""
+
+    spread_T: Tensor
+    joint: Tensor
+    counted_T: Tensor
+    """1 where the position is valid in two contexts or more, else 0."""
+
+
+def _position_pairs(valid: Tensor, dtype: torch.dtype) -> _PositionPairs:
+    if len(valid) < 2:
+        raise ValueError("the position term compares contexts: a batch of one has no pair of them")
+    count_T = valid.sum(0).to(dtype)
+    counted_T = (count_T >= 2).to(dtype)
+    n_tokens = (count_T * counted_T).sum().clamp(min=1)
+    spread_T = counted_T / ((count_T - 1).clamp(min=1) * n_tokens)
+    by_context_B = valid.to(dtype) @ counted_T
+    n_pairs = by_context_B.sum().square() - by_context_B.square().sum()
+    joint = torch.where(n_pairs > 0, 1 / n_pairs.clamp(min=1), 0)
+    return _PositionPairs(spread_T, joint, counted_T)
+
+
+def scale_free_window_variance(
+    features: Tensor,
+    window: Window,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+    variance_over: VarianceOver = "windows",
+    position_weight: float = 0.0,
+) -> Tensor:
+    """sum_j sg(v_j) (s2_j + beta b_j) / v_j: blind in its gradient to the scale of features.
+
+    s2_j is the window variance of feature j over the batch, v_j its variance by the windows' own
+    measure of positions (`measured_variance`), b_j its `position_variance`, beta `position_weight`;
+    sg = stop-gradient. Without beta, the value of `window_variance`.
+
+    Args:
+        variance_over: "positions" takes v_j over all valid positions alike, as the first version
+            did: it can be lowered by moving a feature's energy to the edges of contexts.
+        position_weight: beta.
+        Others as of `window_variance`.
+
+    Raises:
+        ValueError: a position term of a single context.
+    """
+    options = _Options("scale_free", variance_over, position_weight)
+    return _blind_to_offsets(features, window, segments, valid, options)
 
 
 def slow_feature_penalty(
-    features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+    features: Tensor,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+    variance_over: VarianceOver = "windows",
 ) -> Tensor:
     """Slow features (Wiskott and Sejnowski 2002): the adjacent difference at variance 1.
 
@@ -197,19 +317,63 @@ def slow_feature_penalty(
     v over features that have variance; the gradient is blind to the scale of a feature, as in
     `scale_free_window_variance`. So every feature weighs alike, where the other forms weigh by
     variance (but at most 100 times what it weighs there: a feature that fires twice in a batch must
-    not decide the step). Arguments as of `window_variance`.
+    not decide the step). Arguments as of `scale_free_window_variance`.
     """
-    return _blind_to_offsets(features, 2, segments, valid, "slow")
+    return _blind_to_offsets(features, 2, segments, valid, _Options("slow", variance_over))
+
+
+class _Options(NamedTuple):
+    form: Form
+    variance_over: VarianceOver = "windows"
+    position_weight: float = 0.0
 
 
 def _blind_to_offsets(
-    features: Tensor, window: Window, segments: Tensor | None, valid: Tensor | None, form: Form
+    features: Tensor,
+    window: Window,
+    segments: Tensor | None,
+    valid: Tensor | None,
+    options: _Options,
 ) -> Tensor:
     """A form that divides by v_j: taking out the mean keeps float32 from cancelling."""
     if valid is None:
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     centred, _ = _centred(features, valid)
-    return _window_penalty(centred, window, segments, valid, form)
+    return _window_penalty(centred, window, segments, valid, options)
+
+
+def _batch_weights(
+    window: Window,
+    segments: Tensor | None,
+    valid: Tensor,
+    options: _Options,
+    order_BT: Tensor | None,
+    dtype: torch.dtype,
+) -> Weights:
+    """What windows and pairs of a batch weigh; with `order_BT`, of the features at permuted
+    positions, f[order]: all that is said of positions is permuted."""
+    laplacian = window_laplacian(
+        window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
+    )
+    within_BTT, n_windows = laplacian.matrix, laplacian.n_windows.clamp(min=1)
+    # Copied: the diagonal of what the position term is added to.
+    measure_BT = within_BTT.diagonal(dim1=-2, dim2=-1).clone()
+    if options.variance_over == "positions":
+        measure_BT = valid.to(dtype)
+    spread_T = joint = counted_T = None
+    if options.position_weight:
+        pairs = _position_pairs(valid, dtype)
+        spread_T = options.position_weight * pairs.spread_T
+        joint, counted_T = options.position_weight * pairs.joint, pairs.counted_T
+        pairs_TT = joint * counted_T[:, None] * counted_T - spread_T.diag()
+        within_BTT = within_BTT + n_windows * pairs_TT
+    place_BT = None
+    if order_BT is not None:
+        place_BT = order_BT.argsort(dim=1)
+        within_BTT = within_BTT.gather(1, place_BT[:, :, None].expand_as(within_BTT))
+        within_BTT = within_BTT.gather(2, place_BT[:, None, :].expand_as(within_BTT))
+        measure_BT = measure_BT.gather(1, place_BT)
+    return Weights(within_BTT, n_windows, measure_BT, spread_T, joint, counted_T, place_BT)
 
 
 def _window_penalty(
@@ -217,32 +381,26 @@ def _window_penalty(
     window: Window,
     segments: Tensor | None,
     valid: Tensor,
-    form: Form,
+    options: _Options,
     *,
-    sums_F: Tensor | None = None,
+    sums_TF: Tensor | None = None,
     order_BT: Tensor | None = None,
     parts: list[GradientPart] | None = None,
 ) -> Tensor:
     """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
 
-    `sums_F` and `parts` as of `Consistency.forward`. With `order_BT`, of the features at permuted
-    positions, f[order]: the Laplacian is permuted.
+    `sums_TF` and `parts` as of `Consistency.forward`, `order_BT` as of `_batch_weights`.
     """
     dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    laplacian = window_laplacian(window, valid.shape[1], segments=segments, valid=valid, dtype=wide)
-    matrix, count = laplacian.matrix, _expanded_count(laplacian, len(valid))
-    if order_BT is not None:
-        back_BT = order_BT.argsort(dim=1)
-        matrix = matrix.expand(len(order_BT), -1, -1)
-        matrix = matrix.gather(1, back_BT[:, :, None].expand_as(matrix))
-        matrix = matrix.gather(2, back_BT[:, None, :].expand_as(matrix))
-    n_valid = valid.sum().clamp(min=1)
+    weights = _batch_weights(window, segments, valid, options, order_BT, wide)
     if not isinstance(features, Tensor):
-        return SparseWindowPenalty.apply(features.values_M, features, matrix, count, n_valid, form)
-    if sums_F is None and form != "window_variance":
-        sums_F = ColumnSums.apply(features.flatten(0, 1))
-    return WindowPenalty.apply(features, sums_F, matrix, count, n_valid, form, parts)
+        return SparseWindowPenalty.apply(features.values_M, features, weights, options.form)
+    if not options.position_weight:
+        sums_TF = None
+    elif sums_TF is None or order_BT is not None:
+        sums_TF = PositionSums.apply(features, weights.place_BT)
+    return WindowPenalty.apply(features, sums_TF, weights, options.form, parts)
 
 
 class Consistency(nn.Module):
@@ -254,6 +412,9 @@ class Consistency(nn.Module):
             neighbours whatever it is.
         shuffle_positions: permute valid positions within their document first (the control).
         scale_by_window: batch_history's second version, divided by `window`.
+        variance_over: what v_j is taken over, as of `scale_free_window_variance`.
+        position_weight: beta, the weight of the position term.
+        n_features: the penalty is on the first so many features; None: on all.
     """
 
     history: Tensor
@@ -266,13 +427,18 @@ class Consistency(nn.Module):
         *,
         shuffle_positions: bool = False,
         scale_by_window: bool = False,
+        variance_over: VarianceOver = "windows",
+        position_weight: float = 0.0,
+        n_features: int | None = None,
         d_sae: int = 0,
     ) -> None:
         super().__init__()
         self.form, self.window = form, window
         self.shuffle_positions, self.scale_by_window = shuffle_positions, scale_by_window
+        self.options = _Options(form, variance_over, position_weight)  # type: ignore[arg-type]
+        self.n_features = n_features
         if form == "batch_history":
-            self.register_buffer("history", torch.zeros(int(window) - 1, d_sae))
+            self.register_buffer("history", torch.zeros(int(window) - 1, n_features or d_sae))
             self.register_buffer("filled", torch.zeros((), dtype=torch.long))
             self.n_older = 0  # `filled`, as the host knows it
             self.register_load_state_dict_post_hook(_read_filled)
@@ -284,18 +450,29 @@ class Consistency(nn.Module):
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
-        sums_F: Tensor | None = None,
+        sums_TF: Tensor | None = None,
         parts: list[GradientPart] | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
         `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
-        them; `sums_F` are their sums over positions with a gradient of their own, if there are any.
+        them; `sums_TF` are their sums over contexts with a gradient of their own, if there are any.
         If whoever made the features takes `parts` of their gradient (`Codes.parts`), the backward
         pass may put its own there and give the features none.
+
+        Raises:
+            ValueError: a position term of a single context.
         """
         if self.form == "none":
             return torch.zeros((), device=valid.device)
+        if self.n_features is not None:
+            # A part of the features has no place in their gradient's factors.
+            parts = None
+            sums_TF = None if sums_TF is None else sums_TF[:, : self.n_features]
+            if isinstance(features, Tensor):
+                features = features[..., : self.n_features]
+            else:
+                features = features.first(self.n_features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
         order_BT = None
@@ -307,8 +484,8 @@ class Consistency(nn.Module):
             2 if self.form == "slow" else self.window,
             segments,
             valid,
-            self.form,  # type: ignore[arg-type]
-            sums_F=sums_F,
+            self.options,
+            sums_TF=sums_TF,
             order_BT=order_BT,
             parts=parts,
         )
@@ -335,10 +512,16 @@ def _read_filled(module: Any, _keys: object) -> None:
     module.n_older = int(module.filled)
 
 
-def build_consistency(cfg: Any, window: Window, d_sae: int) -> Consistency:
-    """From a config with the keys form, shuffle_positions and scale_by_window."""
-    options: Mapping[str, Any] = {
-        "shuffle_positions": cfg.shuffle_positions,
-        "scale_by_window": cfg.scale_by_window,
-    }
-    return Consistency(cfg.form, window, d_sae=d_sae, **options)
+def build_consistency(cfg: Any, window: Window, group_sizes: Sequence[int]) -> Consistency:
+    """From a `ConsistencyConfig`, and the features in each group of the dictionary."""
+    first = group_sizes[0] if cfg.features == "first_group" else None
+    return Consistency(
+        cfg.form,
+        window,
+        shuffle_positions=cfg.shuffle_positions,
+        scale_by_window=cfg.scale_by_window,
+        variance_over=cfg.variance_over,
+        position_weight=cfg.position_weight,
+        n_features=first,
+        d_sae=sum(group_sizes),
+    )

@@ -71,6 +71,17 @@ class SparseCodes(NamedTuple):
         at_M = self.token_M * self.d_sae + self.feature_M
         return flat.scatter(0, at_M, self.values_M.to(self.dtype)).view(-1, self.d_sae)
 
+    def first(self, n_features: int) -> SparseCodes:
+        """The codes of the first `n_features` features, carrying the graph."""
+        at_M = (self.feature_M < n_features).nonzero()[:, 0]
+        return SparseCodes.of(
+            self.values_M.index_select(0, at_M),
+            self.feature_M.index_select(0, at_M),
+            self.token_M.index_select(0, at_M),
+            (len(self.start_N), n_features),
+            self.dtype,
+        )
+
     def sums(self) -> Tensor:
         """Over tokens, [d_sae], carrying the graph."""
         return self.values_M.new_zeros(self.d_sae).index_add(0, self.feature_M, self.values_M)

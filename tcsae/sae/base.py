@@ -39,6 +39,11 @@ class SAEConfig(StrictModel):
     auxk_coefficient: float = Field(default=1 / 32, ge=0)
     """revival=auxk: weight of the auxiliary loss."""
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """Features in each group of the dictionary; they add up to d_sae. Most have one group."""
+        return [self.d_sae]
+
 
 class SparseAutoencoder(nn.Module, ABC):
     """f = act((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec.

@@ -47,10 +47,11 @@ class StandardSAE(SparseAutoencoder):
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         bias_F = self.b_enc + self.b_dec_gradient_path()
         parts = gradient_parts(centred_ND.device)
-        features_NF, decoded_ND, sums_F = DenseCodes.apply(
-            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1, parts
+        n_positions = places.valid_BT.shape[1]
+        features_NF, decoded_ND, sums_F, sums_TF = DenseCodes.apply(
+            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1, parts, n_positions
         )
-        return Codes(features_NF, decoded_ND, sums_F=sums_F, parts=parts)
+        return Codes(features_NF, decoded_ND, sums_F=sums_F, sums_TF=sums_TF, parts=parts)
 
     def architecture_losses(
         self,

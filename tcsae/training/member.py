@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tcsae.config import Config, run_id
-from tcsae.consistency import build_consistency, feature_window_variance
+from tcsae.consistency import build_consistency, feature_window_variance, measured_variance
 from tcsae.data.store import Batch, Calibration
 from tcsae.errors import UserError
 from tcsae.sae.base import SparseAutoencoder
@@ -66,7 +66,7 @@ class Member:
         compiled = CompiledForward if config.training.compile else lambda forward: forward
         self.forward: Callable[..., TrainingOutput] = compiled(self.sae.training_forward)
         self.consistency = build_consistency(
-            config.consistency, config.window, config.sae.d_sae
+            config.consistency, config.window, config.sae.group_sizes
         ).to(device)
         self.optimizer = build_optimizer(self.sae, config.training)
         self.controller = None
@@ -136,7 +136,7 @@ class Member:
             segments=batch.segments,
             valid=batch.valid,
             generator=generator,
-            sums_F=codes.sums_F,
+            sums_TF=codes.sums_TF,
             parts=codes.parts,
         )
 
@@ -216,11 +216,10 @@ class Member:
         kept = batch.valid[..., None]
         x = x_BTD[batch.valid]
         error = (x - output.reconstruction.float()[batch.valid]).square().sum()
-        s2_F = feature_window_variance(
-            features, self.config.window, segments=batch.segments, valid=batch.valid
+        s2_F, v_F = (
+            of(features, self.config.window, segments=batch.segments, valid=batch.valid)
+            for of in (feature_window_variance, measured_variance)
         )
-        f_NF = features[batch.valid]
-        v_F = f_NF.var(0, correction=1)
         dead = self.tokens_since_fired >= self.config.sae.dead_after_tokens
         return {
             **{f"loss/{name}": value.item() for name, value in losses.items()},

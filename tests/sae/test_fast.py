@@ -19,7 +19,7 @@ from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
 from tcsae.sae.passing import TrainingOutput
 from tcsae.sparse import SparseCodes
-from tcsae.sums import ColumnSums, GradientPart, RowNorms, column_sums
+from tcsae.sums import GradientPart, PositionSums, RowNorms, column_sums, position_sums
 
 FAST = ["standard", "topk", "batchtopk"]
 D_SAE = 136
@@ -92,9 +92,11 @@ def test_the_gradients_of_dense_codes_are_those_of_finite_differences() -> None:
         for shape in ((7, 4), (4, 9), (9,), (9, 4))
     )
     valid_N1 = torch.tensor([[True], [False], [True], [True], [True], [True], [False]])
-    assert torch.autograd.gradcheck(
-        lambda *given: DenseCodes.apply(x_ND, *given, valid_N1), (W_enc, bias_F, W_dec)
-    )
+    for n_positions in (1, 7):
+        assert torch.autograd.gradcheck(
+            lambda *given, t=n_positions: DenseCodes.apply(x_ND, *given, valid_N1, None, t),
+            (W_enc, bias_F, W_dec),
+        )
 
 
 def test_an_output_of_dense_codes_may_go_unused() -> None:
@@ -102,10 +104,12 @@ def test_an_output_of_dense_codes_may_go_unused() -> None:
     x_ND, valid_N1 = torch.randn(6, 4), torch.ones(6, 1, dtype=torch.bool)
     W_enc, W_dec = torch.randn(4, 9, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     bias_F = torch.randn(9, requires_grad=True)
-    for used in range(3):
-        ours = DenseCodes.apply(x_ND, W_enc, bias_F, W_dec, valid_N1)[used].square().sum()
+    for used in range(4):
+        ours = DenseCodes.apply(x_ND, W_enc, bias_F, W_dec, valid_N1, None, 3)[used]
+        ours = ours.square().sum()
         f_NF = (x_ND @ W_enc + bias_F).relu()
-        theirs = [f_NF, f_NF @ W_dec, f_NF.sum(0)][used].square().sum()
+        by_position_TF = f_NF.view(2, 3, 9).sum(0)
+        theirs = [f_NF, f_NF @ W_dec, f_NF.sum(0), by_position_TF][used].square().sum()
         for found, wanted in zip(
             torch.autograd.grad(ours, (W_enc, bias_F)),
             torch.autograd.grad(theirs, (W_enc, bias_F)),
@@ -117,19 +121,23 @@ def test_an_output_of_dense_codes_may_go_unused() -> None:
 def test_parts_of_a_gradient_are_added_to_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "ROWS", 2)
     torch.manual_seed(0)
-    x_ND, valid_N1 = torch.randn(5, 4), torch.tensor([[True], [True], [False], [True], [True]])
+    x_ND, valid_N1 = torch.randn(6, 4), torch.tensor([[1], [1], [0], [1], [1], [1]]) > 0
     weights = [torch.randn(*shape, requires_grad=True) for shape in ((4, 9), (9,), (9, 4))]
-    direct_NF, smooth_NF, share_F, pull_F = (torch.randn(*s) for s in ((5, 9), (5, 9), (9,), (9,)))
+    direct_NF, smooth_NF, share_F, pull_F, mean_F, measure_N1 = (
+        torch.randn(*shape) for shape in ((6, 9), (6, 9), (9,), (9,), (9,), (6, 1))
+    )
     parts: list[GradientPart] = []
     gradients = []
     for is_in_parts in (True, False):
-        f_NF, decoded_ND, sums_F = DenseCodes.apply(x_ND, *weights, valid_N1, parts)
+        f_NF, decoded_ND, sums_F, sums_TF = DenseCodes.apply(x_ND, *weights, valid_N1, parts, 3)
         upstream_NF = direct_NF
         if is_in_parts:
-            parts.append(GradientPart(smooth_NF, share_F, pull_F))
+            parts.append(GradientPart(smooth_NF, share_F, pull_F, mean_F, measure_N1))
         else:
-            upstream_NF = direct_NF + smooth_NF * share_F - f_NF.detach() * pull_F
-        loss = (f_NF * upstream_NF).sum() + decoded_ND.square().sum() + sums_F.square().sum()
+            drawn_NF = measure_N1 * (f_NF.detach() - mean_F)
+            upstream_NF = direct_NF + smooth_NF * share_F - drawn_NF * pull_F
+        loss = (f_NF * upstream_NF).sum() + decoded_ND.square().sum()
+        loss = loss + sums_F.square().sum() + sums_TF.square().sum()
         gradients.append(torch.autograd.grad(loss, weights))
         assert parts == []  # taken out: the next pass begins with none
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
@@ -169,14 +177,26 @@ def test_sums_and_firings_of_sparse_codes_are_those_of_dense_ones() -> None:
 def test_column_sums_and_row_norms_are_the_plain_ones(n: int) -> None:
     rows = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(column_sums(rows), rows.sum(0))
-    slope = torch.randn(5, dtype=torch.float64)
-    (found,) = torch.autograd.grad(ColumnSums.apply(rows) @ slope, rows)
-    torch.testing.assert_close(found, slope.expand(n, 5))
     torch.testing.assert_close(RowNorms.apply(rows), rows.norm(dim=1))
     assert torch.autograd.gradcheck(RowNorms.apply, (rows[:4].detach().requires_grad_(),))
     rounded = column_sums(rows.detach().bfloat16())
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, rows.detach().float().sum(0), rtol=0.02, atol=0.3)
+
+
+def test_sums_by_position_are_the_plain_ones_in_place_and_moved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    f_BTF = torch.randn(4, 6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    torch.testing.assert_close(PositionSums.apply(f_BTF), f_BTF.sum(0))
+    order_BT = torch.rand(4, 6, generator=generator).argsort(1)
+    moved_BTF = f_BTF.gather(1, order_BT[..., None].expand_as(f_BTF))
+    place_BT = order_BT.argsort(1)
+    torch.testing.assert_close(PositionSums.apply(f_BTF, place_BT), moved_BTF.sum(0))
+    assert torch.autograd.gradcheck(PositionSums.apply, (f_BTF,))
+    assert torch.autograd.gradcheck(lambda f: PositionSums.apply(f, place_BT), (f_BTF,))
+    rounded = position_sums(f_BTF.detach().bfloat16().flatten(0, 1), 6)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, f_BTF.detach().float().sum(0), rtol=0.02, atol=0.05)
 
 
 def test_a_row_of_zeros_has_norm_zero_and_no_gradient() -> None:
@@ -203,11 +223,12 @@ def one_pass(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)
     codes = output.codes
-    penalty = Consistency(form, 4, d_sae=D_SAE)(
+    beta = 1.0 if form == "scale_free" else 0.0
+    penalty = Consistency(form, 4, d_sae=D_SAE, position_weight=beta)(
         output.features if codes.sparse is None else codes.sparse,
         segments=segments_BT,
         valid=valid_BT,
-        sums_F=codes.sums_F,
+        sums_TF=codes.sums_TF,
         parts=codes.parts,
     )
     (sum(output.losses.values()) + 0.5 * penalty).backward()
@@ -275,8 +296,9 @@ class _Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 3)])
-def test_few_dense_codes_are_made(name: str, n: int) -> None:
-    """Sparse: the pre-activations. Dense: f, Q f, g."""
+def test_few_dense_codes_are_made(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse: the pre-activations. Dense: f, Q f, g. Pieces that stay in the cache do not count."""
+    monkeypatch.setattr(fast, "ROWS", 64)
     with _Counted(40 * 16 * D_SAE) as counted:
         one_pass(name, True, "scale_free", contexts=40)
     assert len(counted.made) == n, counted.made
