@@ -354,8 +354,13 @@ def identity(config: Measured) -> dict[str, Any]:
         # The weights are the same wherever they lie.
         content["source"] = {"sha256": config.source.sha256}
     # Younger than the first runs: where they are not used, those keep their names.
-    for part, key in (("training", "target_l0"), ("training", "compile"), ("model", "untrained")):
-        if part in content and not content[part][key]:
+    for part, key in (
+        ("training", "target_l0"),
+        ("training", "compile"),
+        ("model", "untrained"),
+        ("sae", "same_document_negatives"),  # sae=tsae alone has it
+    ):
+        if part in content and not content[part].get(key, True):
             del content[part][key]
     return content
 
