@@ -381,6 +381,37 @@ def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
 _NOT_IDENTITY = ("name", "rerun", "tracking", "store")
 
 
+def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
+    """As `parse`, of whatever a run's config.json holds."""
+    if "source" in raw:
+        return parse_loaded(raw)
+    if isinstance(part := raw.get("consistency"), dict):
+        raw = {**raw, "consistency": {**_FIRST_LOSS, **part}}
+    return parse(raw)
+
+
+# What does not change the result of a run: where things are written, and what it is called.
+_NOT_IDENTITY = ("name", "rerun", "tracking", "store")
+
+
+_FIRST_LOSS = {"variance_over": "positions", "position_weight": 0.0, "features": "all"}
+"""What the temporal loss was before these keys: a config.json without them means this."""
+
+
+def _used_keys(consistency: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys of `_FIRST_LOSS` that have its value, or no meaning for the form."""
+    meaningless = {
+        "variance_over": consistency["form"] not in ("scale_free", "slow"),
+        "position_weight": consistency["form"] in ("none", "batch_history"),
+        "features": consistency["form"] == "none",
+    }
+    return {
+        key: value
+        for key, value in consistency.items()
+        if not meaningless.get(key, False) and _FIRST_LOSS.get(key, object()) != value
+    }
+
+
 def identity(config: Measured) -> dict[str, Any]:
     """The part of the config that determines the result."""
     content = {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
@@ -389,15 +420,14 @@ def identity(config: Measured) -> dict[str, Any]:
         content["source"] = {"sha256": config.source.sha256}
     # Younger than the first runs: where they are not used, those keep their names.
     if "consistency" in content:
-        part = content["consistency"]
-        unused = dict(_FIRST_LOSS)
-        if part["form"] not in ("scale_free", "slow"):
-            unused["variance_over"] = part["variance_over"]
-        if part["form"] in ("none", "batch_history"):
-            unused["position_weight"] = part["position_weight"]
-        content["consistency"] = {k: v for k, v in part.items() if unused.get(k, part) != v}
-    for part, key in (("training", "target_l0"), ("training", "compile"), ("model", "untrained")):
-        if part in content and not content[part][key]:
+        content["consistency"] = _used_keys(content["consistency"])
+    for part, key in (
+        ("training", "target_l0"),
+        ("training", "compile"),
+        ("model", "untrained"),
+        ("sae", "same_document_negatives"),  # sae=tsae alone has it
+    ):
+        if part in content and not content[part].get(key, True):
             del content[part][key]
     return content
 

@@ -12,7 +12,8 @@ all of them and position by position. With e, g_f, g_s, g_t the loss's gradients
 are five products of 2 N D F in all. Whatever is linear in f summed over tokens (L1) comes in
 through g_s, one row that the product adds as its bias; what is linear in the sums over contexts
 (the position term) through g_t, a row a position: no [N, F] tensor is made for them. The temporal
-loss leaves its g_f in factors (`GradientPart`), which are added while a piece of g is in the cache. The tokens that do not count need no mask: their f is zero.
+loss leaves its g_f in factors (`GradientPart`), which are added while a piece of g is in the cache.
+The tokens that do not count need no mask: their f is zero.
 
 Sparse codes (`SparseEncode`, `SparseDecode`): only c W + b is dense. With M entries (token n,
 feature j, value f), all that follows costs M D instead of N F D:

@@ -5,22 +5,28 @@ and their code (github.com/AI4LIFE-GROUP/temporal-saes, trainers/temporal_sequen
 paper and code differ both can be had. Selection, threshold, initialisation and AuxK are those of
 BatchTopK; the dictionaries those of Matryoshka.
 
-Shapes: B contexts, T positions, N = B * T tokens, F features, G of the first group, P pairs.
+Shapes: B contexts, T positions, N = B * T tokens, F features, G of the first group, P pairs, R of
+them at a time.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 from tcsae.positions import document_starts, noise_like
 from tcsae.sae.base import SAEConfig
 from tcsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from tcsae.sae.passing import Codes, Places
+
+ROWS = 512
+"""Pairs whose similarities to all pairs are in memory at a time: 16 MiB at 8192 pairs."""
 
 
 class TSAEConfig(MatryoshkaConfig):
@@ -39,8 +45,11 @@ class TSAEConfig(MatryoshkaConfig):
     (code)."""
     pair_coefficient: float = Field(default=1.0, ge=0)
     """Weight of the pair loss (alpha) for inputs of norm 1: 1.0 in the paper, 0.1 in the code."""
-    contrast_pairs: int = Field(default=1024, ge=2)
-    """Pairs that a step's InfoNCE draws; each has all others of other documents against it."""
+    contrast_pairs: int = Field(default=1024, ge=2, le=8192)
+    """Pairs that a step's InfoNCE draws, or all where the batch has fewer: at most one for every
+    valid token that has a partner, 127 of a context of 128 tokens. Time grows with its square."""
+    same_document_negatives: bool = False
+    """What a pair is told from: all other pairs (code), or those of other documents."""
     shuffle_positions: bool = False
     """The control: the partner is any other token of the document, so that order says nothing."""
 
@@ -51,16 +60,21 @@ class TSAE(MatryoshkaSAE):
     pairs = pair_coefficient * d_in * (mean of CE_p(s[p, :]) + mean of CE_p(s[:, p])) / 2,
             s[p, q] = cosine or inner product of z[token of p] and z[partner of q],
 
-    CE_p the cross-entropy, in nats, of picking q = p among p and all q of other documents; or
+    CE_p the cross-entropy, in nats, of picking q = p among p and all q of other documents, or with
+    same_document_negatives among all q; or
 
     pairs = pair_coefficient * mean over all pairs of |z[token] - z[partner]|^2,
 
     for adjacent pairs twice the window variance at W = 2. Inputs have norm sqrt(d_in), so the
     squared error, and this, are d_in times what they are for norm 1: the factor makes the
-    coefficient of the InfoNCE count the same. (The scale is a choice: the paper does not say its
-    inputs', and its sum over dictionaries is a weighted mean in the code.) The authors draw the
-    tokens of a step from many texts, so that the others of a batch are other documents; whole
-    contexts are in the batch here, hence the mask.
+    coefficient of the InfoNCE count the same. The scale is a choice: the paper does not say its
+    inputs', and its code's training script passes no normalisation. The code also halves the
+    weighted sum .2 and .8 over the dictionaries, where the paper and this class add them up.
+
+    The code draws the pairs of a step at random from a buffer of 1,000 contexts of one document
+    each, and masks none. Its batch has 8,192 pairs (the default of the library it builds on), so
+    of the other pairs 1 in 1,000 is of the same document. Here a batch is a few whole contexts, 32
+    by default: 1 in 32, hence the mask.
     """
 
     config_class: ClassVar[type[SAEConfig]] = TSAEConfig
@@ -92,13 +106,16 @@ class TSAE(MatryoshkaSAE):
             difference_NG = difference_NG * pairs.exists_N[:, None]
             return difference_NG.square().sum() / pairs.exists_N.sum().clamp(min=1)
         token_P, exists_P = pairs.some(self.cfg.contrast_pairs, places.generator)
-        document_N = documents(places)
+        if self.cfg.same_document_negatives:
+            document_P = torch.arange(len(token_P), device=token_P.device)  # each its own
+        else:
+            document_P = documents(places)[token_P]
         z_PG = first_NG[token_P].float()
         other_PG = first_NG[pairs.partner_N[token_P]].float()
         if self.cfg.pair_loss == "cosine":
             # A token without a feature of the first group has no direction: cosine 0.
             z_PG, other_PG = normalize(z_PG, eps=1e-6), normalize(other_PG, eps=1e-6)
-        return info_nce(z_PG @ other_PG.T, document_N[token_P], exists_P)
+        return info_nce(z_PG, other_PG, document_P, exists_P)
 
 
 class Pairs(NamedTuple):
@@ -109,7 +126,11 @@ class Pairs(NamedTuple):
     exists_N: Tensor
 
     def some(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """At most `n` tokens with a partner, drawn without order: (tokens [P], exists [P])."""
+        """`n` tokens with a partner, drawn without order, or all where there are fewer.
+
+        Returns (tokens [P], exists [P]), P = min(n, N): the shape does not depend on how many
+        have a partner, which the host would have to wait for. Those beyond do not exist.
+        """
         noise_N = noise_like(self.exists_N, generator)
         drawn = torch.where(self.exists_N, noise_N, -1).topk(min(n, len(noise_N)), sorted=False)
         return drawn.indices, drawn.values >= 0
@@ -159,17 +180,67 @@ def draw_pairs(
     return Pairs((start_B1 + partner_BT).flatten(), exists_BT.flatten())
 
 
-def info_nce(similarity_PP: Tensor, document_P: Tensor, exists_P: Tensor) -> Tensor:
-    """Symmetric InfoNCE of pairs p with similarities s[p, q], in nats.
+def info_nce(
+    z_PG: Tensor, other_PG: Tensor, document_P: Tensor, exists_P: Tensor, rows: int = ROWS
+) -> Tensor:
+    """Symmetric InfoNCE of pairs p with similarities s[p, q] = <z[p], other[q]>, in nats.
 
     The right answer of row and column p is p; the wrong ones are the pairs of other documents.
-    Pairs that do not exist take no part. 0 where none does.
+    Pairs that do not exist take no part. 0 where none does. `rows` of s are in memory at a time.
     """
-    n = len(exists_P)
-    itself_PP = torch.eye(n, dtype=torch.bool, device=exists_P.device)
-    allowed_PP = (document_P[:, None] != document_P[None]) & exists_P & exists_P[:, None]
-    logits_PP = similarity_PP.masked_fill(~(allowed_PP | itself_PP), -torch.inf)
-    answer_P = torch.arange(n, device=exists_P.device)
-    rows_P = cross_entropy(logits_PP, answer_P, reduction="none")
-    columns_P = cross_entropy(logits_PP.T, answer_P, reduction="none")
-    return ((rows_P + columns_P) / 2 * exists_P).sum() / exists_P.sum().clamp(min=1)
+    loss: Tensor = InfoNCE.apply(z_PG, other_PG, document_P, exists_P, rows)
+    return loss
+
+
+class InfoNCE(torch.autograd.Function):
+    """`info_nce` by blocks of rows, made anew in the backward pass.
+
+    With rows_p and columns_p the log of the sum of exp(s) over the allowed entries of row and
+    column p, and v_p = 1 / (2 * number of pairs) for pairs that exist, 0 for others,
+
+        loss = sum over p of v_p (rows_p + columns_p - 2 s[p, p]),
+        d loss / d s[p, q] = v_p exp(s[p, q] - rows_p) + v_q exp(s[p, q] - columns_q)
+                             - 2 v_p [p = q].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z_PG: Tensor, other_PG: Tensor, document_P: Tensor, exists_P: Tensor, rows: int
+    ) -> Tensor:
+        v_P = exists_P.to(z_PG.dtype) / (2 * exists_P.sum().clamp(min=1))
+        rows_P, itself_P = torch.empty_like(v_P), torch.empty_like(v_P)
+        columns_P = torch.full_like(v_P, -torch.inf)
+        for block, s_RP in _blocks(z_PG, other_PG, document_P, exists_P, rows):
+            itself_P[block] = s_RP.diagonal(block.start)
+            rows_P[block] = s_RP.logsumexp(1)
+            columns_P = torch.logaddexp(columns_P, s_RP.logsumexp(0))
+        ctx.rows = rows
+        ctx.save_for_backward(z_PG, other_PG, document_P, exists_P, v_P, rows_P, columns_P)
+        return (v_P * (rows_P + columns_P - 2 * itself_P)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        z_PG, other_PG, document_P, exists_P, v_P, rows_P, columns_P = ctx.saved_tensors
+        v_P = v_P * grad
+        grad_z_PG, grad_other_PG = torch.empty_like(z_PG), torch.zeros_like(other_PG)
+        for block, s_RP in _blocks(z_PG, other_PG, document_P, exists_P, ctx.rows):
+            by_row_RP = (s_RP - rows_P[block, None]).exp_().mul_(v_P[block, None])
+            grad_RP = s_RP.sub_(columns_P).exp_().mul_(v_P).add_(by_row_RP)
+            grad_RP.diagonal(block.start).sub_(2 * v_P[block])
+            grad_z_PG[block] = grad_RP @ other_PG
+            grad_other_PG.addmm_(grad_RP.T, z_PG[block])
+        return grad_z_PG, grad_other_PG, None, None, None
+
+
+def _blocks(
+    z_PG: Tensor, other_PG: Tensor, document_P: Tensor, exists_P: Tensor, rows: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of s = z @ other.T, -inf where an answer is not allowed: (rows, s [R, P])."""
+    for start in range(0, len(z_PG), rows):
+        block = slice(start, min(start + rows, len(z_PG)))
+        barred_RP = document_P[block, None] == document_P
+        barred_RP |= ~exists_P
+        barred_RP |= ~exists_P[block, None]
+        barred_RP.diagonal(start).fill_(False)
+        yield block, (z_PG[block] @ other_PG.T).masked_fill_(barred_RP, -torch.inf)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from saes import D_IN, batch, dead_at, make
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tcsae.config import identity, run_id
 from tcsae.consistency import window_variance
 from tcsae.sae.passing import Places
-from tcsae.sae.tsae import Pairs, documents, draw_pairs, info_nce
+from tcsae.sae.tsae import Pairs, TSAEConfig, documents, draw_pairs, info_nce
 
 
 def random_places(seed: int, contexts: int = 3, positions: int = 12) -> Places:
@@ -94,15 +100,83 @@ def slow_info_nce(similarity: Tensor, document: list[int], exists: list[bool]) -
     return total / max(n, 1)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 9))
-def test_info_nce_is_the_mean_log_loss_of_both_directions(seed: int, n: int) -> None:
+def some_pairs(seed: int, n: int, size: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of tokens and partners, documents (0 to 3), and which pairs exist."""
     generator = torch.Generator().manual_seed(seed)
-    similarity = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    z, other = torch.randn(2, n, size, generator=generator, dtype=torch.float64)
     document = torch.randint(0, 4, (n,), generator=generator)
-    exists = torch.rand(n, generator=generator) > 0.3
-    wanted = slow_info_nce(similarity, document.tolist(), exists.tolist())
-    assert info_nce(similarity, document, exists).item() == pytest.approx(wanted, abs=1e-12)
+    return z, other, document, torch.rand(n, generator=generator) > 0.3
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 9), rows=st.integers(1, 10))
+def test_info_nce_is_the_mean_log_loss_of_both_directions(seed: int, n: int, rows: int) -> None:
+    z, other, document, exists = some_pairs(seed, n)
+    wanted = slow_info_nce(z @ other.T, document.tolist(), exists.tolist())
+    found = info_nce(z, other, document, exists, rows)
+    assert found.item() == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 20])
+@pytest.mark.parametrize("same_document", [False, True])
+def test_the_gradient_of_info_nce_is_that_of_finite_differences(
+    rows: int, same_document: bool
+) -> None:
+    z, other, document, exists = some_pairs(0, 7)
+    document = torch.arange(7) if same_document else document
+    torch.autograd.gradcheck(
+        lambda a, b: 0.7 * info_nce(a, b, document, exists, rows),
+        (z.requires_grad_(), other.requires_grad_()),
+    )
+
+
+def plain_info_nce(z: Tensor, other: Tensor, document: Tensor, exists: Tensor) -> Tensor:
+    """With all similarities in memory, by PyTorch's cross-entropy and its gradients."""
+    s = z @ other.T
+    allowed = (document[:, None] != document) & exists & exists[:, None]
+    s = s.masked_fill(~(allowed | torch.eye(len(s), dtype=torch.bool)), -torch.inf)
+    answer = torch.arange(len(s))
+    each = cross_entropy(s, answer, reduction="none") + cross_entropy(s.T, answer, reduction="none")
+    return (each * exists).sum() / (2 * exists.sum())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"), [(torch.float32, 0.4, 1e-6), (torch.float64, 4, 1e-12)]
+)
+def test_in_blocks_it_is_what_it_is_with_all_similarities_in_memory(
+    dtype: torch.dtype, scale: float, tolerance: float
+) -> None:
+    """At the default's 1024 pairs, with similarities up to some 5 and 500."""
+    z, other, document, exists = some_pairs(0, 1024, size=64)
+    results = []
+    for form in (plain_info_nce, info_nce):
+        a, b = ((scale * x).to(dtype).requires_grad_() for x in (z, other))
+        loss = form(a, b, document, exists)
+        loss.backward()
+        results.append((loss.detach(), a.grad, b.grad))
+    for plain, blocks in zip(*results, strict=True):
+        assert (plain - blocks).abs().max() <= tolerance * plain.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that a tensor made in it had."""
+
+    found = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.found = max(self.found, result.numel())
+        return result
+
+
+def test_all_similarities_are_never_in_memory() -> None:
+    z, other, document, exists = some_pairs(0, 60)
+    with Largest() as largest:
+        info_nce(z.requires_grad_(), other.requires_grad_(), document, exists, 5).backward()
+    assert largest.found == 5 * 60
 
 
 def test_documents_of_different_contexts_are_different() -> None:
@@ -138,8 +212,18 @@ def test_the_squared_difference_is_twice_the_window_variance_of_the_first_group(
 
 @pytest.mark.parametrize("pair_loss", ["cosine", "inner_product"])
 @pytest.mark.parametrize("pairs", ["adjacent", "earlier"])
-def test_the_pair_loss_is_info_nce_of_the_first_groups_codes(pair_loss: str, pairs: Any) -> None:
-    sae = make("tsae", pair_loss=pair_loss, pairs=pairs, pair_coefficient=0.3, contrast_pairs=1000)
+@pytest.mark.parametrize("same_document", [False, True])
+def test_the_pair_loss_is_info_nce_of_the_first_groups_codes(
+    pair_loss: str, pairs: Any, same_document: bool
+) -> None:
+    sae = make(
+        "tsae",
+        pair_loss=pair_loss,
+        pairs=pairs,
+        pair_coefficient=0.3,
+        contrast_pairs=1000,  # more than there are
+        same_document_negatives=same_document,
+    )
     output, places = pass_of(sae)
     # The same draws: the partners first, then the order of the pairs, which changes nothing.
     drawn = draw_pairs(
@@ -151,7 +235,7 @@ def test_the_pair_loss_is_info_nce_of_the_first_groups_codes(pair_loss: str, pai
     similarity = a @ b.T
     if pair_loss == "cosine":
         similarity /= (a.norm(dim=1)[:, None] * b.norm(dim=1)).clamp(min=1e-6)
-    document = documents(places)[tokens].tolist()
+    document = list(range(len(tokens))) if same_document else documents(places)[tokens].tolist()
     wanted = 0.3 * D_IN * slow_info_nce(similarity, document, [True] * len(tokens))
     assert output.losses["pairs"].item() == pytest.approx(wanted, rel=1e-5)
 
@@ -195,3 +279,24 @@ def test_a_batch_without_pairs_has_a_loss_of_zero_and_finite_gradients() -> None
         assert output.losses["pairs"].item() == 0
         sum(output.losses.values()).backward()
         assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("n", [1, 8193])
+def test_contrast_pairs_has_bounds(n: int) -> None:
+    with pytest.raises(ValidationError, match="contrast_pairs"):
+        TSAEConfig(d_sae=64, contrast_pairs=n)
+
+
+def test_runs_from_before_same_document_negatives_load_and_keep_their_names(
+    tiny_gpt2: Path, texts: Path
+) -> None:
+    config, other = (
+        small_config(tiny_gpt2, texts, sae="tsae", sae__same_document_negatives=value)
+        for value in ("false", "true")
+    )
+    raw = config.dump()
+    del raw["sae"]["same_document_negatives"]
+    old = type(config).model_validate(raw)
+    assert old.sae.same_document_negatives is False
+    assert identity(old)["sae"] == raw["sae"]
+    assert run_id(old) == run_id(config) != run_id(other)
