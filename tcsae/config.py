@@ -381,23 +381,6 @@ def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
 _NOT_IDENTITY = ("name", "rerun", "tracking", "store")
 
 
-def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
-    """As `parse`, of whatever a run's config.json holds."""
-    if "source" in raw:
-        return parse_loaded(raw)
-    if isinstance(part := raw.get("consistency"), dict):
-        raw = {**raw, "consistency": {**_FIRST_LOSS, **part}}
-    return parse(raw)
-
-
-# What does not change the result of a run: where things are written, and what it is called.
-_NOT_IDENTITY = ("name", "rerun", "tracking", "store")
-
-
-_FIRST_LOSS = {"variance_over": "positions", "position_weight": 0.0, "features": "all"}
-"""What the temporal loss was before these keys: a config.json without them means this."""
-
-
 def _used_keys(consistency: dict[str, Any]) -> dict[str, Any]:
     """Without the keys of `_FIRST_LOSS` that have its value, or no meaning for the form."""
     meaningless = {

@@ -29,7 +29,11 @@ def options() -> list[str]:
     found = []
     for file in sorted(CONF.glob("*/*.yaml")):
         group, name = file.parent.name, file.stem
-        more = {"model/other": " model.name=x/y", "dataset/files": " dataset.path=x"}
+        more = {
+            "model/other": " model.name=x/y",
+            "dataset/files": " dataset.path=x",
+            "consistency/first_group": " sae=matryoshka",
+        }
         prefix = "+" if group == "experiment" else ""
         found.append(f"{prefix}{group}={name}{more.get(f'{group}/{name}', '')}")
     return found
