@@ -249,7 +249,7 @@ class Config(Measured):
     """One job. `cfg.lambda_` is the key `lambda`, a reserved word in Python."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 0.1
+    lambda_: Annotated[float, Field(ge=0, alias="lambda")] = 1.0
     sae: SerializeAsAny[SAEConfig]
     consistency: ConsistencyConfig
     training: TrainingConfig
