@@ -114,7 +114,7 @@ def evaluation_steps() -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def suite() -> None:
-        _, measured = on_activations(sae, config, batches, StopRequest())
+        _, measured, _ = on_activations(sae, config, batches, StopRequest())
         measured.summary()
         measured.draws()
 
