@@ -256,7 +256,7 @@ def memory_mb() -> dict[str, float]:
 def read_two_epochs(root: Path, n: int) -> dict[str, float]:
     """Milliseconds a batch in the first and second epoch, and the most memory between batches."""
     store = growth_store(root, n)
-    batches = ActivationBatches(store, calibrate(store, 10), "cpu")
+    batches = ActivationBatches(store, calibrate(store, 3), "cpu")
     steps, most, found = n // BATCH, memory_mb(), {}
     for epoch, name in enumerate(("first_ms", "later_ms")):
         seconds = 0.0
