@@ -60,7 +60,7 @@ def random_batches(n_contexts: int = CONTEXTS, n: int = 4) -> list[Batch]:
         valid_BT = torch.rand(shape, generator=generator) > 0.01
         segments_BT = (torch.rand(shape, generator=generator) < 0.005).cumsum(1)
         tokens_BT = torch.zeros_like(segments_BT)
-        batches.append(Batch(x_BTD.bfloat16(), tokens_BT, segments_BT, valid_BT))
+        batches.append(Batch(x_BTD.bfloat16(), tokens_BT, segments_BT, valid_BT, valid_BT))
     return batches
 
 

@@ -114,7 +114,7 @@ def evaluation_steps() -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def suite() -> None:
-        _, measured = on_activations(sae, config, batches, StopRequest())
+        _, measured, _ = on_activations(sae, config, batches, StopRequest())
         measured.summary()
         measured.draws()
 
@@ -256,7 +256,7 @@ def memory_mb() -> dict[str, float]:
 def read_two_epochs(root: Path, n: int) -> dict[str, float]:
     """Milliseconds a batch in the first and second epoch, and the most memory between batches."""
     store = growth_store(root, n)
-    batches = ActivationBatches(store, calibrate(store, 10), "cpu")
+    batches = ActivationBatches(store, calibrate(store, 3), "cpu")
     steps, most, found = n // BATCH, memory_mb(), {}
     for epoch, name in enumerate(("first_ms", "later_ms")):
         seconds = 0.0

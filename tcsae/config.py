@@ -65,7 +65,7 @@ class DatasetConfig(StrictModel):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the documents' groups held out."""
     context_size: Annotated[int, Field(ge=4, le=32768)] = 128
-    norm_filter: Annotated[float, Field(ge=0)] = 10
+    norm_filter: Annotated[float, Field(ge=0)] = 3
     """Tokens with a norm above this multiple of the median are invalid; 0: no filter."""
     seed: Annotated[int, Field(ge=0)] = 0
 

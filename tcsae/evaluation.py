@@ -22,6 +22,7 @@ from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches, Batch
 from tcsae.files import make_folder, save_tensors, write_json
 from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics, next_token_ce, score_forward
+from tcsae.metrics.norm_limits import NormLimits, caution
 from tcsae.metrics.saebench_json import (
     Provenance,
     saebench_core_json,
@@ -120,8 +121,8 @@ def evaluate(
     Raises Interrupted if a signal comes.
     """
     sae = sae.to(model.device).eval()
-    reconstruction, suite = on_activations(sae, config, batches, stop)
-    n_boot = config.evaluation.bootstrap
+    reconstruction, suite, limits = on_activations(sae, config, batches, stop)
+    n_boot, by_limit = config.evaluation.bootstrap, limits.compute()
     log.info(f"resampling the contexts {n_boot} times for the intervals")
     core = saebench_core_json(
         reconstruction.compute(),
@@ -136,6 +137,10 @@ def evaluate(
             sae_lens_release_id=f"tcsae/{run_id(config)}",
         ),
         intervals=reconstruction.compute_intervals(n_boot) | behaviour.compute_intervals(n_boot),
+        unstructured={
+            "explained_variance_by_norm_limit": by_limit,
+            "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
+        },
     )
     per_feature = suite.per_feature()
     scalars = {k: _json_list(v) for k, v in per_feature.items() if v.ndim == 1}
@@ -177,13 +182,15 @@ def _json_list(values: Tensor) -> Any:
 
 def on_activations(
     sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
-) -> tuple[ReconstructionMetrics, ConsistencySuite]:
+) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits]:
     """The sums of one pass over the held-out activations. Raises Interrupted if a signal comes."""
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
     suite = ConsistencySuite(
         sae.d_sae, size, max_lag=cfg.max_lag, windows=tuple(cfg.windows), n_boot=cfg.bootstrap
     )
+    median_norm = batches.calibration.median_norm
+    limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
     with Progress("evaluate features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
@@ -192,9 +199,12 @@ def on_activations(
                 x, segments=batch.segments, valid=batch.valid
             )
             reconstruction.update(x, x_hat, features, valid=batch.valid)
+            # An SAE that reads a token's past has no codes at tokens that are not valid.
+            encoded = batch.valid if sae.sequential else batch.not_special
+            limits.update(x, x_hat, counted=batch.not_special, encoded=encoded)
             suite.update(features, segments=batch.segments, valid=batch.valid, inputs=x)
             progress.update(batch.valid.numel())
-    return reconstruction, suite
+    return reconstruction, suite, limits
 
 
 @torch.inference_mode()

@@ -45,11 +45,13 @@ def measured_info(
     config: Config | LoadedConfig, stream: Stream, evaluation: Evaluation, wall_seconds: float
 ) -> dict[str, Any]:
     """The part of final_info.json that does not depend on where the SAE comes from."""
+    extras = evaluation.core["eval_result_unstructured"]
     return {
         "layer": stream.model.layer,
         "dict_size": config.sae.d_sae,
         "wall_seconds": wall_seconds,
         "massive_token_share": stream.train.calibration.massive_share,
+        "explained_variance_by_norm_limit": extras["explained_variance_by_norm_limit"],
         "unique_id": run_id(config),
         "sae_set": f"tcsae/{config.model.name}/{config.dataset.name}",
         "sae_id": f"{stream.model.hook_name}/{config.sae.architecture}/{run_id(config)}",
@@ -72,4 +74,7 @@ def say_results(folder: Path, evaluation: Evaluation) -> None:
     log.info("held-out results:")
     for line in evaluation.lines():
         log.info(f"  {line}")
+    if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
+        # The run's own number is in doubt, or only what it may be laid beside.
+        log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
     log.info(f"the report: {folder / 'report.html'}")

@@ -94,6 +94,17 @@ def test_massive_tokens_are_few_and_left_out(default_run: Path) -> None:
     assert 0 < share < 0.01
 
 
+def test_the_norm_limit_lies_in_the_gap(default_run: Path) -> None:
+    """Nothing changes from 2 to 5 medians; without a limit massive tokens make the number."""
+    info = tcsae.load_run(default_run).final_info
+    rows = {row["limit"]: row for row in info["explained_variance_by_norm_limit"]}
+    headline = info["metrics"]["reconstruction_quality"]["explained_variance"]
+    assert rows[3]["explained_variance"] == pytest.approx(headline, rel=1e-9)
+    for limit in (2, 5):
+        assert rows[limit]["explained_variance"] == pytest.approx(headline, abs=0.01)
+    assert rows[3]["token_share_left_out"] < 0.01 and rows[3]["variance_share_left_out"] > 0.9
+
+
 def test_saved_sae_gives_what_the_evaluation_measured(
     default_run: Path, home: dict[str, str]
 ) -> None:
@@ -115,7 +126,8 @@ def test_saved_sae_gives_what_the_evaluation_measured(
     shards = run.config.store.shard_contexts
     store = ActivationStore(root, model, held_out, shards)
     assert store.missing() == []
-    calibration = calibrate(ActivationStore(root, model, train_contexts, shards), 10)
+    source = ActivationStore(root, model, train_contexts, shards)
+    calibration = calibrate(source, run.config.dataset.norm_filter)
     batch = ActivationBatches(store, calibration, "cpu").batch(torch.arange(len(held_out.ids)))
     x = batch.x[batch.valid].double()
     error = x - tcsae.load_sae(default_run)(x.float()).double()

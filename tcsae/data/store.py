@@ -259,12 +259,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Batch:
-    """x [B, T, d_in] raw activations; ids, segments, valid [B, T]."""
+    """x [B, T, d_in] raw activations; the others [B, T]."""
 
     x: Tensor
     ids: Tensor
     segments: Tensor
     valid: Tensor
+    """Neither special nor massive: what is trained on and measured."""
+    not_special: Tensor
+    """Whatever the norm; position 0 is special."""
 
 
 CALIBRATION_CONTEXTS = 256
@@ -310,10 +313,10 @@ class ActivationBatches:
     def finish(self, indices: Tensor, x: Tensor) -> Batch:
         contexts = self.source.contexts
         x = x.to(self.device, non_blocking=True)
-        valid = contexts.valid[indices].to(self.device)
-        valid = valid & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
+        not_special = contexts.valid[indices].to(self.device)
+        valid = not_special & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
         ids, segments = contexts.ids[indices], contexts.segments[indices]
-        return Batch(x, ids.to(self.device), segments.to(self.device), valid)
+        return Batch(x, ids.to(self.device), segments.to(self.device), valid, not_special)
 
     def in_order(self, batch_contexts: int, n_contexts: int | None = None) -> Iterator[Batch]:
         n_contexts = len(self) if n_contexts is None else min(n_contexts, len(self))

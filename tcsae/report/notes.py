@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tcsae.files import write_text
+from tcsae.report import norm_limits
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.labels import (
     decimals,
@@ -117,7 +118,16 @@ def _core_results(contents: Contents) -> list[str]:
         *_paragraph(said),
         "",
         *_columns([("metric", "value", "interval", "meaning"), *rows]),
+        *_by_norm_limit(contents),
     ]
+
+
+def _by_norm_limit(contents: Contents) -> list[str]:
+    rows = norm_limits.table(contents)
+    if not rows:
+        return []
+    table = _columns([norm_limits.HEAD, *rows])
+    return ["", "Explained variance by norm limit:", *table, "", *_paragraph(norm_limits.CAPTION)]
 
 
 def _consistency(contents: Contents) -> list[str]:
@@ -208,6 +218,8 @@ def _missing(contents: Contents) -> list[str]:
 def _reading(contents: Contents) -> list[str]:
     """What to keep in mind, as far as this run's own numbers call for it."""
     said = origin(contents.run).cautions
+    if about_the_limit := norm_limits.caution(contents):
+        said.append(about_the_limit)
     ratio = contents.core["l2_ratio"]
     if ratio is not None and ratio < 0.95:
         said.append(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tcsae.report import plots
+from tcsae.report import norm_limits, plots
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
 from tcsae.report.labels import HEADLINE, interval_text, label, number
 from tcsae.report.origin import origin
@@ -211,6 +211,12 @@ def _context(contents: Contents) -> dict[str, Any]:
         "tiles": _tiles(contents),
         "missing": contents.missing(),
         "core_rows": _core_rows(contents),
+        "norm_limits": {
+            "head": norm_limits.HEAD,
+            "rows": norm_limits.table(contents),
+            "caption": norm_limits.CAPTION,
+            "caution": norm_limits.caution(contents),
+        },
         "consistency_rows": _consistency_rows(contents),
         "window_metric": contents.window_metric,
         "distributions": [n for n in (contents.window_metric, *_DISTRIBUTIONS) if n],

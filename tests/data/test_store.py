@@ -81,7 +81,7 @@ def shards(store: Path) -> list[Path]:
         {"window": "8", "lambda": "1"},
         {"seed": "3", "sae__d_sae": "64"},
         {"sae": "standard", "training__lr": "1e-4", "consistency": "shuffled"},
-        {"model__forward_contexts": "16", "dataset__norm_filter": "3"},
+        {"model__forward_contexts": "16", "dataset__norm_filter": "5"},
     ],
 )
 def test_jobs_that_need_the_same_activations_harvest_them_once(

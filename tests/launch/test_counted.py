@@ -65,7 +65,7 @@ def member_and_step(
     x = torch.randn(contexts, T, width, generator=generator)
     valid = torch.rand(contexts, T, generator=generator) > 0.01
     segments = torch.zeros(contexts, T, dtype=torch.int32)
-    batch = Batch(x, segments, segments, valid)
+    batch = Batch(x, segments, segments, valid, valid)
     in_bfloat16 = config.training.precision == "bfloat16"
     calibration = Calibration(width**0.5, 1e9, 0.0, x[valid])
     member = Member(config, width, calibration, "cpu", in_bfloat16)

@@ -48,6 +48,45 @@ def test_settings_command_and_limits_are_there(run: LoadedRun, notes: str) -> No
     assert "nan" not in notes.lower().split()
 
 
+def test_explained_variance_by_norm_limit_is_there(run: LoadedRun, notes: str) -> None:
+    rows = run.core["eval_result_unstructured"]["explained_variance_by_norm_limit"]
+    assert [row["limit"] for row in rows] == [2, 3, 5, 10, None]
+    assert run.final_info["explained_variance_by_norm_limit"] == rows
+    table = notes.partition("Explained variance by norm limit:\n")[2].splitlines()[1:6]
+    for row, line in zip(rows, table, strict=True):
+        assert number(row["explained_variance"]) in line
+    assert [line.partition("  ")[0] for line in table] == [
+        "2 x the median",
+        "3 x the median (this run's)",
+        "5 x the median",
+        "10 x the median",
+        "no limit",
+    ]
+    headline = run.core["eval_result_metrics"]["reconstruction_quality"]["explained_variance"]
+    assert rows[1]["explained_variance"] == pytest.approx(headline, rel=1e-9)
+
+
+def test_a_limit_that_decides_the_number_is_told(run: LoadedRun) -> None:
+    text = "Explained variance depends on the norm limit: told"
+    said = {"decides_the_headline": True, "limits": [5], "text": text}
+    assert text not in run_notes(run)
+    assert f"- {text}" in run_notes(with_extras(run, norm_limit_caution=said))
+
+
+def test_a_run_that_was_measured_before_the_limits_has_notes(run: LoadedRun, notes: str) -> None:
+    old = with_extras(run)
+    for key in ("explained_variance_by_norm_limit", "norm_limit_caution"):
+        del old.core["eval_result_unstructured"][key]
+    assert "norm limit" in notes and "norm limit" not in run_notes(old)
+
+
+def with_extras(run: LoadedRun, **changes: Any) -> LoadedRun:
+    import dataclasses
+
+    extras = {**run.core["eval_result_unstructured"], **changes}
+    return dataclasses.replace(run, core={**run.core, "eval_result_unstructured": extras})
+
+
 def test_a_baseline_is_not_told_to_look_for_its_own_effect(run: LoadedRun) -> None:
     import dataclasses
 

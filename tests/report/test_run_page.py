@@ -11,6 +11,7 @@ from browser import EVIL, Tags, show
 from run_folders import codes, inputs, write_run
 
 from tcsae.errors import UserError
+from tcsae.files import read_json, write_json
 from tcsae.report.notes import run_notes
 from tcsae.report.run_page import write_run_report
 from tcsae.run_folder import load_run
@@ -50,6 +51,39 @@ def test_every_part_is_there(tags: Tags) -> None:
     drawn = {a["data-figure"] for _, a in tags.elements if "data-figure" in a}
     assert {"autocorrelation", "profile", "correlation", "training-0"} <= drawn
     assert any(name.startswith("distribution-C_") for name in drawn)
+
+
+def test_explained_variance_by_norm_limit_and_its_caution_are_shown(
+    tags: Tags, run_folder: Path, tmp_path: Path
+) -> None:
+    assert "Explained variance by norm limit" in tags.text
+    assert "3 x the median (this run's)" in tags.text and "no limit" in tags.text
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    core = read_json(copy / "eval" / "core.json")
+    extras = core["eval_result_unstructured"]
+    extras["norm_limit_caution"] = {
+        "decides_the_headline": True,
+        "limits": [5],
+        "text": "Explained variance depends on the norm limit: told",
+    }
+    write_json(copy / "eval" / "core.json", core)
+    told = Tags(write_run_report(copy).read_text(encoding="utf-8"))
+    assert "depends on the norm limit: told" in told.text
+    assert "depends on the norm limit" not in tags.text
+
+
+def test_a_run_that_was_measured_before_the_limits_has_a_page(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    core = read_json(copy / "eval" / "core.json")
+    for key in ("explained_variance_by_norm_limit", "norm_limit_caution"):
+        del core["eval_result_unstructured"][key]
+    write_json(copy / "eval" / "core.json", core)
+    page = Tags(write_run_report(copy).read_text(encoding="utf-8"))
+    assert "norm limit" not in page.text and "Explained variance" in page.text
 
 
 def test_headline_and_command_are_written_out(tags: Tags, run_folder: Path) -> None:

@@ -127,7 +127,7 @@ def batches(device: str = "cpu") -> Iterator[Batch]:
         x_BTD = torch.randn(CONTEXTS, POSITIONS, D_IN, generator=generator)
         valid_BT = torch.rand(CONTEXTS, POSITIONS, generator=generator) > 0.1
         segments_BT = (torch.rand(CONTEXTS, POSITIONS, generator=generator) < 0.1).cumsum(1)
-        parts = (x_BTD, torch.zeros_like(segments_BT), segments_BT, valid_BT)
+        parts = (x_BTD, torch.zeros_like(segments_BT), segments_BT, valid_BT, valid_BT)
         yield Batch(*(part.to(device) for part in parts))
 
 
