@@ -98,19 +98,39 @@ def window_laplacian(
         return _document_laplacian(segments, valid, dtype)
     if not isinstance(window, int) or isinstance(window, bool) or not 2 <= window <= n_positions:
         raise ValueError(f'window = {window}: must be 2 to {n_positions} positions, or "document"')
-    # A position breaks the run where it is invalid or starts another segment than its predecessor.
-    n_invalid = nn.functional.pad((~valid).to(torch.int32).cumsum(-1), (1, 0))
-    changes = nn.functional.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int32), (1, 0))
-    n_changes = changes.cumsum(-1)
-    allowed_BS = (n_invalid[:, window:] == n_invalid[:, :-window]) & (
-        n_changes[:, window - 1 :] == n_changes[:, : n_positions - window + 1]
-    )
+    allowed_BS = _allowed_windows(window, segments, valid)
     matrix = _window_pairs(window, allowed_BS, dtype)
     diagonal_BT = matrix.diagonal(dim1=-2, dim2=-1)
     n_windows_BT = diagonal_BT.clone()
     matrix.div_(-window * (window - 1))
     diagonal_BT.add_(n_windows_BT / (window - 1))
     return Laplacian(matrix, allowed_BS.sum())
+
+
+def _allowed_windows(window: int, segments: Tensor, valid: Tensor) -> Tensor:
+    """[B, T - W + 1] bool, by first position: all of the window is valid and in one segment."""
+    # A position breaks the run where it is invalid or starts another segment than its predecessor.
+    n_invalid = nn.functional.pad((~valid).to(torch.int32).cumsum(-1), (1, 0))
+    changes = nn.functional.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int32), (1, 0))
+    n_changes = changes.cumsum(-1)
+    last = valid.shape[1] - window + 1
+    return (n_invalid[:, window:] == n_invalid[:, :-window]) & (
+        n_changes[:, window - 1 :] == n_changes[:, :last]
+    )
+
+
+def share_in_windows(window: Window, segments: Tensor, valid: Tensor) -> float:
+    """Share of the valid positions [B, T] that some window holds."""
+    held_BT = torch.zeros_like(valid)
+    if window == "document":
+        for n in range(len(valid)):  # one by one: T x T of all contexts would be too much
+            same_TT = (segments[n][:, None] == segments[n]) & valid[n]
+            held_BT[n] = valid[n] & (same_TT.sum(-1) >= 2)
+    else:
+        allowed_BS = _allowed_windows(int(window), segments, valid)
+        for offset in range(int(window)):
+            held_BT[:, offset : offset + allowed_BS.shape[1]] |= allowed_BS
+    return held_BT.sum().item() / max(valid.sum().item(), 1)
 
 
 def _document_laplacian(segments: Tensor, valid: Tensor, dtype: torch.dtype) -> Laplacian:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from tcsae.config import Config
+from tcsae.consistency import share_in_windows
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream, open_stream
 from tcsae.errors import Interrupted, UserError
@@ -163,6 +164,31 @@ def _check_content(stream: Stream, folder: Path) -> None:
     write_json(known, content)
 
 
+FEW_IN_WINDOWS = 0.1
+"""Below this share of tokens in windows the temporal loss says little of the text."""
+
+
+def _check_windows(config: Config, stream: Stream) -> None:
+    """Raises UserError if no window of the training text could ever have a loss."""
+    if not config.has_temporal_loss:
+        return
+    window = 2 if config.consistency.form == "slow" else config.window
+    contexts = stream.train.source.contexts
+    share = share_in_windows(window, contexts.segments, contexts.valid)
+    wanted = "two valid tokens" if window == "document" else f"{window} valid tokens in a row"
+    if share == 0:
+        raise UserError(
+            f"window = {window}: no document of the training text has {wanted}, so that the "
+            "temporal loss would be 0 at every step: take a smaller window, longer documents, or "
+            "consistency=none"
+        )
+    if share < FEW_IN_WINDOWS:
+        log.warning(
+            f"window = {window}: only {100 * share:.1f} % of the training tokens lie where a "
+            f"document has {wanted}; the temporal loss sees no others"
+        )
+
+
 @dataclass(frozen=True)
 class _Trained:
     """What is left of a seat when its training is over."""
@@ -224,6 +250,7 @@ class _Job:
 
     def begin(self, stream: Stream) -> None:
         _check_content(stream, self.folder)
+        _check_windows(self.config, stream)
         torch.manual_seed(self.config.seed)
         self.tracker = Tracker(self.config, self.folder)
         member = Member(

@@ -35,6 +35,12 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("lambda=-1", ["lambda = -1", "greater than or equal to 0"]),
     ("lambda=nan", ["lambda = nan", "any finite number"]),
     ("lambda=inf", ["lambda = inf", "any finite number"]),
+    ("consistency.position_weight=-1", ["position_weight = -1", "greater than or equal to 0"]),
+    ("consistency.position_weight=nan", ["position_weight = nan", "finite"]),
+    ("consistency.position_weight=inf", ["position_weight = inf", "finite"]),
+    ("consistency.variance_over=words", ["variance_over = words", "windows", "positions"]),
+    ("consistency.features=first_group", ["features = first_group", "topk has no groups"]),
+    ("training.batch_contexts=1", ["batch_contexts = 1", "take 2 or more", "position_weight=0"]),
     ("layer=99", ["layer = 99", "0 to 2"]),
     ("layer=-1", ["layer = -1", "0 to"]),
     ("layer=top", ["layer = top", "first", "middle", "last"]),
@@ -174,6 +180,29 @@ def another_field(folder: Path) -> None:
 
 def half_a_parquet(folder: Path) -> None:
     (folder / "a.parquet").write_bytes(b"PAR1" + bytes(40))
+
+
+def words_alone(folder: Path) -> None:
+    """Rows of one token: between the separators no two of a document stand in a row."""
+    rows = "".join(
+        json.dumps({"text": "aeiou"[i % 5] * (1 + i // 5 % 2)}) + "\n" for i in range(9000)
+    )
+    (folder / "a.jsonl").write_text(rows)
+
+
+def test_text_without_a_window_is_refused_before_training(
+    tiny_gpt2: Path, own_store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    words_alone(tmp_path / "texts")
+    usual = small_job(tiny_gpt2, tmp_path / "texts", tmp_path / "run")
+    line = run_here(*usual, "window=4").refusal()
+    assert "window = 4" in line and "4 valid tokens in a row" in line
+    assert "consistency=none" in line
+    assert (
+        run_here(*usual, "window=4", "consistency=none", f"hydra.run.dir={tmp_path / 'r'}").code
+        == 0
+    )
 
 
 TEXTS: list[tuple[Callable[[Path], None], list[str]]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 
 from tcsae import numbers
 from tcsae.composed import to_config
-from tcsae.config import Config, parse, resolve_layer, run_id, run_name
+from tcsae.config import (
+    Config,
+    identity,
+    parse,
+    parse_any,
+    resolve_layer,
+    run_id,
+    run_name,
+)
 from tcsae.errors import UserError
 from tcsae.train import _sweep_name, conf_folder
 
@@ -183,3 +192,43 @@ def test_one_sweep_command_is_one_folder_whatever_its_order_and_launcher() -> No
     assert name == _sweep_name(["-m", "lambda=0,0.1", "window=4,8", "hydra/launcher=slurm"])
     assert name != _sweep_name(["--multirun", "window=4,8", "lambda=0,0.2"])
     assert _sweep_name(["+experiment=lambda_ablation"]).startswith("lambda_ablation-")
+
+
+def test_runs_of_the_first_study_keep_their_names() -> None:
+    """A config.json without a younger key means what was done before there was one."""
+    lines = (CONF.parent / "docs/results/runs.jsonl").read_text().splitlines()
+    for line in lines:
+        recorded = json.loads(line)
+        assert run_id(parse_any(recorded["config"])) == recorded["info"]["unique_id"]
+    assert len(lines) == 210
+
+
+def test_what_the_first_loss_was_is_read_into_its_old_configs() -> None:
+    old = config().dump()
+    for key in ("variance_over", "position_weight", "features"):
+        del old["consistency"][key]
+    read = parse_any(old).consistency
+    assert (read.variance_over, read.position_weight, read.features) == ("positions", 0, "all")
+    now = config().consistency
+    assert (now.variance_over, now.position_weight, now.features) == ("windows", 1, "all")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["consistency=none", "lambda=1"],
+        ["consistency=batch_history", "consistency.scale_by_window=true"],
+        ["consistency=window_variance"],
+    ],
+)
+def test_keys_without_a_meaning_do_not_name_a_run(overrides: list[str]) -> None:
+    assert set(identity(config(*overrides))["consistency"]) == {
+        "form",
+        "shuffle_positions",
+        "scale_by_window",
+    }
+
+
+@pytest.mark.parametrize("key", ["position_weight=2", "variance_over=positions"])
+def test_another_loss_is_another_run(key: str) -> None:
+    assert run_id(config(f"consistency.{key}")) != run_id(config())

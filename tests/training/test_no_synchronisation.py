@@ -55,9 +55,14 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 """Options of conf/sae."""
 FORMS = ["none", "scale_free", "window_variance", "shuffled", "batch_history", "slow"]
-"""Options of conf/consistency."""
+"""Options of conf/consistency, beside first_group, which is for GROUPED alone."""
+GROUPED = ["matryoshka", "tsae"]
 every_option = pytest.mark.parametrize("name", OPTIONS)
-every_form = pytest.mark.parametrize("form", FORMS)
+every_form = pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in OPTIONS for form in FORMS]
+    + [(name, "first_group") for name in GROUPED],
+)
 
 
 class Waits(TorchDispatchMode):
@@ -167,11 +172,10 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_architecture_and_no_form_is_left_out() -> None:
     conf = Path(__file__).parents[2] / "conf"
     assert {name.removesuffix("_tanh") for name in OPTIONS} == set(architectures())
-    assert set(FORMS) == {file.stem for file in (conf / "consistency").glob("*.yaml")}
+    assert {*FORMS, "first_group"} == {file.stem for file in (conf / "consistency").glob("*.yaml")}
 
 
 @every_form
-@every_option
 def test_a_step_reads_no_value_and_waits_for_no_copy(
     name: str, form: str, job: Callable[..., Config], on_meta: None
 ) -> None:
@@ -179,7 +183,6 @@ def test_a_step_reads_no_value_and_waits_for_no_copy(
 
 
 @every_form
-@every_option
 def test_no_value_sends_a_step_another_way(
     name: str, form: str, job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
