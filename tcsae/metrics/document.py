@@ -194,7 +194,9 @@ class LongLags(Accumulator):
         """[L, T, T] bool: the lag between two positions, either way, lies in the band."""
         t = torch.arange(self.n_positions, device=device)
         lag_TT = (t[:, None] - t).abs()
-        return torch.stack([(lag_TT >= a) & (lag_TT <= b) for a, b in self.bands])
+        limits_L2 = torch.tensor(self.bands, device=device).reshape(-1, 2)
+        first_L11, last_L11 = limits_L2[:, :, None, None].unbind(1)
+        return (lag_TT >= first_L11) & (lag_TT <= last_L11)
 
     def _start(self, features: Tensor, valid: Tensor) -> None:
         t, f, bands = self.n_positions, self.n_features, len(self.bands)

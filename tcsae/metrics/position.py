@@ -241,7 +241,7 @@ class PositionDependence(Accumulator):
 
     def _moved(self, shift_F: Tensor) -> dict[str, Tensor]:
         """Every sum that changes when `shift_F` is subtracted from the features."""
-        moved = {}
+        moved: dict[str, Tensor] = {}
         for prefix in ("", "block_") if self.n_blocks else ("",):
             own = {name: self._state[prefix + name] for name in _MOVING}
             by = shift_F.to(own["sums"].dtype)
