@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tcsae.errors import USER_ERROR_EXIT_CODE, UserError
 from tcsae.files import make_folder, write_json
-from tcsae.report.labels import label
+from tcsae.report.labels import label, local_names
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -25,9 +25,9 @@ DEFAULT_WINDOW = 8
 _X = "tokens"
 _MAX_RUNS = 100
 _HEAT_MAPS = ("explained_variance", "frac_alive", "l2_ratio", "ce_loss_score")
-_HEAT_MAPS_MEMORY = ("rho_1", "tau_int", "omega_squared", "density")
+_HEAT_MAPS_MEMORY = ("rho_1", "tau_int", "omega_squared", "edge_energy", "density")
 _PLANES = ("pareto", "trade")
-_REPORT_FIGURES = ("autocorrelation", "profile")
+_REPORT_FIGURES = ("autocorrelation", "shares", "energy", "profile")
 _DISTRIBUTIONS = ("rho_1", "tau_int", "omega_squared", "run_length", "density")
 
 
@@ -38,12 +38,12 @@ def workspace(
 
     Args:
         group: only this sweep's runs, each by itself; None: all runs, grouped by sweep.
-        window: the W of the C_W that is shown; one of the runs' evaluation.windows.
+        window: the W of the C_W and L_W that are shown; one of the runs' evaluation.windows.
     """
     from wandb_workspaces import expr
     from wandb_workspaces import workspaces as ws
 
-    memory = f"C_{window}"
+    memory, local = f"C_{window}", f"L_{window}"
     if group is None:
         runs = ws.RunsetSettings(groupby=[expr.Metric("Group")])
     else:
@@ -51,7 +51,7 @@ def workspace(
     runs.pinned_columns = [
         "run:displayName",
         *(f"config:{key}.value" for key in ("window", "lambda")),
-        *(f"summary:eval/{name}" for name in ("l0", "explained_variance", memory)),
+        *(f"summary:eval/{name}" for name in ("l0", "explained_variance", memory, local)),
     ]
     return ws.Workspace(
         entity=entity,
@@ -59,8 +59,8 @@ def workspace(
         name=f"tcsae {group or 'sweeps'}",
         sections=[
             _training(),
-            _outcomes(memory),
-            _heat_maps(memory),
+            _outcomes(memory, window),
+            _heat_maps(memory, window),
             _features(),
             _redundancy(),
         ],
@@ -99,7 +99,7 @@ def _training() -> Section:
     return _section("Training", panels, 4)
 
 
-def _outcomes(memory: str) -> Section:
+def _outcomes(memory: str, window: int) -> Section:
     import wandb_workspaces.reports.v2 as wr
 
     def measured(name: str) -> Any:
@@ -118,10 +118,13 @@ def _outcomes(memory: str) -> Section:
         "sae.architecture": "SAE",
         "consistency.form": "form",
     }
-    found = (memory, "explained_variance", "ce_loss_score", "l0", "frac_alive", "omega_squared")
+    beside = local_names(window)
+    core = ("explained_variance", "ce_loss_score", "l0", "frac_alive")
+    found = (memory, *beside, *core, "omega_squared", "edge_energy")
     panels = [
         plane("l0", "explained_variance", memory),
         plane("explained_variance", memory, "l0"),
+        *(plane("explained_variance", name, "l0") for name in beside),
         plane("ce_loss_score", memory, "l0"),
         plane("omega_squared", memory, "l0"),
         wr.ParallelCoordinatesPlot(
@@ -136,14 +139,14 @@ def _outcomes(memory: str) -> Section:
     return _section("Outcomes, held out", panels, 2)
 
 
-def _heat_maps(memory: str) -> Section:
+def _heat_maps(memory: str, window: int) -> Section:
     """Of the sweep's comparison run."""
     import wandb_workspaces.reports.v2 as wr
 
     def picture(title: str, name: str) -> Any:
         return wr.MediaBrowser(title=title, media_keys=[f"comparison/s0-{name}"], num_columns=1)
 
-    metrics = (*_HEAT_MAPS, memory, *_HEAT_MAPS_MEMORY)
+    metrics = (*_HEAT_MAPS, memory, *local_names(window), *_HEAT_MAPS_MEMORY)
     panels = [
         *(picture(f"window x lambda: {_words(name)}", f"grid-0-{name}") for name in metrics),
         *(picture(name, name) for name in _PLANES),
@@ -229,7 +232,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=DEFAULT_WINDOW,
         metavar="W",
-        help=f"show C_W for this W, one of evaluation.windows (default: {DEFAULT_WINDOW})",
+        help=f"show C_W and L_W for this W, one of evaluation.windows (default: {DEFAULT_WINDOW})",
     )
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--json", type=Path, metavar="FILE", help="write the definition; no network")

@@ -31,6 +31,7 @@ from tcsae.metrics.saebench_json import (
 )
 from tcsae.metrics.suite import ConsistencySuite
 from tcsae.progress import Progress
+from tcsae.report.labels import SINGLES, spread_text, window_part
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.signals import StopRequest
 
@@ -72,6 +73,12 @@ class Evaluation:
         values = {f"eval/{k}": v for group in groups.values() for k, v in group.items()}
         for name, entry in self.consistency["summary"]["metrics"].items():
             values[f"eval/{name}"] = entry["energy_weighted"]
+            if window_part(name):
+                values[f"eval/{name}_median"] = entry["median"]
+                values[f"eval/{name}_q99"] = entry["q99"]
+        for name in SINGLES:
+            if name in self.consistency["summary"]:
+                values[f"eval/{name}"] = self.consistency["summary"][name]["value"]
         return values
 
     def lines(self) -> list[str]:
@@ -86,18 +93,29 @@ class Evaluation:
             ("KL div score", "model_behavior_preservation", "kl_div_score"),
         ]
         out = [f"{label:<28} {_number(groups[group][key])}" for label, group, key in shown]
+        summary = self.consistency["summary"]
         for name, label in (
             ("C_8", "window consistency C_8"),
+            ("L_8", "local consistency L_8"),
+            ("D_8", "document part D_8"),
+            ("L_8_sparse", "L_8 of sparse features"),
             ("rho_1", "autocorrelation rho_1"),
             ("tau_int", "correlation time (tokens)"),
             ("omega_squared", "position share omega^2"),
         ):
-            entry = self.consistency["summary"]["metrics"].get(name)
-            if entry is not None:
-                low, high = entry.get("energy_weighted_interval") or (None, None)
-                band = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
-                out.append(f"{label:<28} {_number(entry['energy_weighted'])}{band}")
+            if (entry := summary["metrics"].get(name)) is not None:
+                line = _line(label, entry["energy_weighted"], entry["energy_weighted_interval"])
+                spread = spread_text(entry) if name in ("C_8", "L_8") else ""
+                out.append(f"{line}  ({spread})" if spread else line)
+        if (entry := summary.get("edge_energy")) is not None:
+            out.append(_line("edge energy", entry["value"], entry["interval"]))
         return out
+
+
+def _line(label: str, value: float | None, interval: Sequence[float | None]) -> str:
+    low, high = interval
+    band = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+    return f"{label:<28} {_number(value)}{band}"
 
 
 def _number(value: float | None) -> str:
@@ -187,7 +205,12 @@ def on_activations(
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
     suite = ConsistencySuite(
-        sae.d_sae, size, max_lag=cfg.max_lag, windows=tuple(cfg.windows), n_boot=cfg.bootstrap
+        sae.d_sae,
+        size,
+        max_lag=cfg.max_lag,
+        windows=tuple(cfg.windows),
+        n_boot=cfg.bootstrap,
+        groups=getattr(sae.cfg, "group_sizes", ()),
     )
     median_norm = batches.calibration.median_norm
     limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
@@ -195,9 +218,7 @@ def on_activations(
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             x = batch.x.float()
-            features, x_hat = sae.encode_and_decode(
-                x, segments=batch.segments, valid=batch.valid
-            )
+            features, x_hat = sae.encode_and_decode(x, segments=batch.segments, valid=batch.valid)
             reconstruction.update(x, x_hat, features, valid=batch.valid)
             # An SAE that reads a token's past has no codes at tokens that are not valid.
             encoded = batch.valid if sae.sequential else batch.not_special

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tcsae.report.labels import interval_text, label, number
+from tcsae.report.labels import interval_text, label, number, window_part
 
 if TYPE_CHECKING:
     from tcsae.run_folder import LoadedRun
@@ -102,7 +102,8 @@ def _figures(run: LoadedRun) -> Sequence[tuple[str, ...]]:
         for n in _FIGURES
     ]
     for name, entry in run.consistency["summary"]["metrics"].items():
-        if name.startswith("C_"):
+        part = window_part(name)
+        if part and (part.kind == "C" or entry["energy_weighted"] is not None):
             interval = interval_text(entry.get("energy_weighted_interval"))
             value = number(entry["energy_weighted"])
             rows.append((label(name).name, value, interval, label(name).meaning))

@@ -315,11 +315,13 @@ def comparison_columns(comparison: Comparison) -> dict[str, list[Any]]:
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, Any]:
-    """The figures of the comparison's page by their names there, and a heat map for every C_W."""
+    """The figures of the comparison's page by their names there, and a heat map for every C_W and
+    L_W."""
     from tcsae.report.compare_page import heat_map, stream_figures
+    from tcsae.report.labels import window_part
 
     content = comparison.to_json()
-    memory = [name for name in content["metrics"] if name.startswith("C_")]
+    memory = [name for name in content["metrics"] if (p := window_part(name)) and p.kind != "D"]
     figures: dict[str, Any] = {}
     for stream in content["streams"]:
         groups, grids = (

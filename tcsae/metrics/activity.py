@@ -128,10 +128,12 @@ class SmoothnessResult(NamedTuple):
     Attributes:
         value: [], the mean over contexts of the mean over the features active in each.
         per_feature: [F], the mean over the contexts in which the feature is active. NaN if none.
+        groups: [2], `value` of the first group of features and of the rest; [0] without groups.
     """
 
     value: Tensor
     per_feature: Tensor
+    groups: Tensor
 
 
 def smoothness(
@@ -170,11 +172,18 @@ class Smoothness(Accumulator):
     Args:
         n_features: F.
         n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
+        n_first: features in the first group of an SAE with groups; 0: no groups.
     """
 
-    def __init__(self, n_features: int, *, n_blocks: int = 0) -> None:
+    def __init__(self, n_features: int, *, n_blocks: int = 0, n_first: int = 0) -> None:
+        if not 0 <= n_first < n_features:
+            raise ValueError(
+                f"the first group must have 1 to {n_features - 1} of {n_features} features, "
+                f"not {n_first}"
+            )
         self.n_features = n_features
-        super().__init__(n_features=n_features, n_blocks=n_blocks)
+        self.n_first = n_first
+        super().__init__(n_features=n_features, n_blocks=n_blocks, n_first=n_first)
 
     @torch.no_grad()
     def update(
@@ -199,12 +208,12 @@ class Smoothness(Accumulator):
         slope_BF = torch.where(counted_BT[..., None], slope_BTF, 0.0).amax(1)
         active_BF = ((features > 0) & valid[..., None]).any(1) & counted_BT.any(1, keepdim=True)
         slope_BF = torch.where(active_BF, slope_BF, 0.0)
-        n_active_B1 = active_BF.sum(1, keepdim=True)
+        n_active_BP = self._parts(active_BF)
         sums = {
             "block_slopes": slope_BF,
             "block_active": active_BF,
-            "block_means": slope_BF.sum(1, keepdim=True) / n_active_B1.clamp(min=1),
-            "block_contexts": n_active_B1 > 0,
+            "block_means": self._parts(slope_BF) / n_active_BP.clamp(min=1),
+            "block_contexts": n_active_BP > 0,
         }
         self._add_to_blocks(sums)
         self.n_contexts += len(features)
@@ -212,13 +221,22 @@ class Smoothness(Accumulator):
     def compute(self) -> SmoothnessResult:
         """The result over all batches; see `smoothness`."""
         sums = {name: value.sum(0) for name, value in self._require_batches().items()}
+        value_P = sums["block_means"] / sums["block_contexts"]
         return SmoothnessResult(
-            value=(sums["block_means"] / sums["block_contexts"]).squeeze(),
+            value=value_P[0],
             per_feature=sums["block_slopes"] / sums["block_active"],
+            groups=value_P[1:],
         )
 
     def resample(self, weights_RG: Tensor) -> Tensor:
-        """`value` of resampled blocks, [R]."""
+        """`value`, and `groups` if there are any, of resampled blocks, [R, 1] or [R, 3]."""
         self._require_batches()
         means = self._drawn("block_means", weights_RG)
-        return (means / self._drawn("block_contexts", weights_RG)).squeeze(1)
+        return means / self._drawn("block_contexts", weights_RG)
+
+    def _parts(self, x_BF: Tensor) -> Tensor:
+        """Sums over all features and, with groups, over the first and the rest: [B, 1 or 3]."""
+        parts = [x_BF]
+        if self.n_first:
+            parts += [x_BF[:, : self.n_first], x_BF[:, self.n_first :]]
+        return torch.stack([part.sum(1) for part in parts], 1)

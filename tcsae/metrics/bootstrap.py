@@ -74,8 +74,8 @@ class Accumulator:
     def _drawn(self, name: str, weights_RG: Tensor) -> Tensor:
         """Sums of resampled blocks, [R, ...]."""
         blocks = self._state[name]
-        drawn = weights_RG.to(blocks.dtype) @ blocks.flatten(1)
-        return drawn.unflatten(1, blocks.shape[1:])
+        drawn = weights_RG.to(blocks.dtype) @ blocks.reshape(len(blocks), -1)
+        return drawn.reshape(len(weights_RG), *blocks.shape[1:])
 
     def _require_batches(self) -> dict[str, Tensor]:
         if not self._state:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tcsae.report import plots
-from tcsae.report.labels import difference_text, interval_text, label, number
+from tcsae.report.labels import SPREAD, difference_text, interval_text, label, number, window_part
+from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve, Point
@@ -132,6 +133,13 @@ def _curves(groups: Sequence[Group], content: Mapping[str, Any]) -> dict[str, Fi
     ]
     if rho:
         figures["autocorrelation"] = plots.autocorrelation(rho)
+    energy = [
+        Curve(g["label"], e["positions"], e["energy"])
+        for g in few
+        if (e := g.get("energy_by_position")) and e["positions"]
+    ]
+    if energy:
+        figures["energy"] = energy_curves(energy)
     rate = [Curve(g["label"], p["positions"], p["rate"]) for g in few if (p := g["profile"])]
     if rate:
         figures["profile"] = plots.lines(rate, "position", "firing rate / its mean", height=360)
@@ -211,6 +219,11 @@ def _stream_context(
         "values": [
             {"group": g, "cells": [_value(g, name) for name in content["headline"]]} for g in groups
         ],
+        "spreads": [
+            {"group": g, "name": label(name).name, "cells": _spread(g, name)}
+            for g in groups
+            for name in filter(window_part, content["headline"])
+        ],
         "every": [
             {"name": label(name), "cells": [_value(g, name) for g in groups]}
             for name in content["metrics"]
@@ -244,6 +257,12 @@ def _value(group: Group, name: str) -> dict[str, str]:
         return {"value": "n/a", "interval": "", "reason": (entry or {}).get("reason") or ""}
     band = interval_text((entry["low"], entry["high"]))
     return {"value": number(entry["value"]), "interval": band, "reason": entry["reason"] or ""}
+
+
+def _spread(group: Group, name: str) -> list[str]:
+    """Weighted mean, median and 99th percentile over features."""
+    weighted = group["metrics"].get(name, {}).get("value")
+    return [number(v) for v in (weighted, *(group.get(s, {}).get(name) for s in SPREAD.values()))]
 
 
 def _cell(entry: Mapping[str, Any] | None, key: str) -> dict[str, str]:

@@ -18,8 +18,9 @@ Fields, all of them JSON:
 runs      [{name, folder, status, reason, group, stream, seed, tokens}]; status "used", or with a
           reason: "unfinished", "damaged", "duplicate" (group, stream, seed, tokens are then null)
 streams   [{id, model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens}]
-metrics   names in the order of columns: core (explained_variance, l0, ...) and consistency (C_2,
-          ..., rho_1, tau_int, omega_squared, ...; energy-weighted means over live features).
+metrics   names in the order of columns: core (explained_variance, l0, ...) and consistency (C_W,
+          D_W, L_W for every W, C_W_sparse, L_W_sparse, rho_1, tau_int, omega_squared, share_...,
+          ...: energy-weighted means over live features; edge_energy, smoothness).
           Labels are in tcsae.report.labels
 headline  the few of them for a narrow table; headline_window: the W of its C_W (null: none)
 groups    [{
@@ -31,7 +32,10 @@ groups    [{
     differs {dotted config key: value}, the keys that are not the same in all groups,
     is_baseline, seeds [..], runs [names],
     metrics {name: {value, low, high, reason}}, low and high null where there is no interval,
-    medians {name: value}, the median over features of consistency metrics (mean over seeds),
+    medians, q99 {name: value}: median and 99th percentile over features of consistency metrics
+        (mean over seeds),
+    energy_by_position {positions, energy}: sum over features of the mean square, relative to that
+        from position 8 on, mean over seeds; empty where it was not measured,
     match {kind, groups [ids], weights [..], l0, words}: what it is compared with at its own L0;
         kind "single", "interpolated", "none" (words say why, with the nearest), "self" (baseline)
     deltas {name: {value, baseline, low, high, within_noise, reason}}: value minus that of the
@@ -68,15 +72,22 @@ from typing import Any, Self
 
 from tcsae.errors import UserError
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
-from tcsae.report.labels import interval_text, label, number
+from tcsae.report.labels import (
+    DEFAULT_WINDOW,
+    interval_text,
+    label,
+    local_names,
+    local_window,
+    number,
+    window_part,
+)
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, is_finished, read_run
 
 log = logging.getLogger(__name__)
 
 _HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
-_HEADLINE_MEMORY = ("rho_1", "tau_int", "omega_squared", "density")
-_DEFAULT_WINDOW = 8
+_HEADLINE_MEMORY = ("rho_1", "tau_int", "omega_squared", "edge_energy", "density")
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,8 @@ def compare_runs(
     metrics = _metrics(used)
     entries = Entries(groups, metrics, window)
     rows = [entries.group(group) for group in groups]
-    chosen = (*_HEADLINE, f"C_{window}", *_HEADLINE_MEMORY)
+    beside = local_names(local_window(metrics, window))
+    chosen = (*_HEADLINE, f"C_{window}", *beside, *_HEADLINE_MEMORY)
     return Comparison(
         runs=records,
         streams=[{"id": i, **stream[0].place} for i, stream in enumerate(streams)],
@@ -210,7 +222,7 @@ def _headline_window(groups: Sequence[Group]) -> int | None:
     measured = sorted(int(n[2:]) for n in set.intersection(*names) if n.startswith("C_"))
     trained = Counter(g.settings["window"] for g in groups if "window" in g.settings)
     wanted = [w for w, _ in sorted(trained.items(), key=lambda item: (-item[1], str(item[0])))]
-    known = [w for w in [*wanted, _DEFAULT_WINDOW] if w in measured]
+    known = [w for w in [*wanted, DEFAULT_WINDOW] if w in measured]
     return (known or measured or [None])[0]
 
 
@@ -218,7 +230,9 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
     """Every metric that has a value somewhere: core, then consistency, then analysis."""
     named = dict.fromkeys(name for run in runs for name in run.values)
     memory = [n for n in named if n not in (*CORE, *FROM_ANALYSIS, "autocorrelation")]
-    windows = sorted((n for n in memory if n.startswith("C_")), key=lambda n: int(n[2:]))
+    parts = [part for name in memory if (part := window_part(name)) is not None]
+    parts.sort(key=lambda part: (part.sparse, part.kind, part.window))
+    windows = [f"{p.kind}_{p.window}{'_sparse' if p.sparse else ''}" for p in parts]
     ordered = [*CORE, *windows, *(n for n in memory if n not in windows), *FROM_ANALYSIS]
 
     def has_value(name: str) -> bool:
@@ -268,6 +282,13 @@ def _notices(
         notices.append(
             "at matched density, intervals are over features; all others are over contexts (and "
             "seeds where there are several)"
+        )
+    older = [run.name for group in groups for run in group.runs if not run.paired_positions]
+    if older:
+        notices.append(
+            f"evaluated by an older version: {', '.join(older)}. Their omega² is too low for "
+            "features that last, and is not to be compared with that of other runs; document and "
+            "local part and the energy by position were not measured"
         )
     reasons = {e["reason"] for row in rows for e in row["metrics"].values() if e["low"] is None}
     if all(e["low"] is None for row in rows for e in row["metrics"].values()):

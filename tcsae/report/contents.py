@@ -16,7 +16,7 @@ import yaml
 
 from tcsae.config import LoadedConfig
 from tcsae.files import load_tensors
-from tcsae.report.labels import label
+from tcsae.report.labels import SINGLES, label, listed, local_names, local_window, window_part
 from tcsae.report.page import packed, rounded
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ MAX_ACTIVATIONS = 2_000_000
 MISSING = -32768
 
 _NUMBER_GROUPS = ("layer", "window", "lambda")
+OLDER = (
+    "Document and local part, nested shares and energy by position: evaluated by an older version. "
+    "Its omega² is too low for features that last (run its command again with rerun=true)"
+)
 NO_ANALYSIS = "not there: this run has no analysis/ folder"
 
 _COLUMNS = (
@@ -101,6 +105,25 @@ class Contents:
         return f"C_{max(fitting)}" if fitting else None
 
     @property
+    def local_window(self) -> int | None:
+        """The W of the L_W, D_W and L_W of sparse features to show; None if none was measured."""
+        metrics = self.summary["metrics"]
+        known = [n for n, entry in metrics.items() if entry["energy_weighted"] is not None]
+        part = window_part(self.window_metric or "")
+        return local_window(known, part.window if part else None)
+
+    @property
+    def memory_metrics(self) -> list[str]:
+        """C_W, L_W, D_W and L_W of sparse features, those there are."""
+        names = [self.window_metric, *local_names(self.local_window)]
+        return [name for name in names if name and name in self.summary["metrics"]]
+
+    @property
+    def singles(self) -> dict[str, dict[str, Any]]:
+        """Measured over all features at once: {value, interval, reason} by name."""
+        return {name: self.summary[name] for name in SINGLES if name in self.summary}
+
+    @property
     def live(self) -> np.ndarray:
         return self.values["density"] > 0
 
@@ -153,15 +176,21 @@ class Contents:
         found = [
             f"{label(n).name}: {self.core_reason(n)}" for n, v in self.core.items() if v is None
         ]
+        by_reason: dict[str, list[str]] = {}
         for name, entry in self.summary["metrics"].items():
-            if entry["reason"]:
+            if entry["reason"] and window_part(name) and not name.startswith("C_"):
+                by_reason.setdefault(entry["reason"], []).append(label(name).name)
+            elif entry["reason"] and not name.endswith("_sparse"):
                 found.append(f"{label(name).name}: {entry['reason']}")
+        found += [f"{listed(names)}: {reason}" for reason, names in by_reason.items()]
+        if "energy_by_position" not in self.summary:
+            found.append(OLDER)
         for window, reason in self.summary["windows_left_out"].items():
             found.append(f"{label(f'C_{window}').name}: {reason}")
         for part, entry in (
             ("Intervals of the consistency metrics", self.summary["interval_reason"]),
             ("Autocorrelation", self.summary["autocorrelation"]["reason"]),
-            ("Smoothness", self.summary["smoothness"]["reason"]),
+            *((label(name).name, entry["reason"]) for name, entry in self.singles.items()),
         ):
             if entry:
                 found.append(f"{part}: {entry}")
@@ -263,8 +292,7 @@ def _scalars(contents: Contents, ids: np.ndarray) -> dict[str, list[float | None
     of_run["max_decoder_cosine_sim"] = [row["max_decoder_cosine_sim"] for row in rows]
     if contents.analysis is not None:
         of_run["token_entropy"] = contents.analysis.specialization["features"]["token_entropy"]
-    first = [contents.window_metric] if contents.window_metric else []
-    names = [*first, *_COLUMNS]
+    names = [*contents.memory_metrics, *_COLUMNS]
     return {n: rounded(_chosen(list(of_run[n]), ids, None)) for n in names if n in of_run}
 
 

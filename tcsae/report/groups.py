@@ -237,7 +237,9 @@ class Entries:
             "seeds": [run.seed for run in group.runs if run.seed is not None],
             "runs": [run.name for run in group.runs],
             "metrics": {name: _entry(combine(name, [group.term()])) for name in self.metrics},
-            "medians": self._medians(group),
+            "medians": _seed_means(self.metrics, [run.medians for run in group.runs]),
+            "q99": _seed_means(self.metrics, [run.top for run in group.runs]),
+            "energy_by_position": _energy(group.runs),
             "match": match._asdict(),
             "deltas": self._deltas(group, compared),
             "density_matched": self._density_matched(group, compared),
@@ -270,15 +272,6 @@ class Entries:
             other = _difference(group, near[0])
             return match._replace(words=f"{match.words}; the one there is differs in {other}")
         return match
-
-    def _medians(self, group: Group) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
-        for name in self.metrics:
-            values = [run.medians.get(name) for run in group.runs]
-            known = [v for v in values if v is not None]
-            if len(known) == len(values):
-                found[name] = sum(known) / len(known)
-        return found
 
     def _deltas(self, group: Group, baseline: Sequence[Term]) -> dict[str, Any]:
         if not baseline:
@@ -401,3 +394,27 @@ def _profile(runs: Sequence[Run]) -> dict[str, Any]:
         curves.append((rate_TF / rate_TF.nanmean(0)).nanmean(1))
     rate = torch.stack(curves).mean(0)
     return {"positions": list(range(len(rate))), "rate": numbers(rate)}
+
+
+def _seed_means(
+    names: Sequence[str], by_run: Sequence[Mapping[str, float | None]]
+) -> dict[str, float | None]:
+    """Mean over seeds of what every seed has."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        values = [values.get(name) for values in by_run]
+        known = [v for v in values if v is not None]
+        if len(known) == len(values):
+            found[name] = sum(known) / len(known)
+    return found
+
+
+def _energy(runs: Sequence[Run]) -> dict[str, Any]:
+    """Energy by position relative to that from position 8 on, mean over seeds; empty if a seed
+    has none."""
+    curves = [run.energy_by_position for run in runs]
+    if not all(curves):
+        return {"positions": [], "energy": []}
+    nan = float("nan")
+    known = torch.tensor([[nan if v is None else v for v in c] for c in curves]).double()
+    return {"positions": list(range(known.shape[1])), "energy": numbers(known.mean(0))}

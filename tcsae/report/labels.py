@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Label(NamedTuple):
@@ -70,6 +71,15 @@ LABELS: dict[str, Label] = {
     "mean_activation": Label("Mean activation", "where the feature is on"),
     "amplitude_cv": Label("Amplitude CV", "standard deviation / mean, where the feature is on"),
     "smoothness": Label("Smoothness (T-SAE)", "depends on scale; for that paper's tables only"),
+    "smoothness_first_group": Label("Smoothness (T-SAE), first group", "of an SAE with groups"),
+    "smoothness_second_group": Label("Smoothness (T-SAE), the rest", "of an SAE with groups"),
+    "share_position": Label("Variance between positions", "share of the whole: omega²"),
+    "share_document": Label("Variance between documents", "share of the whole, positions alike"),
+    "share_window": Label("Variance between windows", "of one document; share of the whole"),
+    "share_flicker": Label("Variance within windows", "share of the whole: flicker"),
+    "edge_energy": Label(
+        "Edge energy", "activity squared at positions 1 to 7 over that of the rest; 1: alike"
+    ),
     "token_entropy": Label("Token entropy", "of the tokens a feature fires on, nats"),
     "log_density": Label("log10 density", "share of tokens on which a feature is on"),
     "c0": Label("Energy", "variance of a feature about its position means"),
@@ -87,6 +97,29 @@ LABELS: dict[str, Label] = {
     ),
 }
 
+DEFAULT_WINDOW = 8
+SPARSE_WORDS = "on at less than 10 % of the tokens"
+
+_WINDOW_PARTS = {
+    "C": (
+        "Window consistency",
+        "how far a feature keeps its value over {} tokens; 1: wholly, 0: chance",
+    ),
+    "D": ("Document part", "of it, what a feature keeps over the document, from lag 4 x {} on"),
+    "L": (
+        "Local consistency",
+        "what a feature keeps over {} tokens beyond what it keeps over the document",
+    ),
+}
+
+SINGLES = (
+    "edge_energy",
+    "smoothness",
+    "smoothness_first_group",
+    "smoothness_second_group",
+)
+"""Numbers of the consistency summary that are no mean over features."""
+
 HEADLINE = (
     "explained_variance",
     "l0",
@@ -99,11 +132,44 @@ HEADLINE = (
 
 
 def label(name: str) -> Label:
-    """Label of a metric, `C_W` included; an unknown name stands for itself."""
-    if name.startswith("C_") and name[2:].isdigit():
-        meaning = f"how far a feature keeps its value over {name[2:]} tokens; 1: wholly, 0: chance"
-        return Label(f"Window consistency {name}", meaning)
+    """Label of a metric, those of a window (`C_8`, `L_8_sparse`) included; an unknown name stands
+    for itself."""
+    if (part := window_part(name)) is not None:
+        said, meaning = _WINDOW_PARTS[part.kind]
+        found = Label(f"{said} {part.kind}_{part.window}", meaning.format(part.window))
+        if part.sparse:
+            return Label(f"{found.name}, sparse", f"{found.meaning}; of features {SPARSE_WORDS}")
+        return found
     return LABELS.get(name, Label(name, ""))
+
+
+class WindowPart(NamedTuple):
+    """What a metric's name says: "L_8_sparse" is ("L", 8, True)."""
+
+    kind: str
+    window: int
+    sparse: bool
+
+
+def window_part(name: str) -> WindowPart | None:
+    """The parts of the name of a window's metric, None for any other."""
+    found = re.fullmatch(r"([CDL])_(\d+)(_sparse)?", name)
+    return None if found is None else WindowPart(found[1], int(found[2]), found[3] is not None)
+
+
+def local_window(names: Iterable[str], wanted: int | None) -> int | None:
+    """The W of the L_W to show: the one wanted, else 8 or the largest below it, else the smallest;
+    None if there is none among the names."""
+    parts = map(window_part, names)
+    known = sorted({p.window for p in parts if p and p.kind == "L" and not p.sparse})
+    if wanted in known:
+        return wanted
+    return max([w for w in known if w <= DEFAULT_WINDOW] or known[:1], default=None)
+
+
+def local_names(window: int | None) -> list[str]:
+    """The metrics of a window that stand beside its C_W; none without a window."""
+    return [] if window is None else [f"L_{window}", f"D_{window}", f"L_{window}_sparse"]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -129,6 +195,23 @@ def interval_text(interval: Sequence[float | None] | None) -> str:
     if not interval or interval[0] is None or interval[1] is None:
         return ""
     return f"[{number(interval[0])}, {number(interval[1])}]"
+
+
+SPREAD = {"median": "medians", "q99": "q99"}
+"""What `spread_text` needs, and where a comparison's group has it."""
+
+
+def spread_text(entry: Mapping[str, Any]) -> str:
+    """Whether a mean is that of many features or of a few; empty where it was not measured.
+
+    Args:
+        entry: of a summary's `metrics`.
+    """
+    if entry.get("q99") is None or entry.get("median") is None:
+        return ""
+    return (
+        f"over features: median {number(entry['median'])}, 99th percentile {number(entry['q99'])}"
+    )
 
 
 def decimals(low: float | None, high: float | None) -> int:

@@ -14,13 +14,17 @@ from tcsae.files import write_text
 from tcsae.report import norm_limits
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.labels import (
+    SPREAD,
     decimals,
     difference_text,
     interval_text,
     label,
     listed,
     number,
+    spread_text,
+    window_part,
 )
+from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
 
 if TYPE_CHECKING:
@@ -136,7 +140,7 @@ def _consistency(contents: Contents) -> list[str]:
         f"Over the {summary['n_live']:,} live features of {summary['n_features']:,}. The weighted "
         "mean weighs a feature by its variance about its position means."
     )
-    rows = [("metric", "weighted mean", "interval", "median", "interval", "meaning")]
+    rows = [("metric", "weighted mean", "interval", "median", "interval", "99 %", "meaning")]
     for name, entry in summary["metrics"].items():
         if not entry["n"]:
             continue
@@ -147,10 +151,12 @@ def _consistency(contents: Contents) -> list[str]:
                 interval_text(entry["energy_weighted_interval"]),
                 number(entry["median"]),
                 interval_text(entry["median_interval"]),
+                number(entry.get("q99")),
                 label(name).meaning,
             )
         )
     lines = [*_heading("Consistency"), *_paragraph(said), "", *_columns(rows)]
+    lines += _where(contents)
     curve = summary["autocorrelation"]
     known = [k for k in _LAGS if k < len(curve["rho"]) and curve["rho"][k] is not None]
     if known:
@@ -159,15 +165,31 @@ def _consistency(contents: Contents) -> list[str]:
             for k in known
         ]
         lines += ["", "Energy-weighted autocorrelation:", *_columns([("lag", "rho", ""), *pairs])]
-    smooth = summary["smoothness"]
-    if smooth["value"] is not None:
-        band = interval_text(smooth["interval"])
-        lines += [
-            "",
-            f"{label('smoothness').name}: {number(smooth['value'])} {band} "
-            f"({label('smoothness').meaning})",
-        ]
-    return lines
+    singles = [
+        f"{label(name).name}: {number(entry['value'])} {interval_text(entry['interval'])} "
+        f"({label(name).meaning})"
+        for name, entry in contents.singles.items()
+        if entry["value"] is not None
+    ]
+    return [*lines, "", *singles] if singles else lines
+
+
+def _where(contents: Contents) -> list[str]:
+    """In which features the consistency sits, and in what part of the variance."""
+    metrics = contents.summary["metrics"]
+    said = []
+    for name in contents.memory_metrics:
+        if spread := spread_text(metrics[name]):
+            weighted = number(metrics[name]["energy_weighted"])
+            said.append(f"{label(name).name}: weighted mean {weighted}; {spread}.")
+    shares = [(n, metrics[n]["energy_weighted"]) for n in SHARES if n in metrics]
+    if shares and all(value is not None for _, value in shares):
+        parts = listed(
+            [f"{label(n).name.removeprefix('Variance ')} {number(v)}" for n, v in shares]
+        )
+        window = contents.summary["shares_window"]
+        said.append(f"The variance of features lies {parts} (windows of {window} tokens).")
+    return ["", *(line for text in said for line in _paragraph(text, "- "))] if said else []
 
 
 def _analysis_lines(contents: Contents) -> list[str]:
@@ -298,8 +320,16 @@ def _all_metrics(groups: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
                     interval_text((entry["low"], entry["high"])) or f"({entry['reason']})",
                 )
             )
-        lines += ["", group["label"], *_columns(rows)]
+        lines += ["", group["label"], *_columns(rows), *_spreads(group, content)]
     return lines
+
+
+def _spreads(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the headline's means of windows are those of many features or of a few."""
+    for name in filter(window_part, content["headline"]):
+        spread = {key: group.get(source, {}).get(name) for key, source in SPREAD.items()}
+        if text := spread_text(spread):
+            yield f"  {label(name).name}, {text}"
 
 
 def _group_verdict(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[str]:

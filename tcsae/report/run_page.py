@@ -13,7 +13,15 @@ import numpy as np
 
 from tcsae.report import norm_limits, plots
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
-from tcsae.report.labels import HEADLINE, interval_text, label, number
+from tcsae.report.labels import (
+    HEADLINE,
+    interval_text,
+    label,
+    number,
+    spread_text,
+    window_part,
+)
+from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve
@@ -69,6 +77,7 @@ def run_figures(contents: Contents) -> dict[str, Figure]:
     if any(value is not None for value in curve["rho"]):
         line = Curve("rho", curve["lags"], curve["rho"], curve["low"], curve["high"])
         figures["autocorrelation"] = plots.autocorrelation([line])
+    figures |= memory_figures(contents)
     if contents.live.any():
         figures |= _distribution_figures(contents) | _position_figures(contents)
     if contents.analysis is not None:
@@ -97,9 +106,8 @@ def _training_figures(lines: list[dict[str, Any]]) -> dict[str, Figure]:
 
 def _distribution_figures(contents: Contents) -> dict[str, Figure]:
     metrics = contents.summary["metrics"]
-    first = [contents.window_metric] if contents.window_metric else []
     figures = {}
-    for name in [*first, *_DISTRIBUTIONS]:
+    for name in _distributions(contents):
         if name not in contents.values:
             continue
         values = contents.values[name][contents.live].astype(float)
@@ -113,6 +121,12 @@ def _distribution_figures(contents: Contents) -> dict[str, Figure]:
             marks = {k: v and float(np.log10(v)) for k, v in marks.items()}
         figures[f"distribution-{name}"] = plots.histogram(values, title, marks)
     return figures
+
+
+def _distributions(contents: Contents) -> list[str]:
+    window = contents.local_window
+    local = [] if window is None else [f"L_{window}"]
+    return [name for name in (contents.window_metric, *local, *_DISTRIBUTIONS) if name]
 
 
 def _position_figures(contents: Contents) -> dict[str, Figure]:
@@ -219,7 +233,9 @@ def _context(contents: Contents) -> dict[str, Any]:
         },
         "consistency_rows": _consistency_rows(contents),
         "window_metric": contents.window_metric,
-        "distributions": [n for n in (contents.window_metric, *_DISTRIBUTIONS) if n],
+        "distributions": _distributions(contents),
+        "single_rows": _single_rows(contents),
+        "shares_window": contents.summary.get("shares_window"),
         "training": ["loss", *_TRAINING],
         "origin": origin(run),
         "analysis": _analysis_context(contents.analysis),
@@ -247,11 +263,15 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
     tiles[HEADLINE.index("frac_alive")]["meaning"] = (
         f"{n_live} of {n_features} fired at least once on held-out text"
     )
-    for name in filter(None, (contents.window_metric, "rho_1", "tau_int", "omega_squared")):
+    for name in (*contents.memory_metrics, "rho_1", "tau_int", "omega_squared"):
         if name in metrics:
             entry = metrics[name]
             value, band = entry["energy_weighted"], entry["energy_weighted_interval"]
             tiles.append(tile(name, value, band, entry["reason"] or ""))
+            if window_part(name) and (spread := spread_text(entry)):
+                tiles[-1]["meaning"] += f"; {spread}"
+    if (edge := contents.singles.get("edge_energy")) is not None:
+        tiles.append(tile("edge_energy", edge["value"], edge["interval"], edge["reason"] or ""))
     if contents.analysis is not None:
         redundancy = contents.analysis.redundancy
         for part, name in (("redundant", "redundant_share"), ("twins", "twinned_share")):
@@ -287,12 +307,25 @@ def _consistency_rows(contents: Contents) -> list[list[str]]:
                 numbers[1],
                 middle,
                 quartiles,
+                number(entry.get("q99")),
                 number(entry["mean"]),
                 f"{entry['n']:,}",
                 entry["reason"] or label(name).meaning,
             ]
         )
     return rows
+
+
+def _single_rows(contents: Contents) -> list[list[str]]:
+    return [
+        [
+            label(name).name,
+            number(entry["value"]),
+            interval_text(entry["interval"]),
+            entry["reason"] or label(name).meaning,
+        ]
+        for name, entry in contents.singles.items()
+    ]
 
 
 def _analysis_context(analysis: Analysis | None) -> dict[str, Any] | None:

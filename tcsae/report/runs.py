@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tcsae.config import Config, LoadedConfig, identity
 from tcsae.errors import UserError
 from tcsae.files import load_tensors, read_json
-from tcsae.report.labels import HEADLINE
+from tcsae.report.labels import HEADLINE, SINGLES
 from tcsae.report.paired import core_draws
 
 CORE = (
@@ -66,6 +66,12 @@ class Run:
     medians: dict[str, float | None]
     features: dict[str, Tensor]
     """[F] each: density, c0, rho_1, omega_squared and every C_W; profile_rate [T, F]."""
+    top: dict[str, float | None] = field(default_factory=dict)
+    """The 99th percentile over features of consistency metrics."""
+    energy_by_position: list[float | None] = field(default_factory=list)
+    """[T], relative to the mean from position 8 on; empty if it was not measured."""
+    paired_positions: bool = True
+    """omega_squared is from pairs of contexts; else it is too low for features that last."""
 
     @property
     def seed(self) -> int | None:
@@ -135,9 +141,11 @@ def _run_of(loaded: Any, folder: Path) -> Run:
     }
     values, reasons = _core_values(loaded.core)
     medians: dict[str, float | None] = {}
+    top: dict[str, float | None] = {}
     for name, entry in _consistency_entries(summary):
         values[name] = _number(entry["energy_weighted"])
         medians[name] = entry.get("median")
+        top[name] = entry.get("q99")
         if entry["reason"]:
             reasons[name] = entry["reason"]
     values["autocorrelation"] = torch.stack([_number(x) for x in summary["autocorrelation"]["rho"]])
@@ -160,6 +168,9 @@ def _run_of(loaded: Any, folder: Path) -> Run:
         interval_reason="" if suite else why,
         medians=medians,
         features=_features(folder),
+        top=top,
+        energy_by_position=summary.get("energy_by_position", []),
+        paired_positions="energy_by_position" in summary,
     )
 
 
@@ -176,8 +187,10 @@ def _core_values(core: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _consistency_entries(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from summary["metrics"].items()
-    smoothness = summary["smoothness"]
-    yield "smoothness", {"energy_weighted": smoothness["value"], "reason": smoothness["reason"]}
+    for name in SINGLES:
+        if name in summary:
+            entry = summary[name]
+            yield name, {"energy_weighted": entry["value"], "reason": entry["reason"]}
 
 
 def _analysis_values(folder: Path) -> dict[str, tuple[float | None, str | None]]:
@@ -198,8 +211,10 @@ def _suite_draws(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         return {}
     draws, _ = load_tensors(path, _ADVICE)
-    curves = ("autocorrelation", "smoothness")
-    return {k: (v if k in curves else v[:, 0]).double() for k, v in draws.items()}
+    return {
+        k: (v if v.ndim == 1 or k == "autocorrelation" else v[:, 0]).double()
+        for k, v in draws.items()
+    }
 
 
 def _features(folder: Path) -> dict[str, Tensor]:

@@ -32,10 +32,96 @@ def test_share_of_variance_agrees_with_sklearns_f_test(
     groups, n = len(position.unique()), len(position)
     between, within = torch.from_numpy(f_statistic) * (groups - 1), n - groups
     eta = between / (between + within)
-    omega = (between - (groups - 1)) / (between + within + 1)
     result = position_dependence(f, valid=valid)
     assert same(result.eta_squared, eta, 1e-6)
-    assert same(result.omega_squared, omega, 1e-6)
+
+
+def paired_share(f: Tensor, valid: Tensor, own: Tensor, mean: Tensor) -> Tensor:
+    """omega^2 about `mean` [F] by going through all pairs of contexts, but those of one `own` [N].
+
+    f [N, T, F], valid [N, T].
+    """
+    different = own[:, None] != own
+    g = torch.where(valid[..., None], f - mean, 0.0)
+    at_position = tokens = 0.0
+    for t in range(f.shape[1]):
+        counted = different & valid[:, t, None] & valid[:, t]
+        if counted.any():
+            products_F = torch.einsum("if,jf,ij->f", g[:, t], g[:, t], counted.double())
+            at_position = at_position + products_F / counted.sum() * valid[:, t].sum()
+            tokens += valid[:, t].sum()
+    sums_NF, n_N, pairs = g.sum(1), valid.sum(1).double(), different.double()
+    overall = torch.einsum("if,jf,ij->f", sums_NF, sums_NF, pairs) / (n_N @ pairs @ n_N)
+    between = at_position / tokens - overall
+    return between / (g.square().sum((0, 1)) / valid.sum() - overall)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), invalid=st.floats(0, 0.6), offset=st.sampled_from([0, 1e3]))
+def test_unbiased_share_agrees_with_going_through_all_pairs_of_contexts(
+    seed: int, invalid: float, offset: float
+) -> None:
+    g = seeded(seed)
+    f = synthetic.white_noise(7, 6, 3, generator=g) + synthetic.position_trend(7, 6, 3) + offset
+    f += synthetic.white_noise(7, 1, 3, generator=g)
+    valid = torch.rand(7, 6, generator=g) >= invalid
+    valid[:2, 0] = True
+    expected = paired_share(f, valid, torch.arange(7), f[valid].mean(0))
+    accumulator = PositionDependence(3, 6)
+    for part, mask in zip(f.split(2), valid.split(2), strict=True):
+        accumulator.update(part, valid=mask)
+    assert same(accumulator.compute().omega_squared, expected, 1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), invalid=st.floats(0, 0.5))
+def test_a_context_drawn_twice_never_meets_its_own_copy(seed: int, invalid: float) -> None:
+    g = seeded(seed)
+    f = synthetic.white_noise(6, 5, 2, generator=g) + synthetic.white_noise(6, 1, 2, generator=g)
+    valid = torch.rand(6, 5, generator=g) >= invalid
+    valid[:, 0] = True
+    weights = torch.tensor([2, 0, 1, 3, 0, 1])
+    accumulator = PositionDependence(2, 5, n_blocks=6)
+    accumulator.update(f, valid=valid)
+    drawn = accumulator.resample(weights[None].float())["omega_squared"][0].double()
+    own = torch.arange(6).repeat_interleave(weights)
+    expected = paired_share(f[own], valid[own], own, f[valid].mean(0))
+    assert torch.allclose(drawn, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_contexts", [16, 64, 256])
+def test_lasting_features_have_no_position_share_on_average(n_contexts: int) -> None:
+    """Hays' form was too low by D / N here: .037 at 16 contexts and D .6."""
+    g, n = seeded(n_contexts), 400
+    kinds = {
+        "constant in a context": 0.6**0.5 * synthetic.white_noise(n_contexts, 1, n, generator=g)
+        + 0.4**0.5 * synthetic.white_noise(n_contexts, 32, n, generator=g),
+        "AR(1)": synthetic.ar1(n_contexts, 32, n, 0.95, g),
+        "runs": synthetic.markov_runs(n_contexts, 32, n, 0.9, 0.9, g),
+    }
+    for name, f in kinds.items():
+        omega_F = position_dependence(f).omega_squared
+        error = omega_F.std() / n**0.5
+        assert abs(omega_F.mean()) < 4 * error + 1e-4, (name, float(omega_F.mean()))
+        assert error < 0.1 / n_contexts
+
+
+@pytest.mark.parametrize("n_contexts", [16, 64, 256])
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_a_known_trend_has_its_share_however_long_the_rest_lasts(
+    n_contexts: int, share: float
+) -> None:
+    g, n = seeded(n_contexts), 400
+    trend = synthetic.position_trend(1, 32, 1)
+    trend = (trend - trend.mean()) / trend.std(unbiased=False)
+    rest = 0.6**0.5 * synthetic.white_noise(n_contexts, 1, n, generator=g)
+    rest = rest + 0.4**0.5 * synthetic.white_noise(n_contexts, 32, n, generator=g)
+    f = share**0.5 * trend + (1 - share) ** 0.5 * rest
+    result = position_dependence(f)
+    # The ratio of the sums: a mean of ratios is a little off where v itself is noisy.
+    variance_F = f.var((0, 1))
+    found = (result.omega_squared * variance_F).sum() / variance_F.sum()
+    assert abs(found - share) < 0.02 * (16 / n_contexts) ** 0.5 * (0.2 + share)
 
 
 @settings(max_examples=30, deadline=None)
@@ -167,3 +253,37 @@ def test_sizes_that_do_not_fit_are_refused_in_words() -> None:
         PositionDependence(3, 8).update(torch.zeros(2, 8, 4))
     with pytest.raises(ValueError, match="different sizes"):
         PositionDependence(3, 8).merge(PositionDependence(3, 9))
+
+
+def test_energy_by_position_is_the_sum_over_features_of_the_mean_square() -> None:
+    g = seeded(8)
+    f = synthetic.token_local(40, 20, 3, 0.4, g)
+    f[:, 1:8] *= 2.0
+    _, valid = synthetic.random_masks(40, 20, g)
+    valid[:, 0] = False
+    accumulator = PositionDependence(3, 20, n_blocks=10)
+    for part, mask in zip(f.split(7), valid.split(7), strict=True):
+        accumulator.update(torch.where(mask[..., None], part, torch.nan), valid=mask)
+    energy_NT = f.square().sum(2) * valid
+    rest = energy_NT[:, 8:].sum() / valid[:, 8:].sum()
+    curve = accumulator.energy_by_position()
+    assert curve[0].isnan()
+    assert same(curve[1:], energy_NT.sum(0)[1:] / valid.sum(0)[1:] / rest)
+    edge = energy_NT[:, 1:8].sum() / valid[:, 1:8].sum() / rest
+    assert same(accumulator.edge_energy(), edge)
+    assert 3.0 < edge < 5.0
+    weights = torch.tensor([2.0, 0, 1, 3, 0, 1, 1, 1, 0, 1])
+    w_N1 = weights[torch.arange(40) % 10][:, None]
+    near = (w_N1 * energy_NT)[:, 1:8].sum() / (w_N1 * valid)[:, 1:8].sum()
+    far = (w_N1 * energy_NT)[:, 8:].sum() / (w_N1 * valid)[:, 8:].sum()
+    drawn = accumulator.resample_edge_energy(weights[None])
+    assert same(drawn[0].double(), near / far, 1e-5)
+
+
+def test_energy_at_the_edge_needs_tokens_on_both_sides() -> None:
+    short = PositionDependence(2, 6)
+    short.update(torch.rand(10, 6, 2, generator=seeded(9)))
+    assert short.edge_energy().isnan()
+    dead = PositionDependence(2, 20)
+    dead.update(torch.zeros(10, 20, 2))
+    assert dead.edge_energy().isnan() and dead.energy_by_position().isnan().all()

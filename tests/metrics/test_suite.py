@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tcsae.metrics.autocorrelation import autocorrelation, window_consistency
+from tcsae.metrics.document import LongLags, local_part, nested_shares
 from tcsae.metrics.position import position_dependence
 from tcsae.metrics.suite import ConsistencySuite
 from tests.metrics import synthetic
@@ -76,6 +77,12 @@ def test_intervals_hold_the_estimate_and_are_ordered() -> None:
     suite.update(mixed_features(200, seeded(3)), inputs=torch.rand(200, 32, 3))
     summary = in_json(suite.summary())
     for name, entry in summary["metrics"].items():
+        if name in ("D_8", "L_8"):
+            assert "3/4 of the context is 24" in entry["reason"]
+            continue
+        if name.endswith("sparse"):
+            assert "less than 10 %" in entry["reason"] or name == "L_8_sparse", name
+            continue
         low, high = entry["energy_weighted_interval"]
         assert low <= entry["energy_weighted"] <= high, name
         low, high = entry["median_interval"]
@@ -237,3 +244,91 @@ def test_contexts_too_short_for_any_lag_still_give_what_can_be_had() -> None:
     summary = in_json(suite.summary())
     assert summary["max_lag"] == 0 and summary["windows"] == []
     assert summary["metrics"]["persistence"]["median"] is not None
+
+
+def test_document_local_and_sparse_parts_are_made_of_the_functions_for_them() -> None:
+    g = seeded(13)
+    f = torch.cat(
+        [
+            mixed_features(64, g),
+            synthetic.markov_runs(64, 32, 2, 0.8, 0.99, g) * (1 + torch.rand(64, 1, 2)),
+        ],
+        2,
+    )
+    segments, valid = synthetic.random_masks(64, 32, g, boundary=0.02)
+    suite = ConsistencySuite(7, 32, windows=(2, 4), n_boot=100)
+    for part in (slice(0, 30), slice(30, 64)):
+        suite.update(f[part], segments=segments[part], valid=valid[part])
+    values, summary = suite.per_feature(), in_json(suite.summary())
+    long = LongLags(7, 32, [(8, 24), (16, 24)])
+    long.update(f, segments=segments, valid=valid)
+    document = long.compute()
+    for index, w in enumerate((2, 4)):
+        c, d = values[f"C_{w}"], values[f"D_{w}"]
+        assert torch.allclose(d, document[index], atol=1e-9, equal_nan=True)
+        assert torch.allclose(values[f"L_{w}"], local_part(c, d), equal_nan=True)
+    assert summary["shares_window"] == 4
+    shares = nested_shares(values["omega_squared"], values["D_4"], values["C_4"])
+    for name, value in shares.items():
+        assert torch.allclose(values[name], value, equal_nan=True)
+    total = sum(summary["metrics"][name]["energy_weighted"] for name in shares)
+    assert total == pytest.approx(1)
+    varies = values["c0"] > 0
+    e, c, d = (values[name][varies] for name in ("c0", "C_4", "D_4"))
+    entry = summary["metrics"]["L_4"]
+    assert entry["energy_weighted"] == pytest.approx(float((e @ (c - d)) / (e @ (1 - d))))
+    sparse = values["density"][varies] < 0.1
+    assert 0 < sparse.sum() < len(sparse)
+    entry = summary["metrics"]["L_4_sparse"]
+    e, c, d = e[sparse], c[sparse], d[sparse]
+    assert entry["energy_weighted"] == pytest.approx(float((e @ (c - d)) / (e @ (1 - d))))
+    assert summary["metrics"]["C_4_sparse"]["energy_weighted"] == pytest.approx(
+        float(e @ c / e.sum())
+    )
+    for name in ("D_2", "L_4", "L_4_sparse", "C_4_sparse", "share_window"):
+        low, high = summary["metrics"][name]["energy_weighted_interval"]
+        assert low < summary["metrics"][name]["energy_weighted"] < high, name
+
+
+def test_the_99th_percentile_is_in_every_entry() -> None:
+    suite = ConsistencySuite(200, 32, n_blocks=0, windows=(2,))
+    suite.update(synthetic.ar1(20, 32, 200, 0.8, seeded(14)))
+    entry = suite.summary()["metrics"]["C_2"]
+    assert entry["q99"] == pytest.approx(suite.per_feature()["C_2"].quantile(0.99).item())
+
+
+def test_energy_at_the_edge_has_an_interval_and_pairs() -> None:
+    f = synthetic.token_local(64, 32, 5, 0.3, seeded(15))
+    f[:, 1:8] *= 3.0
+    suites = [ConsistencySuite(5, 32, windows=(2,), n_boot=200) for _ in range(2)]
+    for suite, scale in zip(suites, (1.0, 2.0), strict=True):
+        suite.update(f * scale)
+    summary = in_json(suites[0].summary())
+    entry = summary["edge_energy"]
+    low, high = entry["interval"]
+    assert low < entry["value"] < high and 8.0 < entry["value"] < 10.0
+    assert summary["energy_by_position"][4] == pytest.approx(9.0, rel=0.2)
+    drawn = [suite.draws()["edge_energy"] for suite in suites]
+    assert torch.allclose(drawn[0], drawn[1]), "a matter of scale only, in every resample"
+    short = ConsistencySuite(5, 6, windows=(2,))
+    short.update(f[:, :6])
+    assert "position 8" in short.summary()["edge_energy"]["reason"]
+    assert "edge_energy" not in short.draws()
+
+
+def test_smoothness_of_the_first_group_and_the_rest() -> None:
+    g = seeded(16)
+    f, x = mixed_features(60, g), synthetic.white_noise(60, 32, 3, generator=g)
+    _, valid = synthetic.random_masks(60, 32, g)
+    suite = ConsistencySuite(5, 32, windows=(2,), n_boot=50, groups=[2, 1, 2])
+    suite.update(f, valid=valid, inputs=x)
+    summary = in_json(suite.summary())
+    parts = {"smoothness_first_group": slice(0, 2), "smoothness_second_group": slice(2, 5)}
+    for name, part in (parts | {"smoothness": slice(0, 5)}).items():
+        alone = ConsistencySuite(f[..., part].shape[2], 32, windows=(2,), n_boot=50)
+        alone.update(f[..., part], valid=valid, inputs=x)
+        assert summary[name]["value"] == pytest.approx(alone.summary()["smoothness"]["value"])
+        assert torch.allclose(suite.draws()[name], alone.draws()["smoothness"])
+    plain = ConsistencySuite(5, 32, windows=(2,), n_boot=50)
+    plain.update(f, valid=valid, inputs=x)
+    assert "smoothness_first_group" not in plain.summary()
