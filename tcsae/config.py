@@ -357,6 +357,8 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key in (("training", "target_l0"), ("training", "compile"), ("model", "untrained")):
         if part in content and not content[part][key]:
             del content[part][key]
+    if content["sae"].get("encoder_scale") == 1:
+        del content["sae"]["encoder_scale"]
     return content
 
 
