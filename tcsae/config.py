@@ -412,6 +412,8 @@ def identity(config: Measured) -> dict[str, Any]:
     ):
         if part in content and not content[part].get(key, True):
             del content[part][key]
+    if content["sae"].get("encoder_scale") == 1:
+        del content["sae"]["encoder_scale"]
     return content
 
 

@@ -164,6 +164,20 @@ def test_named_layers_are_where_they_say(layer: str | None, index: int) -> None:
     assert resolve_layer(layer, 30) == index
 
 
+def test_runs_from_before_the_start_of_the_encoder_was_a_key_keep_their_names() -> None:
+    tied = config("sae.encoder_scale=1.0")
+    old = tied.dump()
+    del old["sae"]["encoder_scale"]
+    assert parse(old).sae.encoder_scale == 1 and run_id(parse(old)) == run_id(tied)
+    assert run_id(config("sae.encoder_scale=0.5")) != run_id(tied)
+
+
+def test_what_was_run_at_other_rates_is_repeated_at_them() -> None:
+    for experiment, lr in (("study", 1e-3), ("prior_art", 1e-3), ("seed_baseline", 3e-4)):
+        cfg = config(f"+experiment={experiment}", "model=gemma")
+        assert (cfg.training.lr, cfg.sae.encoder_scale) == (lr, 1.0), experiment
+
+
 def test_identity_is_what_determines_the_result_and_nothing_else() -> None:
     base = run_id(config())
     for same in ("tracking=disabled", "store=stream", "name=mine", "rerun=true", "window=8"):

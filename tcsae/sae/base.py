@@ -38,6 +38,9 @@ class SAEConfig(StrictModel):
     """revival=auxk: dead features per token that rebuild the residual; None is d_in // 2."""
     auxk_coefficient: float = Field(default=1 / 32, ge=0)
     """revival=auxk: weight of the auxiliary loss."""
+    encoder_scale: float = Field(default=1.0, gt=0)
+    """The encoder starts as this times the decoder's transpose. 1 (tied) is what runs had before
+    there was such a key; conf/sae has what is better."""
 
     @property
     def group_sizes(self) -> list[int]:
@@ -49,8 +52,9 @@ class SparseAutoencoder(nn.Module, ABC):
     """f = act((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec.
 
     Parameters, float32: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in].
-    W_dec starts as random rows of norm 1, W_enc as its transpose (tied start: Gao et al. 2024,
-    arXiv 2406.04093, appendix A.1; Conerly et al. 2024, Anthropic's April update), biases as 0.
+    W_dec starts as random rows of norm 1, W_enc as `encoder_scale` times its transpose (tied start:
+    Gao et al. 2024, arXiv 2406.04093, appendix A.1; Conerly et al. 2024, Anthropic's April update),
+    biases as 0.
     The same generator state gives the same weights. `generator` lives on the CPU. W_enc lies in
     memory by feature, as W_dec does: its gradient comes so, and the product takes either.
     """
@@ -74,7 +78,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.d_in = d_in
         self.d_sae = cfg.d_sae
         rows = normalize(torch.randn(cfg.d_sae, d_in, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(rows.T.clone(memory_format=torch.preserve_format))
+        self.W_enc = nn.Parameter(rows.T * cfg.encoder_scale)
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.add_encoder_vectors()

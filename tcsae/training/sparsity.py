@@ -14,7 +14,10 @@ longer moves: with a coefficient configured far off, the rest can balance at an 
 limit, and only the integral gets it out. The gains are
 those of a learning rate of 1e-3, at which L0 answers after some 40 steps: a controller that asks
 for more in the meantime swings the coefficient by a factor of ten and ends wherever the run does.
-At a lower rate it answers more slowly, and the gains are higher by as much, within reason.
+At a lower rate it answers more slowly, and the gains are higher by as much, within reason. At a
+higher one they stay as they are: an L0 that answers sooner is no harder to steer, and with a third
+of the gains (at 3e-3) the integral, wound up on the way down, was not unwound when the run ended:
+4 to 8 % below the target, where these end within 3 %.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ INTEGRAL = 15.0
 """Over the whole run, for an error of 1."""
 HORIZON = 0.01
 OF_RATE, HIGHEST_SCALE = 1e-3, 8 / 3
-"""The learning rate that the three above are for, and how many times higher they may be."""
+"""The learning rate that the three above are for, and how many times higher they are at most."""
 REACHED = 0.3
 SMOOTHING = 0.8
 LARGEST_ERROR = 2.0
@@ -43,7 +46,7 @@ class L0Controller:
 
     def __init__(self, target: float, steps: int, device: str, lr: float = OF_RATE) -> None:
         self.target, self.steps = math.log(target), steps
-        self.scale = min(OF_RATE / lr, HIGHEST_SCALE)
+        self.scale = min(max(OF_RATE / lr, 1.0), HIGHEST_SCALE)
         nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
         self.state = {"first": nan, "log_l0": nan, "slope": zero, "integral": zero}
 

@@ -63,6 +63,7 @@ def test_the_registry_needs_no_torch() -> None:
         ({"d_sae": "24"}, "d_sae"),
         ({"revival": "prayer"}, "auxk"),
         ({"auxk_coefficient": float("nan")}, "auxk_coefficient"),
+        ({"encoder_scale": 0}, "encoder_scale"),
         ({"nosuch": 1}, "nosuch"),
         ({"architecture": "other"}, "architecture"),
     ],
@@ -83,6 +84,14 @@ def test_the_start_is_tied_unit_norm_and_decided_by_the_generator(name: str) -> 
     assert torch.equal(first.W_enc, first.W_dec.T) and first.W_enc.T.is_contiguous()
     assert first.W_enc.data_ptr() != first.W_dec.data_ptr()
     assert all(bias.abs().sum() == 0 for bias in (first.b_dec, *biases(first)))
+
+
+@every_architecture
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_the_encoder_starts_as_the_decoder_times_its_scale(name: str, scale: float) -> None:
+    sae = make(name, biased=False, encoder_scale=scale)
+    assert torch.equal(sae.W_enc, sae.W_dec.T * scale) and sae.W_enc.T.is_contiguous()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
 @every_variant

@@ -39,7 +39,7 @@ def follow(
     power=st.floats(0.5, 1.2),
     shift=st.floats(-1.5, 1.5),
     lag=st.floats(10, 40),
-    lr=st.sampled_from([1e-4, 3e-4, 1e-3]),
+    lr=st.sampled_from([1e-4, 3e-4, 1e-3, 3e-3, 6e-3]),
 )
 # Configured so far off that the proportional part balances at an error of .6 to .9, where an
 # integral that only small errors move never moves.
