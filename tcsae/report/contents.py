@@ -116,7 +116,7 @@ class Contents:
     def memory_metrics(self) -> list[str]:
         """C_W, L_W, D_W and L_W of sparse features, those there are."""
         names = [self.window_metric, *local_names(self.local_window)]
-        return [name for name in names if name in self.summary["metrics"]]
+        return [name for name in names if name and name in self.summary["metrics"]]
 
     @property
     def singles(self) -> dict[str, dict[str, Any]]:
