@@ -9,6 +9,7 @@ parameters of an SAE, K = evaluation.max_lag, G bootstrap blocks, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -311,18 +312,23 @@ def evaluate_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int)
     cfg, tokens = config.evaluation, n_contexts * z.T
     modelled = min(cfg.model_contexts, n_contexts) * z.T
     lags, curves = cfg.max_lag + 1, cfg.max_lag + 1 + 2 * z.T
+    bands = _bands(cfg.windows, z.T)
     works = [
         Work(
             "features",
-            float32_flops=4.0 * z.D * z.F * (tokens + z.F),
-            bytes=tokens * z.F * (730 + 38.0 * lags),
-            kernels=n_contexts / ENCODE_CONTEXTS * (220 + 8 * lags),
+            float32_flops=4.0 * z.D * z.F * (tokens + z.F) + 2.0 * tokens * z.F * bands * z.T,
+            bytes=tokens * z.F * (870 + 38.0 * lags + 30.0 * bands),
+            kernels=n_contexts / ENCODE_CONTEXTS * (280 + 8 * lags),
         ),
         Work(
             "bootstrap",
-            float32_flops=2.0 * cfg.bootstrap * G * curves * z.F,
-            bytes=z.F * (140.0 * cfg.bootstrap * curves + 50 * G * z.T * lags),
-            kernels=cfg.bootstrap * 65.0,
+            float32_flops=2.0 * G * z.F * (cfg.bootstrap * (curves + 2 * z.T) + bands * z.T**2),
+            bytes=z.F
+            * (
+                cfg.bootstrap * (140.0 * curves + 3500 + 400 * bands)
+                + G * z.T * (50 * lags + 75 + 20 * bands)
+            ),
+            kernels=500 + cfg.bootstrap * (70.0 + 6 * bands),
         ),
         *forward_stage(config, facts, z, modelled, None, "model"),
         Work(
@@ -354,16 +360,24 @@ def _analysis(config: Config, z: Sizes, tokens: int) -> Work:
     return Work("analysis", float32_flops=2.0 * tokens * z.D * z.F, host_seconds=seconds)
 
 
-def suite_bytes(z: Sizes, max_lag: int) -> float:
+def _bands(windows: Sequence[int], n_positions: int) -> int:
+    """Windows whose document part can be measured: lags from 4 W fit into 3/4 of a context."""
+    return sum(4 * w <= 3 * n_positions // 4 for w in windows)
+
+
+def suite_bytes(z: Sizes, max_lag: int, windows: Sequence[int]) -> float:
     """The sums that the consistency suite keeps, on the device."""
-    curves = 16.0 * z.T * (max_lag + 1) + 16 * z.T
-    return z.F * (curves + 4 * G * (z.T + max_lag + 1) + 8 * G * z.T + 80 * G)
+    bands = _bands(windows, z.T)
+    of_position = z.T * (24 + 12.0 * G)
+    of_lags = 16.0 * z.T * (max_lag + 1) + 4 * G * (z.T + max_lag + 1)
+    of_bands = 8 * (2 + bands) * z.T + 4 * G * (z.T + bands)
+    return z.F * (of_position + of_lags + of_bands + 80 * G) + 4 * G * bands * z.T**2
 
 
 def evaluate_workspace(config: Config, facts: ModelFacts, z: Sizes) -> float:
     """Device memory of the evaluation: the suite and its resamples, the logits, or the analysis."""
     cfg, batch = config.evaluation, ENCODE_CONTEXTS * z.T
-    suite = 1.6 * suite_bytes(z, cfg.max_lag) + 12 * batch * z.F
+    suite = 1.6 * suite_bytes(z, cfg.max_lag, cfg.windows) + 12 * batch * z.F
     logits = 3.0 * z.model_s * min(LOGITS, batch * facts.d_vocab)
     pairs = (cfg.redundancy_max_lag + 1) * z.F**2
     close = min(z.F, CLOSE_FEATURES)

@@ -183,8 +183,14 @@ def test_the_terminal_has_the_local_part_beside_the_window_consistency() -> None
     suite = ConsistencySuite(6, 64, n_boot=50, windows=(8,))
     suite.update(f, inputs=torch.rand(32, 64, 3, generator=generator))
     names = ("explained_variance", "l2_ratio", "l0", "frac_alive", "ce_loss_score", "kl_div_score")
-    groups = ("reconstruction_quality", "shrinkage", "sparsity", "misc_metrics")
-    groups += ("model_performance_preservation", "model_behavior_preservation")
+    groups = (
+        "reconstruction_quality",
+        "shrinkage",
+        "sparsity",
+        "misc_metrics",
+        "model_performance_preservation",
+        "model_behavior_preservation",
+    )
     core = {"eval_result_metrics": {group: dict.fromkeys(names, 0.5) for group in groups}}
     summary = suite.summary()
     found = Evaluation(core, {"summary": summary}, {}, {}, {})
