@@ -328,7 +328,7 @@ def evaluate_stage(config: Config, facts: ModelFacts, z: Sizes, n_contexts: int)
                 cfg.bootstrap * (140.0 * curves + 3500 + 400 * bands)
                 + G * z.T * (50 * lags + 75 + 20 * bands)
             ),
-            kernels=500 + cfg.bootstrap * (70.0 + 6 * bands),
+            kernels=500 + cfg.bootstrap * (70.0 + 18 * sum(w <= lags for w in cfg.windows)),
         ),
         *forward_stage(config, facts, z, modelled, None, "model"),
         Work(
