@@ -88,7 +88,9 @@ class Cut:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Cut:
+def undisturbed(
+    job: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Cut:
     """With no network: every socket but local ones is refused, and the attempt noted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "site").mkdir()

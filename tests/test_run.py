@@ -59,7 +59,9 @@ def config(tiny_gpt2: Path, texts: Path, store: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def finished(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A finished run, only to be looked at."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     outcome = run_here(*arguments(folder))

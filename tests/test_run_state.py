@@ -282,12 +282,8 @@ json_values = st.recursive(
 )
 
 
-@given(
-    content=json_values
-    | st.fixed_dictionaries(
-        {}, optional={k: json_values | st.just(v) for k, v in example().items()}
-    )
-)
+@given(content=json_values | st.fixed_dictionaries({}, optional={k: json_values | st.just(v)
+                                                                for k, v in example().items()}))
 def test_any_json_is_a_state_or_none(
     tmp_path_factory: pytest.TempPathFactory, content: Any
 ) -> None:

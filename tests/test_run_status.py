@@ -135,12 +135,8 @@ def test_a_damaged_state_leaves_what_the_other_files_say(tmp_path: Path) -> None
 
 
 def test_a_line_that_was_cut_short_leaves_the_one_before_it(tmp_path: Path) -> None:
-    write_metrics(
-        tmp_path,
-        {"step": 1, "loss/total": 9.0},
-        {"step": 2, "loss/total": 8.0},
-        '{"step": 3, "loss/to',
-    )
+    write_metrics(tmp_path, {"step": 1, "loss/total": 9.0}, {"step": 2, "loss/total": 8.0},
+                  '{"step": 3, "loss/to')
     assert run_status(tmp_path).loss == 8.0
 
 
@@ -214,7 +210,9 @@ def test_a_run_killed_elsewhere_is_only_silent(
     assert run_status(tmp_path, time.time() + SILENT_AFTER + 1).state == "silent"
 
 
-def test_a_lost_run_that_is_begun_again_runs(tmp_path: Path, worker: subprocess.Popen[str]) -> None:
+def test_a_lost_run_that_is_begun_again_runs(
+    tmp_path: Path, worker: subprocess.Popen[str]
+) -> None:
     worker.kill()
     worker.wait()
     StateFile(tmp_path).begin()

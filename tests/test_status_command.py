@@ -71,9 +71,8 @@ def test_a_terminal_is_drawn_again_until_the_run_has_ended(tmp_path: Path) -> No
 
 
 def test_colours_are_for_terminals_that_want_them(sweep: Path) -> None:
-    plain = subprocess.run(
-        [*COMMAND, str(sweep)], capture_output=True, text=True, env=environment(TERM="xterm")
-    )
+    plain = subprocess.run([*COMMAND, str(sweep)], capture_output=True, text=True,
+                           env=environment(TERM="xterm"))
     assert "\x1b" not in plain.stdout and "failed" in plain.stdout
     for env, is_coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         process, master = in_terminal(sweep, **env)
@@ -92,9 +91,8 @@ def test_the_command_ends_quietly_when_interrupted_or_no_longer_read(sweep: Path
     os.close(master)
     names = [f"window={n}" for n in range(5000)]  # more than a pipe holds
     write_sweep(sweep, names)
-    piped = subprocess.Popen(
-        [*COMMAND, str(sweep)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-    )
+    piped = subprocess.Popen([*COMMAND, str(sweep)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=environment())
     assert piped.stdout is not None and piped.stderr is not None
     piped.stdout.readline()
     piped.stdout.close()
@@ -103,12 +101,8 @@ def test_the_command_ends_quietly_when_interrupted_or_no_longer_read(sweep: Path
 
 def test_a_terminal_without_an_ellipsis_gets_another_character(tmp_path: Path) -> None:
     write_final(tmp_path / ("long-name-" * 12))
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment(PYTHONIOENCODING="ascii"),
-    )
+    done = subprocess.run([*COMMAND, str(tmp_path)], capture_output=True, text=True,
+                          env=environment(PYTHONIOENCODING="ascii"))
     assert done.returncode == 0 and "long-name-long" in done.stdout and "?" in done.stdout
 
 
@@ -117,16 +111,14 @@ def test_the_command_needs_none_of_the_heavy_libraries() -> None:
         "import sys, tcsae.status, tcsae.run_state\n"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'hydra', 'tqdm') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment()
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env=environment())
     assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_refusal_of_the_command_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path / "nowhere")], capture_output=True, text=True, env=environment()
-    )
+    done = subprocess.run([*COMMAND, str(tmp_path / "nowhere")], capture_output=True, text=True,
+                          env=environment())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"tcsae: {tmp_path / 'nowhere'} is not a folder\n"
 

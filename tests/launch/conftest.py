@@ -25,11 +25,9 @@ def slurm() -> Iterator[None]:
     """scripts/start-slurm.sh, and its end; one that ran before is left running."""
     if reason := _why_not():
         pytest.skip(f"NOT TESTED: the real Slurm ({reason})")
-    ran_before = (
-        subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0
-        if (shutil.which("scontrol"))
-        else False
-    )
+    ran_before = subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0 if (
+        shutil.which("scontrol")
+    ) else False
     if not ran_before:
         _script("start-slurm.sh")
     yield

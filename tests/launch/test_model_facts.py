@@ -35,7 +35,9 @@ def test_a_model_that_is_in_no_table_is_not_known() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "llama"])
-def test_a_folder_tells_the_shape_of_its_model(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_folder_tells_the_shape_of_its_model(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = request.getfixturevalue(f"tiny_{kind}")
@@ -69,7 +71,9 @@ def test_contexts_that_are_asked_for_are_taken_at_their_word(tiny_gpt2: Path, te
     assert text_contexts(config.dataset) == (7, 3)
 
 
-def test_all_contexts_of_a_text_are_guessed_from_its_size(tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_all_contexts_of_a_text_are_guessed_from_its_size(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
     texts = write_texts(tmp_path / "texts", documents=60, words=300)
     config = _config(tiny_gpt2, texts, dataset__n_contexts="null")
     guess = text_contexts(config.dataset)

@@ -248,11 +248,8 @@ def test_a_job_that_is_stopped_saves_and_goes_on_bit_for_bit(
     state = read_state(folders(sweep)["job"])
     assert state is not None and (state.state, state.attempt) == ("done", 2)
     log = (folders(sweep)["job"] / "train.log").read_text()
-    steps = [
-        int(line.split("at step ")[1].split()[0])
-        for line in log.splitlines()
-        if "resuming at step" in line
-    ]
+    steps = [int(line.split("at step ")[1].split()[0]) for line in log.splitlines()
+             if "resuming at step" in line]
     assert len(steps) == 1 and steps[0] % 500  # saved when the signal came, not at an interval
 
 
@@ -372,9 +369,6 @@ def test_packs_of_a_grid_run_on_gpus_and_harvest_once(grid: Grid, tmp_path: Path
     ).stdout
     assert "gres/gpu=1" in asked
     # Two processes at once: between them, every shard was made once.
-    made = sum(
-        int(line.split("harvest: ")[1].split()[0].replace(",", ""))
-        for line in logs.splitlines()
-        if "harvest: " in line and " tokens in " in line
-    )
+    made = sum(int(line.split("harvest: ")[1].split()[0].replace(",", ""))
+               for line in logs.splitlines() if "harvest: " in line and " tokens in " in line)
     assert made == 768

@@ -155,7 +155,9 @@ def test_a_step_in_sae_lens_is_a_step_here(name: str) -> None:
     torch.testing.assert_close(step.loss, sum(output.losses.values()))
     optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2)
     optimizer.step()
-    for (key, mine), theirs in zip(ours.named_parameters(), sae.ours.parameters(), strict=True):
+    for (key, mine), theirs in zip(
+        ours.named_parameters(), sae.ours.parameters(), strict=True
+    ):
         torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=1e-4, msg=key)
 
 
@@ -270,7 +272,9 @@ def test_sae_lens_is_imported_when_it_is_asked_for_and_its_absence_is_one_clear_
         "try:\n    register()\nexcept Exception as error:\n"
         "    print(type(error).__name__, error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("UserError sae-lens cannot be imported")
     assert "pip install" in done.stdout and len(done.stdout.splitlines()) == 1

@@ -106,7 +106,9 @@ def test_info_nce_is_the_mean_log_loss_of_both_directions(seed: int, n: int) -> 
 
 
 def test_documents_of_different_contexts_are_different() -> None:
-    places = Places.of(torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0, 0, 1], [0, 2, 2]]))
+    places = Places.of(
+        torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0, 0, 1], [0, 2, 2]])
+    )
     assert len(documents(places).unique()) == 4
 
 
@@ -140,7 +142,9 @@ def test_the_pair_loss_is_info_nce_of_the_first_groups_codes(pair_loss: str, pai
     sae = make("tsae", pair_loss=pair_loss, pairs=pairs, pair_coefficient=0.3, contrast_pairs=1000)
     output, places = pass_of(sae)
     # The same draws: the partners first, then the order of the pairs, which changes nothing.
-    drawn = draw_pairs(places._replace(generator=torch.Generator().manual_seed(0)), pairs)
+    drawn = draw_pairs(
+        places._replace(generator=torch.Generator().manual_seed(0)), pairs
+    )
     tokens = drawn.exists_N.nonzero()[:, 0]
     z = output.features.flatten(0, 1)[:, : sae.cfg.group_sizes[0]].double().detach()
     a, b = z[tokens], z[drawn.partner_N[tokens]]

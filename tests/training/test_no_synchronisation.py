@@ -205,7 +205,9 @@ def test_both_ways_end_with_the_same_weights(name: str, job: Callable[..., Confi
         # Adam makes a step of size lr of a gradient that is nothing but rounding.
         close = torch.isclose(found, wanted, rtol=1e-3, atol=1e-5)
         assert close.float().mean() > 0.98, parameter
-    for (buffer, found), wanted in zip(ours.sae.named_buffers(), theirs.sae.buffers(), strict=True):
+    for (buffer, found), wanted in zip(
+        ours.sae.named_buffers(), theirs.sae.buffers(), strict=True
+    ):
         torch.testing.assert_close(found, wanted, msg=buffer)
     assert torch.equal(ours.tokens_since_fired, theirs.tokens_since_fired)
 
