@@ -1,8 +1,8 @@
 """Temporal-consistency sparse autoencoders: train, measure, sweep.
 
-import tcsae
-run = tcsae.load_run("outputs/...")   # config, SAE and everything that was measured
-sae = tcsae.load_sae("outputs/...")   # raw activations in, features out
+    import tcsae
+    run = tcsae.load_run("outputs/...")   # config, SAE and everything that was measured
+    sae = tcsae.load_sae("outputs/...")   # raw activations in, features out
 """
 
 from __future__ import annotations

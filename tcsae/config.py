@@ -433,5 +433,6 @@ def run_name(config: Config | LoadedConfig) -> str:
         return f"{start}-loaded-{run_id(config)}"
     form = config.consistency.form + ("-shuffled" if config.consistency.shuffle_positions else "")
     return (
-        f"{start}-{form}-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
+        f"{start}-{form}"
+        f"-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
     )

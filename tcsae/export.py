@@ -91,7 +91,9 @@ def _built(run: Path, parent: Path, name: str, hub_name: str | None = None) -> I
             shutil.copyfile(run / _WEIGHTS, folder / _WEIGHTS)
         cfg = read_json(folder / "sae" / "cfg.json")
         write_text(folder / CARD, model_card(loaded, cfg, hub_name))
-        write_json(folder / MARK, {"tcsae": __version__, "run": loaded.final_info.get("unique_id")})
+        write_json(
+            folder / MARK, {"tcsae": __version__, "run": loaded.final_info.get("unique_id")}
+        )
         yield folder
     finally:
         shutil.rmtree(outer, ignore_errors=True)

@@ -120,4 +120,6 @@ def shown(jobs: Iterable[Item], total: int) -> Iterator[Item]:
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
-    return iter(tqdm(jobs, "check", total, unit=" jobs", leave=False, delay=2, disable=quiet))
+    return iter(
+        tqdm(jobs, "check", total, unit=" jobs", leave=False, delay=2, disable=quiet)
+    )

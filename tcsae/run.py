@@ -387,10 +387,8 @@ def _final_info(
         "seed": config.seed,
         "tokens": trained.tokens,
         "training_seconds": trained.seconds,
-        "tokens_per_second": trained.steps
-        * config.training.batch_contexts
-        * config.dataset.context_size
-        / trained.seconds,
+        "tokens_per_second": trained.steps * config.training.batch_contexts
+        * config.dataset.context_size / trained.seconds,
         **measured_info(config, stream, evaluation, wall_seconds),
     }
 

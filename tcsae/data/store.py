@@ -208,7 +208,9 @@ class ActivationStore:
                         made += self._harvest_shard(shard, wait, progress, stop)
         return made
 
-    def _harvest_shard(self, shard: int, wait: bool, progress: Progress, stop: StopRequest) -> int:
+    def _harvest_shard(
+        self, shard: int, wait: bool, progress: Progress, stop: StopRequest
+    ) -> int:
         path = self.shard_path(shard)
         lock_path = self.folder / "locks" / f"{shard:05d}.lock"
         with locked(lock_path, stop.check if wait else None) as lock:

@@ -40,7 +40,9 @@ class Stream:
         }
 
 
-def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None = None) -> Stream:
+def open_stream(
+    config: Measured, stop: StopRequest, model: LanguageModel | None = None
+) -> Stream:
     """Contexts packed, activations harvested (or streamed), masks and scale known.
 
     `model`: that of the config, where it is at hand already.

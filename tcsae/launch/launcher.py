@@ -135,7 +135,9 @@ class GridLauncher(Launcher):
             folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
             config = _named(config, name, Path(composed.hydra.sweep.dir).name)
             files = _hydra_files(composed, overrides)
-            jobs.append(GridJob(number, name, tuple(overrides), config, folder.absolute(), files))
+            jobs.append(
+                GridJob(number, name, tuple(overrides), config, folder.absolute(), files)
+            )
         return jobs
 
     def _returned(self, job: GridJob, value: Any, error: str | None) -> JobReturn:

@@ -59,7 +59,9 @@ def plan_lines(
         lines.append(f"{len(sent)} have been sent before and have not ended: they are waited for")
     n_left = sum(len(pack) for pack in packs)
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
-    lines.append(f"{n_left} to do in {_processes(packs)}, on {streams} of activations")
+    lines.append(
+        f"{n_left} to do in {_processes(packs)}, on {streams} of activations"
+    )
     if options.dry_run:
         where = {job.number: index for index, pack in enumerate(packs) for job in pack}
         for job in jobs:

@@ -55,11 +55,8 @@ def progress_mark(path: Path) -> tuple[int, ...]:
     pack = read_pack(path)
     names = ("sae/cfg.json", "eval/core.json", "analysis", "final_info.json")
     made = sum((job.folder / name).exists() for job in pack for name in names)
-    steps = [
-        int(file.stem.partition("-")[2])
-        for job in pack
-        for file in (job.folder / "checkpoint").glob("step-*.safetensors")
-    ]
+    steps = [int(file.stem.partition("-")[2]) for job in pack
+             for file in (job.folder / "checkpoint").glob("step-*.safetensors")]
     stores = {Path(job.config.store.dir).expanduser() for job in pack}
     shards = sum(1 for store in stores for _ in store.rglob("*.safetensors"))
     return made, sum(steps), shards

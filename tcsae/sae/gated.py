@@ -71,7 +71,9 @@ class GatedSAE(SparseAutoencoder):
         ).relu()
         features_NF = torch.where(gate_NF > 0, magnitude_NF, 0)
         decoded_by_gate_ND = gate_NF @ self.W_dec.detach()
-        return Codes(features_NF, features_NF @ self.W_dec, extra=(gate_NF, decoded_by_gate_ND))
+        return Codes(
+            features_NF, features_NF @ self.W_dec, extra=(gate_NF, decoded_by_gate_ND)
+        )
 
     def architecture_losses(
         self,

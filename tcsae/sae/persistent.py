@@ -56,7 +56,9 @@ class PersistentSAE(TopKSAE):
     def add_encoder_vectors(self) -> None:
         super().add_encoder_vectors()
         share = self.cfg.initial_retention / LONGEST
-        self.theta = torch.nn.Parameter(torch.full((self.d_sae,), math.log(share / (1 - share))))
+        self.theta = torch.nn.Parameter(
+            torch.full((self.d_sae,), math.log(share / (1 - share)))
+        )
 
     @property
     def retention(self) -> Tensor:

@@ -83,7 +83,9 @@ class TFASAE(TopKSAE):
     preactivation_units: ClassVar[tuple[str, ...]] = ()
     cfg: TFAConfig
 
-    def __init__(self, cfg: TFAConfig, d_in: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, cfg: TFAConfig, d_in: int, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__(cfg, d_in, generator)
         layer = _Attention(cfg.d_sae, cfg.n_heads, cfg.bottleneck_factor, generator)
         self.attn_layers = nn.ModuleList([layer])
@@ -98,7 +100,7 @@ class TFASAE(TopKSAE):
         SAELens divides it by 4 d_in; the rest of that is a power of two in its W_enc, so that no
         bit is lost between the two.
         """
-        return 2.0**self._exponent / (4 * self.d_in)
+        return 2.0 ** self._exponent / (4 * self.d_in)
 
     @property
     def _exponent(self) -> int:
