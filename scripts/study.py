@@ -75,7 +75,8 @@ def table_of(config: Mapping[str, Any]) -> str:
 
 def arm_of(differs: Mapping[str, Any]) -> tuple[str, str]:
     """(key, name) of a group of a comparison."""
-    architecture, form = differs["architecture"], differs["consistency"]
+    architecture = differs["architecture"]
+    form = differs["consistency"].removesuffix(" (first version)")  # all of this study is
     if architecture == "tsae":
         if differs.get("sae.shuffle_positions"):
             return "tsae-control", "Temporal SAE, any other token (control)"

@@ -70,6 +70,10 @@ class DatasetConfig(StrictModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
+"""The forms of the loss that see positions."""
+
+
 class ConsistencyConfig(StrictModel):
     """Which form of the temporal loss (docs/method.md)."""
 
@@ -92,6 +96,19 @@ class ConsistencyConfig(StrictModel):
         if self.scale_by_window and self.form != "batch_history":
             raise ValueError("scale_by_window belongs to form=batch_history alone")
         return self
+
+    @property
+    def label(self) -> str:
+        """The form and what is not as by default, in words."""
+        said = []
+        if self.form in ("scale_free", "slow") and self.variance_over == "positions":
+            said.append("first version" if not self.position_weight else "variance over positions")
+        usual = 1.0 if self.form == "scale_free" and "first version" not in said else 0.0
+        if self.form in TEMPORAL_FORMS and self.position_weight != usual:
+            said.append(f"position weight {self.position_weight:g}")
+        if self.features == "first_group" and self.form != "none":
+            said.append("first group")
+        return self.form + (f" ({', '.join(said)})" if said else "")
 
 
 class TrainingConfig(StrictModel):
@@ -307,7 +324,7 @@ class Config(Measured):
     @property
     def has_temporal_loss(self) -> bool:
         """Whether a loss on positions takes part in training."""
-        return self.lambda_ > 0 and self.consistency.form not in ("none", "batch_history")
+        return self.lambda_ > 0 and self.consistency.form in TEMPORAL_FORMS
 
     @property
     def steps(self) -> int:

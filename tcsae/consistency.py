@@ -44,8 +44,6 @@ from tcsae.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenal
 
 Window = int | str  # a number of positions, or "document"
 VarianceOver = Literal["windows", "positions"]
-TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
-"""Those that see positions."""
 
 
 class Laplacian(NamedTuple):

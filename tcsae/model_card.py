@@ -62,7 +62,7 @@ def _front_matter(run: LoadedRun) -> str:
 
 def _settings(run: LoadedRun, sae_cfg: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
     config = run.training_config
-    form = config.consistency.form + (
+    form = config.consistency.label + (
         ", positions shuffled (control)" if config.consistency.shuffle_positions else ""
     )
     metadata = sae_cfg.get("metadata", {})

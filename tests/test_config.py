@@ -23,6 +23,7 @@ from tcsae.config import (
     run_name,
 )
 from tcsae.errors import UserError
+from tcsae.report.runs import settings_of
 from tcsae.train import _sweep_name, conf_folder
 
 CONF = conf_folder()
@@ -246,3 +247,39 @@ def test_keys_without_a_meaning_do_not_name_a_run(overrides: list[str]) -> None:
 @pytest.mark.parametrize("key", ["position_weight=2", "variance_over=positions"])
 def test_another_loss_is_another_run(key: str) -> None:
     assert run_id(config(f"consistency.{key}")) != run_id(config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["consistency=scale_free"], "scale_free"),
+        (["consistency=slow"], "slow"),
+        (["consistency=none"], "none"),
+        (["consistency=first_group", "sae=matryoshka"], "scale_free (first group)"),
+        (["consistency.position_weight=0"], "scale_free (position weight 0)"),
+        (["consistency.variance_over=positions"], "scale_free (variance over positions)"),
+        (
+            ["consistency.variance_over=positions", "consistency.position_weight=0"],
+            "scale_free (first version)",
+        ),
+        (
+            ["consistency=window_variance", "consistency.position_weight=2"],
+            "window_variance (position weight 2)",
+        ),
+    ],
+)
+def test_the_label_of_a_loss_says_what_is_not_as_by_default(
+    overrides: list[str], label: str
+) -> None:
+    chosen = config(*overrides)
+    assert chosen.consistency.label == label
+    told = settings_of(chosen)["consistency"]
+    assert told == label
+    if label.startswith("scale_free"):
+        control = config(*overrides, "consistency.shuffle_positions=true")
+        assert settings_of(control)["consistency"] == label.replace("scale_free", "shuffled")
+
+
+def test_a_baseline_has_no_settings_of_a_loss() -> None:
+    by_form, by_weight = settings_of(config("consistency=none")), settings_of(config("lambda=0"))
+    assert by_form == by_weight

@@ -33,7 +33,7 @@ def origin(run: LoadedRun) -> Origin:
 
 
 def _trained(config: Config, info: dict[str, Any]) -> Origin:
-    form: str = config.consistency.form
+    form = config.consistency.label
     said = form
     if config.consistency.shuffle_positions:
         form += " (positions shuffled)"

@@ -257,18 +257,20 @@ def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
     if isinstance(config, LoadedConfig):
         del flat["window"]
         return flat | {LOADED: config.source.title}
-    form = flat.pop("consistency.form")
-    shuffled = flat.pop("consistency.shuffle_positions")
-    scaled = flat.pop("consistency.scale_by_window")
-    if form == "none" or config.lambda_ == 0:
+    scaled = flat["consistency.scale_by_window"]
+    for key in [key for key in flat if key.startswith("consistency.")]:
+        del flat[key]
+    consistency = config.consistency
+    if consistency.form == "none" or config.lambda_ == 0:
         for key in TEMPORAL_KEYS:
             flat.pop(key, None)
         return flat | {"consistency": "none", "lambda": 0.0}
-    if form == "slow":
+    if consistency.form == "slow":
         flat["window"] = 2  # neighbours, whatever the window is
-    name = form + (" / W" if scaled else "")
-    if shuffled:
-        name = "shuffled" if form == "scale_free" else f"shuffled {form}"
+    name = consistency.label + (" / W" if scaled else "")
+    if consistency.shuffle_positions:
+        is_usual = consistency.form == "scale_free"
+        name = name.replace("scale_free", "shuffled", 1) if is_usual else f"shuffled {name}"
     return flat | {"consistency": name}
 
 
