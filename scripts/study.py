@@ -4,9 +4,8 @@
     python scripts/study.py                  write tables, figures and page from its JSON files
 
 Writes results.json (every comparison), runs.jsonl (a line a run: settings and what was measured),
-tables.md (all arms, all measures), the figures, README.md from page.md.j2, and the finding in the
-README of the project from sentence.md.j2. No result is typed there: `value`, `change` and `matched`
-look them up in results.json, and the tests hold the pages to it.
+tables.md (all arms, all measures), the figures, and README.md from page.md.j2. No result is typed
+there: `value`, `change` and `matched` look them up in results.json, and the tests hold the page to it.
 
 Every arm is compared with the baselines of its own architecture and model at its own L0, the
 Temporal SAE with the Matryoshka SAE, the persistent SAE with topk.
@@ -28,8 +27,6 @@ from tcsae.report.runs import find_runs
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 RESULTS, RUNS, SEED = DOCS / "results.json", DOCS / "runs.jsonl", DOCS / "first_attempt.json"
 TEMPLATE, PAGE, TABLES = DOCS / "page.md.j2", DOCS / "README.md", DOCS / "tables.md"
-SENTENCE, README = DOCS / "sentence.md.j2", DOCS.parent.parent / "README.md"
-BEGIN, END = "<!-- study: begin -->\n", "<!-- study: end -->"
 MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2", "google/gemma-3-270m": "gemma3"}
 BASELINE_OF = {"temporal": "matryoshka", "persistent": "topk"}
 """Comparisons whose baseline has another architecture's name."""
@@ -320,9 +317,6 @@ def main() -> None:
     TABLES.write_text(tables(results), encoding="utf-8")
     write_figures(results, DOCS)
     PAGE.write_text(rendered(TEMPLATE, results, runs), encoding="utf-8")
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    said = rendered(SENTENCE, results, runs)
-    README.write_text(f"{before}{BEGIN}{said}{END}{rest.split(END)[1]}", encoding="utf-8")
     print(f"{len(runs)} runs, {len(results)} comparisons: {PAGE}, {', '.join(FIGURES)}")
 
 
