@@ -1,4 +1,4 @@
-"""docs/methods.md shows what scripts/compare_peers.py found; what that script does, on a tiny model."""
+"""docs/methods.md shows what its two scripts found; what these do, on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from helpers import REPOSITORY, small_config
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import compare_peers
+import learning_rates
 from compare_peers import ARMS, best_rate, key
 
 from tcsae.data.stream import open_stream
@@ -30,6 +31,36 @@ def a_run(arm: str = "ours", lr: float = 1e-3, seed: int = 0, **found: float) ->
 def test_the_page_is_what_the_comparison_found() -> None:
     page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
     assert compare_peers.page_block(FOUND) in page
+
+
+def test_the_page_has_the_rates_as_they_were_measured() -> None:
+    docs = REPOSITORY / "docs"
+    runs = json.loads((docs / "rates.json").read_text(encoding="utf-8"))
+    assert learning_rates.page_block(runs) in (docs / "methods.md").read_text(encoding="utf-8")
+
+
+def test_the_rates_of_one_kind_of_run_stand_in_one_line() -> None:
+    shared = {"sae": "topk", "encoder_scale": 0.1, "steps": 9, "tokens_per_step": 8, "seed": 0}
+    measured = {"explained_variance": 0.5, "l0": 32.0, "live": 1.0, "target_l0": None}
+    run = {**shared, **measured, "lr": 3e-3}
+    other = run | {"lr": 1e-3, "explained_variance": 0.25}
+    last = learning_rates.table([run, other, other | {"seed": 1}]).splitlines()[2:]
+    assert last == [
+        "| topk | 0.1 | 9 x 8 |  | 0 | 0.2500 / 32.0 / 1.000 | 0.5000 / 32.0 / 1.000 |",
+        "| topk | 0.1 | 9 x 8 |  | 1 | 0.2500 / 32.0 / 1.000 |  |",
+    ]
+
+
+@pytest.mark.parametrize("sae", ["persistent", "standard"])
+def test_a_job_is_measured_on_what_is_held_out(
+    sae: str, tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    config = small_config(tiny_gpt2, texts, sae=sae, store__dir=str(tmp_path), training__lr="1e-2")
+    stream = open_stream(config, StopRequest())
+    run = learning_rates.measured(config, stream)
+    assert run["explained_variance"] < 1 and run["l0"] > 0 and 0 < run["live"] <= 1
+    described = learning_rates.described(config, f"sae={sae} training.lr=1e-2")
+    assert (described["sae"], described["lr"], described["steps"]) == (sae, 1e-2, 12)
 
 
 def test_every_run_of_the_page_is_at_the_same_l0_and_none_is_there_twice() -> None:
