@@ -1,15 +1,16 @@
-"""Ours beside SAELens' own trainer: the same activations, order, steps and sparsity.
+"""Ours beside SAELens' and dictionary_learning's own trainers: the same batches, steps and L0.
 
-    python scripts/compare_peers.py --architectures topk gated [--tokens 1000000] [key=value ...]
+    pip install --no-deps dictionary-learning==0.1.0 einops
+    python scripts/compare_peers.py [--architectures topk] [--arms ours saelens] [key=value ...]
 
-Both trainers take the same batches (the valid tokens, scaled as ours), learning rates, warm-ups
-and precision, and start as each does by default. They take turns, so that their times compare. Each
-is then saved, loaded again (SAELens' by SAELens), and measured on the same held-out contexts:
-explained variance and L0, over valid tokens. Where a coefficient sets the L0, ours is trained again
-with others until it is near the peer's L0; where a threshold does, it is moved. What is compared is
-the explained variance at the peer's L0, interpolated linearly in log L0 between our nearest two.
-Writes a row an architecture to --out (JSON) and prints the table. Further arguments are overrides
-of conf/.
+Every arm is a trainer with its own start and its own losses, given the same batches (the valid
+tokens), steps, warm-up, decay and precision. Each is trained at every rate of --rates by the first
+seed, and at the best of them by the other seeds. Each SAE is then saved in its own format, loaded
+again and measured by one evaluator, ours, on the same held-out contexts, at the same L0: that of a
+TopK SAE is k, the thresholds of the others are multiplied by what makes it so (L0 before that is
+in the table). Every run goes into --out as it ends, and is not repeated: call it again, or twice at
+once with other --arms, for the rest. Then the table in --page is written. --page-only: from what
+--out has. Further arguments are overrides of conf/.
 """
 
 from __future__ import annotations
@@ -17,29 +18,45 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
+import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from pages import markdown_table
 from torch import Tensor
 
 from tcsae.config import Config, parse
+from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.store import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
+from tcsae.evaluation import on_the_model
+from tcsae.files import locked, read_json, write_json
 from tcsae.memory import keep_large_blocks
+from tcsae.metrics.core import ReconstructionMetrics
+from tcsae.run_folder import load_sae
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.statistics import geometric_median
 from tcsae.signals import StopRequest
 from tcsae.train import conf_folder, numbers
 from tcsae.training.member import Member
 
-ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")
-COEFFICIENT = {
-    "standard": "l1_coefficient",
-    "gated": "l1_coefficient",
-    "jumprelu": "l0_coefficient",
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
+L0 = 32
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu")
+ARMS = {
+    "ours": "ours",
+    "saelens": "SAELens as it starts (b_dec 0)",
+    "saelens_b_dec": "SAELens with our start of b_dec",
+    "dl_1": "dictionary_learning, inputs of norm 1",
+    "dl_sqrt": "dictionary_learning, inputs of norm sqrt(d_in)",
 }
 PEER_CLASSES = {
     "standard": "StandardTrainingSAE",
@@ -49,16 +66,9 @@ PEER_CLASSES = {
     "gated": "GatedTrainingSAE",
     "matryoshka": "MatryoshkaBatchTopKTrainingSAE",
 }
-TURN = 10  # steps before the other trainer goes on
-
-
-class Measured(NamedTuple):
-    """Of one trained SAE, on the held-out contexts."""
-
-    explained_variance: float
-    l0: float
-    dead_share: float
-    """Features that fire at no held-out token."""
+Run = dict[str, Any]
+Job = tuple[str, str, float, int]
+"""Architecture, arm, learning rate, seed."""
 
 
 def composed(overrides: list[str]) -> Config:
@@ -71,10 +81,14 @@ def composed(overrides: list[str]) -> Config:
     return parse(container)  # type: ignore[arg-type]
 
 
+def in_bfloat16(config: Config) -> bool:
+    wanted = config.training.precision
+    return bfloat16_is_native("cpu") if wanted == "auto" else wanted == "bfloat16"
+
+
 def new_member(config: Config, stream: Stream) -> Member:
-    bfloat16 = config.training.precision == "bfloat16"
     calibration = stream.train.calibration
-    return Member(config, stream.model.d_in, calibration, "cpu", bfloat16)
+    return Member(config, stream.model.d_in, calibration, "cpu", in_bfloat16(config))
 
 
 def batches(config: Config, stream: Stream) -> Iterator[Any]:
@@ -84,7 +98,7 @@ def batches(config: Config, stream: Stream) -> Iterator[Any]:
         yield stream.train.batch(indices)
 
 
-# ------------------------------------------------------------------------------ the peer
+# ------------------------------------------------------------------------------ SAELens
 
 
 def peer_sae(config: Config, d_in: int, steps: int, options: dict[str, Any]) -> Any:
@@ -102,14 +116,6 @@ def peer_sae(config: Config, d_in: int, steps: int, options: dict[str, Any]) -> 
             "l0_warm_up_steps": warm_up,
             "jumprelu_sparsity_loss_mode": cfg.penalty,
         }
-        if cfg.penalty == "tanh":
-            chosen |= {
-                "jumprelu_tanh_scale": cfg.tanh_scale / root,
-                "jumprelu_bandwidth": cfg.bandwidth * root,
-                "jumprelu_init_threshold": cfg.initial_threshold * root,
-                "pre_act_loss_coefficient": cfg.preact_coefficient * root,
-                "jumprelu_ste_to_input": True,
-            }
     else:
         chosen = {"k": cfg.k}
     if cfg.architecture == "matryoshka":
@@ -133,7 +139,7 @@ def peer_trainer(config: Config, d_in: int, lr: float, options: dict[str, Any]) 
         lr_decay_steps=round(training.lr_decay * steps),
         adam_beta1=training.adam_betas[0],
         adam_beta2=training.adam_betas[1],
-        autocast=training.precision == "bfloat16",
+        autocast=in_bfloat16(config),
         dead_feature_window=math.ceil(config.sae.dead_after_tokens / per_step),
         logger=LoggingConfig(log_to_wandb=False),
     )
@@ -141,210 +147,336 @@ def peer_trainer(config: Config, d_in: int, lr: float, options: dict[str, Any]) 
     return SAETrainer(cfg, peer_sae(config, d_in, steps, options), data_provider=iter(()))
 
 
-def peer_inference(trainer: Any) -> Any:
-    from sae_lens import SAE
+def saelens(config: Config, stream: Stream, folder: Path, with_b_dec: bool) -> float:
+    """Trained and saved into `folder`; returns what its inputs were multiplied by."""
+    calibration, d_in = stream.train.calibration, stream.model.d_in
+    scale = math.sqrt(d_in) / calibration.median_norm
+    trainer = peer_trainer(config, d_in, config.training.lr, {})
+    if with_b_dec:
+        trainer.sae.b_dec.data.copy_(geometric_median(calibration.sample * scale))
+    for batch in batches(config, stream):
+        trainer.step(batch.x[batch.valid].float() * scale)
+        trainer.n_training_steps += 1
+    trainer.sae.save_inference_model(str(folder))
+    return scale
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder)
+
+# ------------------------------------------------------------------------------ dictionary_learning
+
+
+def without_nnsight() -> None:
+    """Its package imports nnsight for buffers that nothing here uses; a stand-in is enough."""
+    try:
+        import nnsight  # noqa: F401
+    except ImportError:
+        stand_in = types.ModuleType("nnsight")
+        stand_in.LanguageModel = None  # type: ignore[attr-defined]
+        sys.modules["nnsight"] = stand_in
+
+
+def dl_trainer(config: Config, d_in: int) -> Any:
+    without_nnsight()
+    from dictionary_learning.trainers import BatchTopKTrainer, JumpReluTrainer, TopKTrainer
+
+    cfg, training, steps = config.sae, config.training, config.steps
+    own: dict[str, tuple[Any, dict[str, Any]]] = {
+        # Its thresholds are averaged from here on; at their default no step of a short run counts.
+        "topk": (TopKTrainer, {"k": L0, "threshold_start_step": steps // 2}),
+        "batchtopk": (BatchTopKTrainer, {"k": L0, "threshold_start_step": steps // 2}),
+        "jumprelu": (
+            JumpReluTrainer,
+            {
+                "target_l0": float(L0),
+                "sparsity_warmup_steps": round(training.sparsity_warmup * steps),
+            },
+        ),
+    }
+    kind, options = own[cfg.architecture]
+    return kind(
+        steps=steps,
+        activation_dim=d_in,
+        dict_size=cfg.d_sae,
+        layer=0,
+        lm_name="none",
+        lr=training.lr,
+        warmup_steps=round(training.lr_warmup * steps),
+        decay_start=steps - round(training.lr_decay * steps),
+        seed=config.seed,
+        device="cpu",
+        **options,
+    )
+
+
+def dictionary_learning(config: Config, stream: Stream, folder: Path, norm: float) -> float:
+    """As `saelens`, on inputs of median norm `norm`."""
+    scale = norm / stream.train.calibration.median_norm
+    torch.manual_seed(config.seed)
+    trainer = dl_trainer(config, stream.model.d_in)
+    bfloat16 = in_bfloat16(config)
+    for step, batch in enumerate(batches(config, stream)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            trainer.update(step, batch.x[batch.valid].float() * scale)
+    torch.save(trainer.ae.state_dict(), folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer.config}, default=str))
+    return scale
 
 
 # ------------------------------------------------------------------------------ the comparison
 
 
-@torch.no_grad()
-def measure(encode: Callable[[Tensor], Tensor], decode: Any, stream: Stream) -> Measured:
-    """On raw held-out activations; `encode` and `decode` take and give them."""
-    tokens = torch.cat([b.x[b.valid].float() for b in stream.evaluation.in_order(32)])
-    variance = (tokens - tokens.mean(0)).square().sum()
-    error, fired, firings = 0.0, torch.zeros((), dtype=torch.bool), 0
-    for x_ND in tokens.split(4096):
-        features_NF = encode(x_ND)
-        error += (decode(features_NF) - x_ND).square().sum().item()
-        on_NF = features_NF > 0
-        firings += int(on_NF.sum())
-        fired = fired | on_NF.any(0)
-    dead = 1 - fired.float().mean().item()
-    return Measured(1 - error / variance.item(), firings / len(tokens), dead)
-
-
-def measure_ours(sae: SparseAutoencoder, stream: Stream) -> Measured:
-    return measure(sae.encode, sae.decode, stream)
-
-
-def side_by_side(
-    config: Config, stream: Stream, peer_lr: float, options: dict[str, Any]
-) -> tuple[Member, Any, dict[str, float]]:
-    """Both trained to the end, and the milliseconds a step of each."""
-    member = new_member(config, stream)
-    trainer = peer_trainer(config, stream.model.d_in, peer_lr, options)
-    seconds = {"ours": 0.0, "peer": 0.0}
-    turn: list[Any] = []
-
-    def take_turns() -> None:
-        started = time.perf_counter()
-        for batch in turn:
-            member.train_step(batch, batch.x.float() * member.scale, log=False)
-        between = time.perf_counter()
-        for batch in turn:
-            trainer.step(batch.x[batch.valid].float() * member.scale)
-            trainer.n_training_steps += 1
-        seconds["ours"] += between - started
-        seconds["peer"] += time.perf_counter() - between
-        turn.clear()
-
-    for batch in batches(config, stream):
-        turn.append(batch)
-        if len(turn) == TURN:
-            take_turns()
-    take_turns()
-    return member, trainer, {k: 1000 * v / config.steps for k, v in seconds.items()}
-
-
-def train_ours(config: Config, stream: Stream) -> SparseAutoencoder:
+def ours(config: Config, stream: Stream) -> SparseAutoencoder:
     member = new_member(config, stream)
     for batch in batches(config, stream):
         member.train_step(batch, batch.x.float() * member.scale, log=False)
     return member.finished_sae()
 
 
-def at_other_thresholds(sae: Any, stream: Stream, l0: float) -> list[Measured]:
-    """`sae` with its threshold moved until its L0 is near the wanted one."""
-    found, factor = [], 1.0
-    first = sae.threshold.clone()
-    for _ in range(4):
-        sae.threshold.copy_(first * factor)
-        found.append(measure_ours(sae, stream))
-        factor *= (found[-1].l0 / l0) ** 0.4
-    return found
+def trained(arm: str, config: Config, stream: Stream) -> SparseAutoencoder:
+    """On raw activations."""
+    if arm == "ours":
+        return ours(config, stream)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arm.startswith("saelens"):
+            scale = saelens(config, stream, folder, arm == "saelens_b_dec")
+        else:
+            norm = 1.0 if arm == "dl_1" else math.sqrt(stream.model.d_in)
+            scale = dictionary_learning(config, stream, folder, norm)
+        sae = load_sae(folder)
+    sae.fold_input_scale(scale)
+    return sae
 
 
-def at_other_coefficients(
-    config: Config, first: Measured, stream: Stream, l0: float, tries: int
-) -> list[Measured]:
-    """Trained again with other coefficients, `tries` times at most, towards the wanted L0."""
-    name = COEFFICIENT[config.sae.architecture]
-    tried = [(math.log(getattr(config.sae, name)), first)]
-    for _ in range(tries):
-        if abs(math.log(tried[-1][1].l0 / l0)) < 0.02:
-            break
-        slope = -1.0
-        if len(tried) > 1:
-            (c0, m0), (c1, m1) = tried[-2:]
-            slope = min(math.log(m1.l0 / m0.l0) / (c1 - c0), -0.3)
-        last, measured = tried[-1]
-        coefficient = last + math.log(l0 / measured.l0) / slope
-        changed = config.sae.model_copy(update={name: math.exp(coefficient)})
-        sae = train_ours(config.model_copy(update={"sae": changed}), stream)
-        tried.append((coefficient, measure_ours(sae, stream)))
-        print(f"  {name} {math.exp(coefficient):.4g}: {tried[-1][1]}", flush=True)
-    return [measured for _, measured in tried]
+def multiplied(sae: Any, factor: float) -> None:
+    """Its thresholds times `factor`."""
+    (sae.scaled_threshold if hasattr(sae, "scaled_threshold") else sae.threshold).mul_(factor)
 
 
-def interpolated(measured: list[Measured], l0: float) -> float | None:
-    """Explained variance at `l0`, linear in log L0 between the nearest two on either side.
+@torch.no_grad()
+def move_thresholds(sae: Any, x_ND: Tensor, l0: float) -> float:
+    """To where `l0` features fire on a token of `x_ND`, on average; returns the L0 before."""
+    pre_NF = torch.cat([sae.pre_activations(x - sae.b_dec) for x in x_ND.split(4096)])
+    if not bool(sae.threshold.any()):
+        raise SystemExit("all thresholds are 0: no factor changes how many features fire")
 
-    The nearest one alone where it is within 2 %; None where all are on one side of `l0`.
-    """
-    distance = {m: math.log(m.l0 / l0) for m in measured}
-    below = [m for m in measured if distance[m] <= 0]
-    above = [m for m in measured if distance[m] > 0]
-    if not below or not above:
-        nearest = min(measured, key=lambda m: abs(distance[m]))
-        return nearest.explained_variance if abs(distance[nearest]) < 0.02 else None
-    a, b = max(below, key=distance.__getitem__), min(above, key=distance.__getitem__)
-    share = -distance[a] / (distance[b] - distance[a])
-    return a.explained_variance + share * (b.explained_variance - a.explained_variance)
+    def found(factor: float) -> float:
+        return int((pre_NF > sae.threshold * factor).sum()) / len(pre_NF)
+
+    before, low, high = found(1.0), 1e-3, 1e3
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if found(middle) > l0 else (low, middle)
+    multiplied(sae, high)
+    return before
 
 
-def compare(
-    config: Config, stream: Stream, peer_lr: float, options: dict[str, Any], tries: int
-) -> dict[str, Any]:
-    member, trainer, milliseconds = side_by_side(config, stream, peer_lr, options)
-    theirs, scale = peer_inference(trainer), member.scale
-    peer = measure(lambda x: theirs.encode(x * scale), lambda f: theirs.decode(f) / scale, stream)
-    sae = member.finished_sae()
-    ours = measure_ours(sae, stream)
-    print(f"{config.sae.architecture}: peer {peer}\n  ours {ours}", flush=True)
-    measured = [ours]
-    if config.sae.architecture in COEFFICIENT:
-        measured = at_other_coefficients(config, ours, stream, peer.l0, tries)
-    elif config.sae.architecture != "topk":
-        measured = [ours, *at_other_thresholds(sae, stream, peer.l0)]
-    matched = interpolated(measured, peer.l0)
+@torch.no_grad()
+def measured(sae: SparseAutoencoder, config: Config, stream: Stream) -> Run:
+    """At L0, on all held-out contexts; cross-entropy on evaluation.model_contexts of them."""
+    tokens = torch.cat([b.x[b.valid].float() for b in stream.evaluation.in_order(32)])
+    before = move_thresholds(sae, tokens, L0) if hasattr(sae, "threshold") else float(L0)
+    metrics = ReconstructionMetrics(sae.d_in, sae.d_sae)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for batch in stream.evaluation.in_order(16):
+        x = batch.x.float()
+        features, x_hat = sae.encode_and_decode(x)
+        metrics.update(x, x_hat, features, valid=batch.valid)
+        fired |= (features[batch.valid] > 0).any(0)
+    found = metrics.compute()
+    model = on_the_model([sae], config, stream.model, stream.evaluation, StopRequest())[0]
     return {
-        "architecture": config.sae.architecture,
-        "penalty": getattr(config.sae, "penalty", None),
-        "steps": config.steps,
-        "tokens_per_step": config.training.batch_contexts * config.dataset.context_size,
-        "lr": config.training.lr,
-        "peer_lr": peer_lr,
-        "peer_options": options,
-        "peer": peer._asdict(),
-        "ours": [m._asdict() for m in measured],
-        "ours_at_peer_l0": matched,
-        "difference": None if matched is None else matched - peer.explained_variance,
-        "milliseconds_per_step": milliseconds,
+        "explained_variance": found["explained_variance"],
+        "l0": found["l0"],
+        "l0_as_trained": before,
+        "live": fired.float().mean().item(),
+        "ce_score": model.compute()["ce_loss_score"],
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| architecture | steps | lr | L0 | EV, SAELens | EV, ours | difference "
-        "| ms a step, SAELens | ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        name = row["architecture"] + (f" ({row['penalty']})" if row["penalty"] else "")
-        ms = row["milliseconds_per_step"]
-        ours, difference = "none near", ""
-        if row["difference"] is not None:
-            ours, difference = f"{row['ours_at_peer_l0']:.4f}", f"{row['difference']:+.4f}"
-        lines.append(
-            f"| {name} | {row['steps']} | {row['lr']:g} | {row['peer']['l0']:.1f} "
-            f"| {row['peer']['explained_variance']:.4f} | {ours} | {difference} "
-            f"| {ms['peer']:.0f} | {ms['ours']:.0f} |"
-        )
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------ what there is
+
+
+def key(run: Run) -> Job:
+    return run["architecture"], run["arm"], run["lr"], run["seed"]
+
+
+def best_rate(runs: list[Run], architecture: str, arm: str, seed: int = 0) -> float | None:
+    """By explained variance; None where nothing was measured."""
+    own = [r for r in runs if (r["architecture"], r["arm"]) == (architecture, arm)]
+    of_seed = {r["explained_variance"]: r["lr"] for r in own if r["seed"] == seed}
+    return of_seed[max(of_seed)] if of_seed else None
+
+
+def recorded(out: Path, setting: dict[str, Any], run: Run | None = None) -> list[Run]:
+    """The runs in `out`, with `run` added; another process may write there too."""
+    with locked(out.with_suffix(".lock"), lambda: None):
+        found = read_json(out) if out.is_file() else {"setting": setting, "runs": []}
+        differs = {k for k, v in setting.items() if found["setting"].get(k) != v}
+        if differs:
+            raise SystemExit(f"{out} has another {', '.join(sorted(differs))}: take another --out")
+        if run is not None:
+            found["runs"] = sorted([*found["runs"], run], key=key)
+            write_json(out, found)
+    return list(found["runs"])
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    return f"{named.get('model name', platform.machine())} (family {named.get('cpu family', '?')})"
+
+
+def setting_of(config: Config) -> dict[str, Any]:
+    bfloat16 = in_bfloat16(config)
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.model_dump(mode="json"),
+        "d_sae": config.sae.d_sae,
+        "steps": config.steps,
+        "tokens_per_step": config.training.batch_contexts * config.dataset.context_size,
+        "precision": "bfloat16" if bfloat16 else "float32",
+        "model_contexts": config.evaluation.model_contexts,
+        "processor": processor(),
+        "saelens": version("sae-lens"),
+    }
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def table(runs: list[Run]) -> str:
+    rows = []
+    for architecture in dict.fromkeys(r["architecture"] for r in runs):
+        for arm, title in ARMS.items():
+            rate = best_rate(runs, architecture, arm)
+            if rate is None:
+                continue
+            own = [r for r in runs if (r["architecture"], r["arm"]) == (architecture, arm)]
+            tried = ", ".join(f"{r['lr']:g}" for r in own if r["seed"] == 0)
+            best = [r for r in own if r["lr"] == rate]
+            rows.append([architecture, title, tried, f"{rate:g}", *_figures(best)])
+    header = ["", "trainer", "rates tried", "best", "seeds", "explained variance", "CE score",
+              "live", "L0 as trained"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _figures(best: list[Run]) -> list[str]:
+    def of(name: str, digits: int) -> str:
+        return ", ".join(f"{r[name]:.{digits}f}" for r in best)
+
+    columns = (("explained_variance", 4), ("ce_score", 4), ("live", 3), ("l0_as_trained", 1))
+    return [str(len(best)), *(of(name, digits) for name, digits in columns)]
+
+
+def sentences(runs: list[Run]) -> list[str]:
+    """Ours beside the best peer, each at its best rate: the mean over the seeds that both have."""
+    said = []
+    for architecture in dict.fromkeys(r["architecture"] for r in runs):
+        means: dict[str, float] = {}
+        for arm in ARMS:
+            rate = best_rate(runs, architecture, arm)
+            chosen = [r for r in runs if key(r)[:3] == (architecture, arm, rate)]
+            if chosen:
+                means[arm] = sum(r["explained_variance"] for r in chosen) / len(chosen)
+        peers = {arm: mean for arm, mean in means.items() if arm != "ours"}
+        if "ours" in means and peers:
+            best = max(peers, key=peers.__getitem__)
+            said.append(
+                f"{architecture}: ours {means['ours'] - peers[best]:+.4f} beside the best peer, "
+                f"{ARMS[best]}."
+            )
+    return said
+
+
+def page_block(found: dict[str, Any]) -> str:
+    s, data = found["setting"], found["setting"]["dataset"]
+    intro = (
+        f"{s['model']}, {data['name']}, norm limit {data['norm_filter']:g}; d_sae {s['d_sae']}, L0 "
+        f"{L0}, {s['steps']} steps of {s['tokens_per_step']} tokens, {s['precision']}, on "
+        f"{s['processor']}; SAELens {s['saelens']}, dictionary_learning 0.1.0. Two numbers: two "
+        "seeds. The best rate is by the first seed."
+    )
+    parts = [BEGIN, intro, "", table(found["runs"]), "", *sentences(found["runs"]), END]
+    return "\n".join(parts)
+
+
+def write_page(page: Path, found: dict[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(before + page_block(found) + rest.split(END)[1], encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def jobs(args: argparse.Namespace, runs: Callable[[], list[Run]]) -> Iterator[Job]:
+    """One after the other: which the later ones are depends on what the earlier ones found."""
+    for architecture in args.architectures:
+        for arm in args.arms:
+            for rate in args.rates:
+                yield architecture, arm, rate, 0
+            best = best_rate(runs(), architecture, arm)
+            for seed in range(1, args.seeds):
+                assert best is not None
+                yield architecture, arm, best, seed
+
+
+def config_of(args: argparse.Namespace, overrides: list[str], job: Job) -> Config:
+    architecture, _, rate, seed = job
+    steered = ["training.target_l0=32"] if architecture == "jumprelu" else [f"sae.k={L0}"]
+    return composed(
+        [
+            f"sae={architecture}",
+            "consistency=none",
+            "lambda=0",
+            f"training.tokens={args.tokens}",
+            f"training.batch_contexts={args.batch_contexts}",
+            f"training.lr={rate}",
+            f"seed={seed}",
+            "evaluation.model_contexts=8",
+            *steered,
+            *overrides,
+        ]
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 6e-3])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--batch-contexts", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=DOCS / "peers.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "methods.md")
+    parser.add_argument("--page-only", action="store_true")
+    return parser
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
-    arguments.add_argument("--tokens", type=int, default=1_000_000)
-    arguments.add_argument("--batch-contexts", type=int, default=16)
-    arguments.add_argument("--d-sae", type=int, default=2304)
-    arguments.add_argument("--peer-lr", type=float, default=None, help="default: ours")
-    arguments.add_argument(
-        "--peer", nargs="*", default=[], metavar="KEY=VALUE", help="SAELens' options, in JSON"
-    )
-    arguments.add_argument("--tries", type=int, default=3, help="further coefficients of ours")
-    arguments.add_argument("--float32", action="store_true", help="default: bfloat16 products")
-    arguments.add_argument("--out", type=Path, default=Path("compare_peers.json"))
-    args, overrides = arguments.parse_known_args()
+    args, overrides = arguments().parse_known_args()
+    if args.page_only:
+        return write_page(args.page, read_json(args.out))
     keep_large_blocks()
-    options = {k: json.loads(v) for k, _, v in (pair.partition("=") for pair in args.peer)}
-    rows = json.loads(args.out.read_text()) if args.out.exists() else []
-    for name in args.architectures:
-        config = composed(
-            [
-                f"sae={name}",
-                f"sae.d_sae={args.d_sae}",
-                "consistency=none",
-                f"training.tokens={args.tokens}",
-                f"training.batch_contexts={args.batch_contexts}",
-                f"training.precision={'float32' if args.float32 else 'bfloat16'}",
-                *overrides,
-            ]
-        )
-        stream = open_stream(config, StopRequest())
-        peer_lr = config.training.lr if args.peer_lr is None else args.peer_lr
-        rows.append(compare(config, stream, peer_lr, options, args.tries))
-        args.out.write_text(json.dumps(rows, indent=1))
-        print(table(rows[-1:]), flush=True)
-    print(table(rows))
+    first = config_of(args, overrides, (args.architectures[0], args.arms[0], args.rates[0], 0))
+    setting, stream = setting_of(first), open_stream(first, StopRequest())
+    for job in jobs(args, lambda: recorded(args.out, setting)):
+        if job in map(key, recorded(args.out, setting)):
+            continue
+        config, started = config_of(args, overrides, job), time.perf_counter()
+        found = measured(trained(job[1], config, stream), config, stream)
+        names = ("architecture", "arm", "lr", "seed")
+        run = {**dict(zip(names, job, strict=True)), **found}
+        run["seconds"] = time.perf_counter() - started
+        recorded(args.out, setting, run)
+        print(run, flush=True)
+    write_page(args.page, read_json(args.out))
 
 
 if __name__ == "__main__":

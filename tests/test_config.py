@@ -98,7 +98,7 @@ def test_hydra_is_the_release_whose_private_class_is_wrapped() -> None:
 
 
 def test_gemma_comes_with_the_settings_the_experiment_began_with() -> None:
-    cfg = config("model=gemma", "window=16", "lambda=0.2")
+    cfg = config("+experiment=seed_baseline", "model=gemma", "window=16", "lambda=0.2")
     assert (cfg.model.name, cfg.layer) == ("google/gemma-2-2b", 19)
     assert (cfg.sae.architecture, cfg.sae.d_sae) == ("standard", 2304)
     assert cfg.sae.l1_coefficient == 0.04  # type: ignore[attr-defined]
