@@ -181,6 +181,28 @@ def feature_window_variance(
     valid: Tensor | None = None,
 ) -> Tensor:
     """`window_variance` feature by feature, [F]."""
+    return window_moments(features, window, segments=segments, valid=valid).within_F
+
+
+class WindowMoments(NamedTuple):
+    """By feature, [F] each, differentiable; 0 where there is no window."""
+
+    within_F: Tensor
+    """s2_j: mean over windows of the unbiased variance in a window."""
+    measured_F: Tensor
+    """v_j: the variance by the windows' own measure of positions. within / measured is the share of
+    the variance that lies within windows (times W / (W - 1)); 1 minus it estimates C_W without the
+    noise of what the windows do not see."""
+
+
+def window_moments(
+    features: Tensor,
+    window: Window,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> WindowMoments:
+    """Both variances of every feature; arguments as of `window_variance`."""
     laplacian = window_laplacian(
         window,
         features.shape[1],
@@ -190,8 +212,12 @@ def feature_window_variance(
         dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
     )
     centred, _ = _centred(features.to(laplacian.matrix.dtype), valid)
-    smooth = laplacian.matrix @ centred
-    return (centred * smooth).sum((0, 1)) / _expanded_count(laplacian, features.shape[0])
+    total = _expanded_count(laplacian, features.shape[0])
+    within_F = (centred * (laplacian.matrix @ centred)).sum((0, 1)) / total
+    measure_BT1 = laplacian.matrix.diagonal(dim1=-2, dim2=-1)[..., None]
+    drawn = measure_BT1 * centred
+    mean_F = drawn.sum((0, 1)) / total
+    return WindowMoments(within_F, (drawn * centred).sum((0, 1)) / total - mean_F.square())
 
 
 def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -206,35 +232,6 @@ def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Ten
     count = valid_BT.sum().clamp(min=1).to(features_BTF.dtype)
     mean = kept.detach().sum((0, 1)) / count
     return torch.where(mask, kept - mean, 0), count
-
-
-def measured_variance(
-    features: Tensor,
-    window: Window,
-    *,
-    segments: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Variance of every feature by the windows' own measure of positions, [F], differentiable.
-
-    `feature_window_variance` over this is the share of the variance that lies within windows (times
-    W / (W - 1)); 1 minus it estimates C_W without the noise of what the windows do not see.
-    Arguments as of `window_variance`; 0 where there is no window.
-    """
-    dtype = features.dtype if features.dtype == torch.float64 else torch.float32
-    laplacian = window_laplacian(
-        window,
-        features.shape[1],
-        segments=segments,
-        valid=valid,
-        device=features.device,
-        dtype=dtype,
-    )
-    measure_BT1 = laplacian.matrix.diagonal(dim1=-2, dim2=-1)[..., None]
-    total = _expanded_count(laplacian, features.shape[0])
-    centred, _ = _centred(features.to(dtype), valid)
-    mean_F = (measure_BT1 * centred).sum((0, 1)) / total
-    return (measure_BT1 * centred.square()).sum((0, 1)) / total - mean_F.square()
 
 
 def position_variance(features: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -306,7 +303,7 @@ def scale_free_window_variance(
     """sum_j sg(v_j) (s2_j + beta b_j) / v_j: blind in its gradient to the scale of features.
 
     s2_j is the window variance of feature j over the batch, v_j its variance by the windows' own
-    measure of positions (`measured_variance`), b_j its `position_variance`, beta `position_weight`;
+    measure of positions (`window_moments`), b_j its `position_variance`, beta `position_weight`;
     sg = stop-gradient. Without beta, the value of `window_variance`.
 
     Args:

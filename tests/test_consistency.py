@@ -13,12 +13,12 @@ from torch import Tensor
 from tcsae.consistency import (
     Consistency,
     feature_window_variance,
-    measured_variance,
     permute_within_segments,
     position_variance,
     scale_free_window_variance,
     slow_feature_penalty,
     window_laplacian,
+    window_moments,
     window_variance,
 )
 from tcsae.sparse import SparseCodes
@@ -232,11 +232,10 @@ def test_variance_by_the_windows_measure_is_that_within_and_between_windows(batc
     features, window, segments, valid = batch
     features = features.double()
     windows = obvious_windows(window, segments, valid)
-    v = measured_variance(features, window, segments=segments, valid=valid)
+    s2, v = window_moments(features, window, segments=segments, valid=valid)
     if not windows:
         assert v.abs().max() == 0
         return
-    s2 = feature_window_variance(features, window, segments=segments, valid=valid)
     means = torch.stack([features[n, held].mean(0) for n, held in windows])
     torch.testing.assert_close(v, (window - 1) / window * s2 + means.var(0, correction=0))
 

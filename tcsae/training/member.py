@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tcsae.config import Config, run_id
-from tcsae.consistency import build_consistency, feature_window_variance, measured_variance
+from tcsae.consistency import build_consistency, window_moments
 from tcsae.data.store import Batch, Calibration
 from tcsae.errors import UserError
 from tcsae.sae.base import SparseAutoencoder
@@ -216,9 +216,8 @@ class Member:
         kept = batch.valid[..., None]
         x = x_BTD[batch.valid]
         error = (x - output.reconstruction.float()[batch.valid]).square().sum()
-        s2_F, v_F = (
-            of(features, self.config.window, segments=batch.segments, valid=batch.valid)
-            for of in (feature_window_variance, measured_variance)
+        s2_F, v_F = window_moments(
+            features, self.config.window, segments=batch.segments, valid=batch.valid
         )
         dead = self.tokens_since_fired >= self.config.sae.dead_after_tokens
         return {
