@@ -25,13 +25,13 @@ WEIGHT_PASSES, SPARSE_WEIGHT_PASSES = 150, 120
 165 dense, by architecture."""
 INPUT_PASSES = 115
 """Over [N, D]."""
-LOGGED_PASSES = 80
+LOGGED_PASSES = 88
 """More over [N, F] and [N, D] where metrics are logged."""
-LAPLACIAN_PASSES = 80
-"""Over [N, T], for the temporal loss."""
-ENTRY_BYTES, ENTRY_PENALTY_BYTES = 440, 260
+LAPLACIAN_PASSES, POSITION_PASSES = 80, 40
+"""Over [N, T], for the temporal loss, and over [T, F], for its position term."""
+ENTRY_BYTES, ENTRY_PENALTY_BYTES = 440, 330
 """Sparse codes: sorting and moving an entry, and its part of the temporal loss."""
-PENALTIES = {"scale_free": (23, 90), "slow": (23, 100), "window_variance": (13, 50)}
+PENALTIES = {"scale_free": (29, 120), "slow": (27, 120), "window_variance": (16, 40)}
 """Passes over dense [N, F], and kernels, of the forms of the temporal loss that cost something."""
 STEP_KERNELS, LOGGED_KERNELS = 115, 75
 SPARSE_FROM_RATIO = 16
@@ -257,7 +257,7 @@ def step_bytes(config: Config, z: Sizes, dead_share: float = DEAD_SHARE) -> tupl
         activations = (15.0 * z.s if is_fast else 18.0 * z.s + 12) * z.N * z.F
         activations += z.penalty[0] * z.s * z.N * z.F
     if any(z.penalty):
-        activations += LAPLACIAN_PASSES * z.N * z.T
+        activations += LAPLACIAN_PASSES * z.N * z.T + POSITION_PASSES * z.T * z.F
     if config.sae.revival == "auxk":
         activations += 15 * z.s * z.N * z.F * dead_share
     activations += INPUT_PASSES * z.N * z.D
