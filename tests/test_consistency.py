@@ -603,3 +603,18 @@ def test_bfloat16_features_give_the_float32_penalty_within_their_rounding(
     plain = features.detach().clone().requires_grad_()
     window_variance(plain, 8, segments=segments, valid=valid).backward()
     assert plain.grad is not None and error < 0.005 * plain.grad.norm()
+
+
+def test_the_logs_measure_does_not_hang_on_which_batch_it_sees() -> None:
+    """White noise, louder at the first positions: C_W is 0 by the windows' own measure."""
+    generator = torch.Generator().manual_seed(0)
+    amplitude = torch.ones(64, 1)
+    amplitude[:7] = 5.0
+    by_windows, by_positions = [], []
+    for _ in range(20):
+        noise = torch.randn(16, 64, 20, generator=generator) * amplitude
+        s2, v = window_moments(noise, 8)
+        by_windows.append(1 - (s2.sum() / v.sum()).item())
+        by_positions.append(1 - (s2.sum() / noise.flatten(0, 1).var(0).sum()).item())
+    assert max(map(abs, by_windows)) < 0.03
+    assert min(by_positions) > 0.2, "by positions it reads consistency where there is none"
