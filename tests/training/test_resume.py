@@ -37,6 +37,11 @@ JOBS: dict[str, dict[str, str]] = {
     "batch history": {"consistency": "batch_history", "lambda": "1"},
     "shuffled": {"consistency": "shuffled", "lambda": "1"},
     "literal, whole documents": {"consistency": "window_variance", "window": "document"},
+    "first version of the loss": {
+        "consistency__variance_over": "positions",
+        "consistency__position_weight": "0",
+    },
+    "first group": {"sae": "matryoshka", "sae__k": "8", "consistency": "first_group"},
     "bfloat16 products": {"training__precision": "bfloat16"},
     "streamed": {"store": "stream"},
     "steered L0": {"sae": "standard", "training__target_l0": "6"},
