@@ -28,7 +28,7 @@ from tcsae.training.optimizer import (
     optimizer_tensors,
     ramp,
 )
-from tcsae.training.sparsity import L0Controller
+from tcsae.training.sparsity import REACHED, L0Controller
 
 
 def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
@@ -123,8 +123,12 @@ class Member:
 
     def _sparsity_weight(self) -> float | Tensor:
         """What the sparsity term is multiplied by at this step."""
-        warmup = ramp(self.step, self.config.steps, self.config.training.sparsity_warmup)
-        return warmup * self.controller.multiplier(self.step) if self.controller else warmup
+        share = self.config.training.sparsity_warmup
+        if self.controller is None:
+            return ramp(self.step, self.config.steps, share)
+        # A penalty that still rose at the end would be a drift, followed at a distance: 10 % low.
+        warmup = ramp(self.step, self.config.steps, min(share, REACHED))
+        return warmup * self.controller.multiplier(self.step)
 
     def _penalty(self, output: TrainingOutput, batch: Batch) -> Tensor:
         generator = None

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcsae.config import run_id
+from tcsae.data.store import Calibration
 from tcsae.errors import UserError
+from tcsae.training.member import Member
 from tcsae.training.sparsity import L0Controller
 
 STEPS = 400
@@ -123,6 +126,28 @@ def test_architectures_with_a_k_take_the_target_as_k(config: Callable[..., objec
     assert steered.sae.k == 12  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"target_l0 = 12.5: sae=topk has a whole number"):
         config(training__target_l0="12.5")
+
+
+def test_a_steered_penalty_is_warm_when_the_target_should_be_reached(
+    config: Callable[..., Any],
+) -> None:
+    def weights(**changes: str) -> list[float]:
+        steps = {"training__tokens": "12800", "training__sparsity_warmup": "1.0"}  # 100 steps
+        member = Member(
+            config(sae="standard", **steps, **changes),
+            8,
+            Calibration(1.0, math.inf, 0.0, torch.randn(16, 8)),
+            "cpu",
+            False,
+        )
+        found = []
+        for member.step in (10, 30, 99):
+            found.append(float(member._sparsity_weight()))
+        return found
+
+    # The controller has seen nothing yet: what is left is the warm-up alone.
+    assert weights(training__target_l0="12") == pytest.approx([11 / 31, 1, 1])
+    assert weights() == pytest.approx([11 / 101, 31 / 101, 100 / 101])
 
 
 def test_a_target_is_part_of_what_a_run_is_and_none_is_not(config: Callable[..., object]) -> None:
