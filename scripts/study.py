@@ -5,7 +5,8 @@
 
 Writes results.json (every comparison), runs.jsonl (a line a run: settings and what was measured),
 tables.md (all arms, all measures), the figures, and README.md from page.md.j2. No result is typed
-there: `value`, `change` and `matched` look them up in results.json, and the tests hold the page to it.
+there: `value`, `change` and `matched` look them up in results.json, and the tests hold the page to
+it.
 
 Every arm is compared with the baselines of its own architecture and model at its own L0, the
 Temporal SAE with the Matryoshka SAE, the persistent SAE with topk.
