@@ -21,7 +21,6 @@ import math
 import platform
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -469,11 +468,10 @@ def main() -> None:
     for job in jobs(args, lambda: recorded(args.out, setting)):
         if job in map(key, recorded(args.out, setting)):
             continue
-        config, started = config_of(args, overrides, job), time.perf_counter()
+        config = config_of(args, overrides, job)
         found = measured(trained(job[1], config, stream), config, stream)
         names = ("architecture", "arm", "lr", "seed")
         run = {**dict(zip(names, job, strict=True)), **found}
-        run["seconds"] = time.perf_counter() - started
         recorded(args.out, setting, run)
         print(run, flush=True)
     write_page(args.page, read_json(args.out))

@@ -134,6 +134,7 @@ SMALL = {
     "training.precision": "float32",
     "sae.d_sae": "96",
     "window": "4",
+    "lambda": "0.1",
     "tracking": "disabled",
 }
 """Overrides for a job of 12 steps on 48 contexts of 16 tokens in 6 shards."""

@@ -106,7 +106,7 @@ def test_every_arm_trains_and_is_measured_at_the_l0(
 ) -> None:
     if arm.startswith("dl"):
         compare_peers.without_nnsight()
-        pytest.importorskip("dictionary_learning", reason="NOT TESTED: no dictionary_learning")
+        pytest.importorskip("dictionary_learning", reason="dictionary_learning is not installed")
     monkeypatch.setattr(compare_peers, "L0", 4)
     changes = {"sae": sae, "sae__k": "4", "training__lr": "1e-2", "store__dir": str(tmp_path)}
     changes["training__tokens"] = "12288"  # 96 steps: SAELens' b_dec has far to go from 0
