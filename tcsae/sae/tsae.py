@@ -224,12 +224,14 @@ class InfoNCE(torch.autograd.Function):
         z_PG, other_PG, document_P, exists_P, v_P, rows_P, columns_P = ctx.saved_tensors
         v_P = v_P * grad
         grad_z_PG, grad_other_PG = torch.empty_like(z_PG), torch.zeros_like(other_PG)
-        for block, s_RP in _blocks(z_PG, other_PG, document_P, exists_P, ctx.rows):
-            by_row_RP = (s_RP - rows_P[block, None]).exp_().mul_(v_P[block, None])
-            grad_RP = s_RP.sub_(columns_P).exp_().mul_(v_P).add_(by_row_RP)
-            grad_RP.diagonal(block.start).sub_(2 * v_P[block])
-            grad_z_PG[block] = grad_RP @ other_PG
-            grad_other_PG.addmm_(grad_RP.T, z_PG[block])
+        # As the forward pass ran, whatever the backward pass is called under.
+        with torch.autocast(z_PG.device.type, enabled=False):
+            for block, s_RP in _blocks(z_PG, other_PG, document_P, exists_P, ctx.rows):
+                by_row_RP = (s_RP - rows_P[block, None]).exp_().mul_(v_P[block, None])
+                grad_RP = s_RP.sub_(columns_P).exp_().mul_(v_P).add_(by_row_RP)
+                grad_RP.diagonal(block.start).sub_(2 * v_P[block])
+                grad_z_PG[block] = grad_RP @ other_PG
+                grad_other_PG.addmm_(grad_RP.T, z_PG[block])
         return grad_z_PG, grad_other_PG, None, None, None
 
 
