@@ -16,6 +16,7 @@ from tcsae.consistency import (
     permute_within_segments,
     position_variance,
     scale_free_window_variance,
+    share_in_windows,
     slow_feature_penalty,
     window_laplacian,
     window_moments,
@@ -252,6 +253,18 @@ def test_position_variance_equals_its_sum_over_pairs(batch) -> None:
     centre = features[valid].mean(0) if valid.any() else 0
     expected = obvious_position_variance(features - centre, valid)
     torch.testing.assert_close(position_variance(features, valid=valid), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.booleans())
+def test_the_share_in_windows_is_that_of_the_positions_some_window_holds(batch, whole) -> None:
+    _, window, segments, valid = batch
+    window = "document" if whole else window
+    held = {
+        (n, t) for n, places in obvious_windows(window, segments, valid) for t in places.tolist()
+    }
+    expected = len(held) / max(int(valid.sum()), 1)
+    assert share_in_windows(window, segments, valid) == pytest.approx(expected)
 
 
 def test_position_variance_without_masks_is_the_written_formula() -> None:
