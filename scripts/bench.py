@@ -5,9 +5,10 @@
 
 Whole steps (loss, backward pass, clipping, decoder projection, Adam, normalisation, counters) on
 random activations of the embedded model's shape, d_in 576, contexts of 128 tokens, products in
-bfloat16. The variants of a section take turns; figures are medians over the rounds, ratios medians
-of the ratios within a round. Sections that are not asked for keep their figures in the JSON.
-SAELens and dictionary_learning are measured where they are installed, each in a process of its own.
+bfloat16 (float32 on processors that have none). The variants of a section take turns; figures are
+medians over the rounds, ratios medians of the ratios within a round. Sections that are not asked for
+keep their figures in the JSON. SAELens and dictionary_learning are measured where they are installed,
+each in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from compare_peers import composed, peer_trainer
 from torch import Tensor
 
+from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.store import Batch, Calibration
 from tcsae.memory import keep_large_blocks
 from tcsae.training.member import Member
@@ -46,6 +48,9 @@ ARCHITECTURES = ("standard", "topk", "batchtopk")
 WARM_UP = 3
 Step = Callable[[], object]
 
+
+PRODUCTS = torch.bfloat16 if bfloat16_is_native("cpu") else torch.float32
+"""What training takes by itself: emulated bfloat16 is far slower than float32."""
 
 # ------------------------------------------------------------------------------ what is timed
 
@@ -74,7 +79,7 @@ def new_member(batches: list[Batch], given: list[str]) -> Member:
     sample_ND = torch.cat([b.x[b.valid].float() for b in batches])
     median = sample_ND.norm(dim=-1).median().item()
     calibration = Calibration(median, float("inf"), 0.0, sample_ND)
-    return Member(composed(given), D_IN, calibration, "cpu", True)
+    return Member(composed(given), D_IN, calibration, "cpu", PRODUCTS.itemsize == 2)
 
 
 def ours(batches: list[Batch], given: list[str], members: int = 1) -> Step:
@@ -126,9 +131,9 @@ def dictionary_learning(batches: list[Batch], architecture: str) -> Step:
 
 
 def products(d_sae: int = D_SAE, n_tokens: int = TOKENS) -> dict[str, Step]:
-    """The bare products of a dense step, and the encoder's alone, in bfloat16."""
-    x_ND, e_ND = torch.randn(2, n_tokens, D_IN).bfloat16()
-    W_FD = torch.randn(d_sae, D_IN).bfloat16()
+    """The bare products of a dense step, and the encoder's alone."""
+    x_ND, e_ND = torch.randn(2, n_tokens, D_IN).to(PRODUCTS)
+    W_FD = torch.randn(d_sae, D_IN).to(PRODUCTS)
     f_NF = (x_ND @ W_FD.T).relu_()
 
     def five() -> tuple[Tensor, ...]:

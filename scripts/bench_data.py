@@ -53,7 +53,7 @@ def harvest_steps() -> dict[str, Callable[[], object]]:
 
     from tcsae.data.language_model import LanguageModel
 
-    config = composed(["layer=15", f"model.forward_contexts={TOGETHER}", "model.dtype=bfloat16"])
+    config = composed(["layer=15", f"model.forward_contexts={TOGETHER}", "model.dtype=auto"])
     model = LanguageModel(config.model, config.layer)
     contexts = some_contexts(HARVESTED, model.vocabulary)
     plain = AutoModel.from_pretrained(str(model.weights.folder), dtype=model.dtype).eval()

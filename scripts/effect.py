@@ -1,6 +1,7 @@
 """README's "Does it work?" and docs/effect.md, from the runs of +experiment=effect.
 
     python scripts/effect.py DIR [DIR ...]    read the sweeps, write docs/effect.json and the pages
+                                              (all sweeps of a column together, windows among them)
     python scripts/effect.py                  write the pages from docs/effect.json
 
 A sweep of one model and architecture is a column; what is given replaces what the JSON had of
@@ -71,11 +72,14 @@ def column_of(run: Run) -> str:
 
 
 def arm_of(run: Run) -> str:
-    """none, lambda 0.3, control, first version."""
+    """none; loss, control or first version, with lambda, and with the window if it is not 8."""
     settings = settings_of(run.config)
     form, weight = settings["consistency"], settings["lambda"]
     names = {"shuffled": "control", "scale_free (first version)": "first version"}
-    return form if form == "none" else f"{names.get(form, 'loss')}, lambda {weight:g}"
+    if form == "none":
+        return form
+    window = "" if settings["window"] == 8 else f", window {settings['window']}"
+    return f"{names.get(form, 'loss')}, lambda {weight:g}{window}"
 
 
 def entry(estimate: Estimate) -> dict[str, Any]:
@@ -91,7 +95,9 @@ def _difference(name: str, ours: Sequence[tuple[float, Any]], theirs: Sequence[R
 def _at_cost(arms: Mapping[str, list[Run]], cost: float) -> tuple[list[Any], str]:
     """The two arms between which the explained variance has fallen by `cost`, with weights."""
     losses = sorted(
-        (float(name.split("lambda ")[1]), name) for name in arms if name.startswith("loss")
+        (float(name.split("lambda ")[1]), name)
+        for name in arms
+        if name.startswith("loss") and "window" not in name
     )
     points = [("none", 0.0)]
     for _, name in losses:
@@ -259,7 +265,7 @@ def page(found: Mapping[str, Any]) -> str:
         column = found[name]
         rows = [
             [arm, *(with_interval(values[metric]) for metric in METRICS)]
-            for arm, values in column["values"].items()
+            for arm, values in sorted(column["values"].items(), key=_order)
         ]
         parts += [
             f"## {column['title']}",
@@ -270,6 +276,14 @@ def page(found: Mapping[str, Any]) -> str:
             markdown_table(["", *METRICS.values()], rows),
         ]
     return "\n\n".join(parts)
+
+
+def _order(arm_and_values: tuple[str, Any]) -> tuple[bool, str, float, float]:
+    """No loss first, then by kind, lambda and window."""
+    arm = arm_and_values[0]
+    kind, _, rest = arm.partition(", lambda ")
+    weight, _, window = rest.partition(", window ")
+    return arm != "none", kind, float(weight or 0), float(window or 8)
 
 
 def _replace(path: Path, content: str) -> None:
