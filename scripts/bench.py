@@ -6,9 +6,9 @@
 Whole steps (loss, backward pass, clipping, decoder projection, Adam, normalisation, counters) on
 random activations of the embedded model's shape, d_in 576, contexts of 128 tokens, products in
 bfloat16 (float32 on processors that have none). The variants of a section take turns; figures are
-medians over the rounds, ratios medians of the ratios within a round. Sections that are not asked for
-keep their figures in the JSON. SAELens and dictionary_learning are measured where they are installed,
-each in a process of its own.
+medians over the rounds, ratios medians of the ratios within a round. Sections that are not asked
+for keep their figures in the JSON. SAELens and dictionary_learning are measured where they are
+installed, each in a process of its own.
 """
 
 from __future__ import annotations
