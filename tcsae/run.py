@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from tcsae.config import Config
-from tcsae.consistency import share_in_windows
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream, open_stream
 from tcsae.errors import Interrupted, UserError
 from tcsae.evaluation import Evaluation, on_the_model
 from tcsae.files import read_json, write_json
+from tcsae.laplacian import share_in_windows
 from tcsae.measuring import measure, measured_info, say_results, write_pages
 from tcsae.memory import keep_large_blocks
 from tcsae.metrics.core import ModelMetrics

@@ -16,12 +16,11 @@ from tcsae.consistency import (
     permute_within_segments,
     position_variance,
     scale_free_window_variance,
-    share_in_windows,
     slow_feature_penalty,
-    window_laplacian,
     window_moments,
     window_variance,
 )
+from tcsae.laplacian import share_in_windows, window_laplacian
 from tcsae.sparse import SparseCodes
 
 

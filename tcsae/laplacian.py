@@ -1,0 +1,111 @@
+"""Windows of positions and their graph Laplacian, a [T, T] matrix for every context.
+
+Shapes: B contexts, T positions, S = T - W + 1 starts of windows of W. `tcsae/consistency.py` says
+what it is for; here is nothing of features or losses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Window = int | str  # a number of positions, or "document"
+
+
+class Laplacian(NamedTuple):
+    """Q [B, T, T] (or [1, T, T], the same for every context) and the number of windows, a scalar
+    tensor, which may be 0."""
+
+    matrix: Tensor
+    n_windows: Tensor
+
+
+def _window_pairs(window: int, allowed_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, T]: how many allowed windows hold both positions; allowed_BS by first position."""
+    before_BT = nn.functional.pad(allowed_BS.to(dtype).cumsum(-1), (1, 0))
+    # Windows that hold both start from u - W + 1 to t, where t <= u. Both counts only grow with the
+    # position: the lesser of two is that of the earlier position, the greater that of the later.
+    padding = window - 1
+    up_to_BT = nn.functional.pad(before_BT[:, None, 1:], (0, padding), mode="replicate")[:, 0]
+    before_BT = nn.functional.pad(before_BT[:, :-1], (padding, 0))
+    pairs_BTT = torch.minimum(up_to_BT[:, :, None], up_to_BT[:, None, :])
+    pairs_BTT.sub_(torch.maximum(before_BT[:, :, None], before_BT[:, None, :]))
+    return pairs_BTT.clamp_(min=0)
+
+
+def window_laplacian(
+    window: Window,
+    n_positions: int,
+    *,
+    segments: Tensor | None = None,
+    valid: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Laplacian:
+    """The Laplacian of all windows of a batch.
+
+    Args:
+        window: positions in a window, 2 to `n_positions`, or "document".
+        segments: [B, T] integers, the document of every position; None: one document a context.
+        valid: [B, T] bool; None: all valid.
+
+    Raises:
+        ValueError: a window that is no such number.
+    """
+    for given in (segments, valid):
+        device = given.device if given is not None and device is None else device
+    if segments is None:
+        segments = torch.zeros(1, n_positions, dtype=torch.int32, device=device)
+    if valid is None:
+        valid = torch.ones(1, n_positions, dtype=torch.bool, device=device)
+    if window == "document":
+        return _document_laplacian(segments, valid, dtype)
+    if not isinstance(window, int) or isinstance(window, bool) or not 2 <= window <= n_positions:
+        raise ValueError(f'window = {window}: must be 2 to {n_positions} positions, or "document"')
+    allowed_BS = _allowed_windows(window, segments, valid)
+    matrix = _window_pairs(window, allowed_BS, dtype)
+    diagonal_BT = matrix.diagonal(dim1=-2, dim2=-1)
+    n_windows_BT = diagonal_BT.clone()
+    matrix.div_(-window * (window - 1))
+    diagonal_BT.add_(n_windows_BT / (window - 1))
+    return Laplacian(matrix, allowed_BS.sum())
+
+
+def _allowed_windows(window: int, segments: Tensor, valid: Tensor) -> Tensor:
+    """[B, T - W + 1] bool, by first position: all of the window is valid and in one segment."""
+    # A position breaks the run where it is invalid or starts another segment than its predecessor.
+    n_invalid = nn.functional.pad((~valid).to(torch.int32).cumsum(-1), (1, 0))
+    changes = nn.functional.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int32), (1, 0))
+    n_changes = changes.cumsum(-1)
+    last = valid.shape[1] - window + 1
+    return (n_invalid[:, window:] == n_invalid[:, :-window]) & (
+        n_changes[:, window - 1 :] == n_changes[:, :last]
+    )
+
+
+def share_in_windows(window: Window, segments: Tensor, valid: Tensor) -> float:
+    """Share of the valid positions [B, T] that some window holds."""
+    held_BT = torch.zeros_like(valid)
+    if window == "document":
+        for n in range(len(valid)):  # one by one: T x T of all contexts would be too much
+            same_TT = (segments[n][:, None] == segments[n]) & valid[n]
+            held_BT[n] = valid[n] & (same_TT.sum(-1) >= 2)
+    else:
+        allowed_BS = _allowed_windows(int(window), segments, valid)
+        for offset in range(int(window)):
+            held_BT[:, offset : offset + allowed_BS.shape[1]] |= allowed_BS
+    return held_BT.sum().item() / max(valid.sum().item(), 1)
+
+
+def _document_laplacian(segments: Tensor, valid: Tensor, dtype: torch.dtype) -> Laplacian:
+    """One window for the valid positions of every segment that has at least two."""
+    same = (segments[:, :, None] == segments[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+    length_BT = same.sum(-1)
+    counted = length_BT >= 2
+    safe = length_BT.clamp(min=2).to(dtype)[:, :, None]
+    weights = same.to(dtype) * counted[:, :, None].to(dtype)
+    matrix = (torch.diag_embed(counted.to(dtype)) - weights / safe) / (safe - 1)
+    first = torch.tril(same, diagonal=-1).any(-1)
+    return Laplacian(matrix, (counted & ~first).sum())
