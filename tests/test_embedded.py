@@ -153,14 +153,16 @@ def consistency_8(info: dict[str, Any]) -> tuple[float, float, float]:
     return entry["energy_weighted"], *entry["energy_weighted_interval"]
 
 
-def test_lambda_1_doubles_consistency_at_little_cost(ablation: dict[str, dict[str, Any]]) -> None:
+def test_lambda_1_raises_consistency_at_little_cost(ablation: dict[str, dict[str, Any]]) -> None:
+    """In this short run 1.76 times at .005 less explained variance; the first version of the loss
+    doubled it, and paid four times as much (docs/effect.md has both, at full length)."""
     none, strong = ablation["lambda=0"], ablation["lambda=1"]
     value_0, _, high_0 = consistency_8(none)
     value_1, low_1, _ = consistency_8(strong)
-    assert value_1 >= 2 * value_0
+    assert value_1 >= 1.5 * value_0
     assert low_1 > high_0, "the intervals are apart"
     for group, key in (("reconstruction_quality", "explained_variance"), ("shrinkage", "l2_ratio")):
-        assert strong["metrics"][group][key] >= none["metrics"][group][key] - 0.03, key
+        assert strong["metrics"][group][key] >= none["metrics"][group][key] - 0.01, key
 
 
 def test_the_shuffled_control_does_not(ablation: dict[str, dict[str, Any]]) -> None:
