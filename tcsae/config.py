@@ -421,16 +421,15 @@ def identity(config: Measured) -> dict[str, Any]:
     # Younger than the first runs: where they are not used, those keep their names.
     if "consistency" in content:
         content["consistency"] = _used_keys(content["consistency"])
-    for part, key in (
-        ("training", "target_l0"),
-        ("training", "compile"),
-        ("model", "untrained"),
-        ("sae", "same_document_negatives"),  # sae=tsae alone has it
+    for part, key, unused in (
+        ("training", "target_l0", None),
+        ("training", "compile", False),
+        ("model", "untrained", False),
+        ("sae", "same_document_negatives", False),
+        ("sae", "encoder_scale", 1.0),
     ):
-        if part in content and not content[part].get(key, True):
+        if part in content and content[part].get(key, ...) == unused:
             del content[part][key]
-    if content["sae"].get("encoder_scale") == 1:
-        del content["sae"]["encoder_scale"]
     return content
 
 

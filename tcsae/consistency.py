@@ -114,7 +114,7 @@ def window_moments(
         device=features.device,
         dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
     )
-    centred, _ = _centred(features.to(laplacian.matrix.dtype), valid)
+    centred = _centred(features.to(laplacian.matrix.dtype), valid)
     total = _expanded_count(laplacian, features.shape[0])
     within_F = (centred * (laplacian.matrix @ centred)).sum((0, 1)) / total
     measure_BT1 = laplacian.matrix.diagonal(dim1=-2, dim2=-1)[..., None]
@@ -123,18 +123,17 @@ def window_moments(
     return WindowMoments(within_F, (drawn * centred).sum((0, 1)) / total - mean_F.square())
 
 
-def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Features less their mean over valid positions, invalid ones set to zero; and the number of
-    valid positions. Q is blind to the mean and to invalid positions; without this, features far
-    from zero would cancel in float32, and a huge invalid value would."""
+def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """Features less their mean over valid positions, invalid ones set to zero. Q is blind to the
+    mean and to invalid positions; without this, features far from zero would cancel in float32,
+    and a huge invalid value would."""
     if valid_BT is None:
-        count = torch.tensor(features_BTF.shape[0] * features_BTF.shape[1], dtype=torch.float32)
-        return features_BTF - features_BTF.detach().mean((0, 1)), count.to(features_BTF.device)
+        return features_BTF - features_BTF.detach().mean((0, 1))
     mask = valid_BT[..., None]
     kept = torch.where(mask, features_BTF, 0)
     count = valid_BT.sum().clamp(min=1).to(features_BTF.dtype)
     mean = kept.detach().sum((0, 1)) / count
-    return torch.where(mask, kept - mean, 0), count
+    return torch.where(mask, kept - mean, 0)
 
 
 def position_variance(features: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -161,7 +160,7 @@ def position_variance(features: Tensor, *, valid: Tensor | None = None) -> Tenso
     if valid is None:
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     wide = torch.promote_types(features.dtype, torch.float32)
-    f_BTF, _ = _centred(features.to(wide), valid)
+    f_BTF = _centred(features.to(wide), valid)
     pairs = _position_pairs(valid, wide)
     f_BTF = f_BTF * pairs.counted_T[:, None]
     squares_TF = f_BTF.square().sum(0)
@@ -256,7 +255,7 @@ def _blind_to_offsets(
     """A form that divides by v_j: taking out the mean keeps float32 from cancelling."""
     if valid is None:
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    centred, _ = _centred(features, valid)
+    centred = _centred(features, valid)
     return _window_penalty(centred, window, segments, valid, options)
 
 

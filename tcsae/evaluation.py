@@ -210,7 +210,7 @@ def on_activations(
         max_lag=cfg.max_lag,
         windows=tuple(cfg.windows),
         n_boot=cfg.bootstrap,
-        groups=getattr(sae.cfg, "group_sizes", ()),
+        groups=sae.cfg.group_sizes,
     )
     median_norm = batches.calibration.median_norm
     limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
