@@ -158,8 +158,8 @@ def small_job(weights: Path, texts: Path, folder: Path | str, **changes: str) ->
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
-def small_config(weights: Path, texts: Path, **changes: str) -> Any:
-    """The checked Config of `small_job`."""
+def composed_config(*overrides: str) -> Any:
+    """The checked Config of a command line."""
     from hydra import compose, initialize_config_dir
 
     from tcsae import numbers
@@ -167,9 +167,14 @@ def small_config(weights: Path, texts: Path, **changes: str) -> Any:
     from tcsae.train import conf_folder
 
     numbers.install()
-    arguments = [a for a in small_job(weights, texts, "unused", **changes) if "hydra." not in a]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_config(compose("train", arguments))
+        return to_config(compose("train", list(overrides)))
+
+
+def small_config(weights: Path, texts: Path, **changes: str) -> Any:
+    """The checked Config of `small_job`."""
+    job = small_job(weights, texts, "unused", **changes)
+    return composed_config(*(a for a in job if "hydra." not in a))
 
 
 # ------------------------------------------------------------------------------ the command
