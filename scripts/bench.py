@@ -29,12 +29,13 @@ from typing import Any
 
 import bench_data
 import torch
-from compare_peers import composed, peer_trainer
+from compare_peers import peer_trainer
 from torch import Tensor
 
+from tcsae.base.allocator import keep_large_blocks
+from tcsae.config.compose import config_of
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.store import Batch, Calibration
-from tcsae.memory import keep_large_blocks
 from tcsae.training.member import Member
 from tcsae.training.trainer import ScaledBatch
 
@@ -79,7 +80,7 @@ def new_member(batches: list[Batch], given: list[str]) -> Member:
     sample_ND = torch.cat([b.x[b.valid].float() for b in batches])
     median = sample_ND.norm(dim=-1).median().item()
     calibration = Calibration(median, float("inf"), 0.0, sample_ND)
-    return Member(composed(given), D_IN, calibration, "cpu", PRODUCTS.itemsize == 2)
+    return Member(config_of(*given), D_IN, calibration, "cpu", PRODUCTS.itemsize == 2)
 
 
 def ours(batches: list[Batch], given: list[str], members: int = 1) -> Step:
@@ -96,7 +97,7 @@ def ours(batches: list[Batch], given: list[str], members: int = 1) -> Step:
 
 
 def saelens(batches: list[Batch], architecture: str, compiled: bool = False) -> Step:
-    config = composed([*overrides(architecture), "training.precision=bfloat16"])
+    config = config_of(*overrides(architecture), "training.precision=bfloat16")
     trainer = peer_trainer(config, D_IN, config.training.lr, {})
     if compiled:
         trainer.sae.training_forward_pass = torch.compile(trainer.sae.training_forward_pass)
@@ -394,7 +395,9 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=9, help="7 or more")
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--default-allocator", action="store_true", help="without tcsae/memory.py")
+    parser.add_argument(
+        "--default-allocator", action="store_true", help="without base/allocator.py"
+    )
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     args = parser.parse_args()
     results = json.loads(args.json.read_text()) if args.json.exists() else {}

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from tcsae.base.files import load_tensors, make_folder, save_tensors
+from tcsae.base.signals import StopRequest
 from tcsae.data.contexts import Contexts
 from tcsae.data.store import ActivationBatches, ActivationStore, calibrate, shuffled_indices
-from tcsae.files import load_tensors, make_folder, save_tensors
-from tcsae.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
 POSITIONS = 128
@@ -48,12 +48,12 @@ def some_contexts(n: int, vocabulary: int = 1000) -> Contexts:
 
 def harvest_steps() -> dict[str, Callable[[], object]]:
     """A fresh store of the embedded model's layer 15, and the blocks up to it without one."""
-    from compare_peers import composed
     from transformers import AutoModel
 
+    from tcsae.config.compose import config_of
     from tcsae.data.language_model import LanguageModel
 
-    config = composed(["layer=15", f"model.forward_contexts={TOGETHER}", "model.dtype=auto"])
+    config = config_of("layer=15", f"model.forward_contexts={TOGETHER}", "model.dtype=auto")
     model = LanguageModel(config.model, config.layer)
     contexts = some_contexts(HARVESTED, model.vocabulary)
     plain = AutoModel.from_pretrained(str(model.weights.folder), dtype=model.dtype).eval()
@@ -84,13 +84,12 @@ SUITE = f"the suite of metrics with its intervals, {EVALUATED * POSITIONS:,} tok
 
 def evaluation_steps() -> dict[str, Callable[[], object]]:
     """A pass of the embedded model, one of a topk SAE, and that SAE's metrics as a run has them."""
-    from compare_peers import composed
-
+    from tcsae.config.compose import config_of
     from tcsae.data.language_model import LanguageModel
-    from tcsae.evaluation import ENCODE_CONTEXTS, on_activations
+    from tcsae.measure.evaluation import ENCODE_CONTEXTS, on_activations
     from tcsae.sae.registry import sae_class
 
-    config = composed([f"dataset.n_eval_contexts={EVALUATED}"])
+    config = config_of(f"dataset.n_eval_contexts={EVALUATED}")
     model = LanguageModel(config.model, config.layer)
     contexts = some_contexts(EVALUATED, model.vocabulary)
     pieces = contexts.ids.split(config.model.forward_contexts)

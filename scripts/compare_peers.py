@@ -31,19 +31,19 @@ import torch
 from pages import markdown_table
 from torch import Tensor
 
-from tcsae.config import Config, parse
+from tcsae.base.allocator import keep_large_blocks
+from tcsae.base.files import locked, read_json, write_json
+from tcsae.base.signals import StopRequest
+from tcsae.config import Config
+from tcsae.config.compose import config_of
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.store import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
-from tcsae.evaluation import on_the_model
-from tcsae.files import locked, read_json, write_json
-from tcsae.memory import keep_large_blocks
-from tcsae.metrics.core import ReconstructionMetrics
-from tcsae.run_folder import load_sae
+from tcsae.measure.evaluation import on_the_model
+from tcsae.metrics.reconstruction import ReconstructionMetrics
+from tcsae.runs.folder import load_sae
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.statistics import geometric_median
-from tcsae.signals import StopRequest
-from tcsae.train import conf_folder, numbers
 from tcsae.training.member import Member
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -68,16 +68,6 @@ PEER_CLASSES = {
 Run = dict[str, Any]
 Job = tuple[str, str, float, int]
 """Architecture, arm, learning rate, seed."""
-
-
-def composed(overrides: list[str]) -> Config:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    numbers.install()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        container = OmegaConf.to_container(compose("train", overrides), resolve=True)
-    return parse(container)  # type: ignore[arg-type]
 
 
 def in_bfloat16(config: Config) -> bool:
@@ -423,11 +413,11 @@ def jobs(args: argparse.Namespace, runs: Callable[[], list[Run]]) -> Iterator[Jo
                 yield architecture, arm, best, seed
 
 
-def config_of(args: argparse.Namespace, overrides: list[str], job: Job) -> Config:
+def job_config(args: argparse.Namespace, overrides: list[str], job: Job) -> Config:
     architecture, _, rate, seed = job
     steered = ["training.target_l0=32"] if architecture == "jumprelu" else [f"sae.k={L0}"]
-    return composed(
-        [
+    return config_of(
+        *[
             f"sae={architecture}",
             "consistency=none",
             "lambda=0",
@@ -463,12 +453,12 @@ def main() -> None:
     if args.page_only:
         return write_page(args.page, read_json(args.out))
     keep_large_blocks()
-    first = config_of(args, overrides, (args.architectures[0], args.arms[0], args.rates[0], 0))
+    first = job_config(args, overrides, (args.architectures[0], args.arms[0], args.rates[0], 0))
     setting, stream = setting_of(first), open_stream(first, StopRequest())
     for job in jobs(args, lambda: recorded(args.out, setting)):
         if job in map(key, recorded(args.out, setting)):
             continue
-        config = config_of(args, overrides, job)
+        config = job_config(args, overrides, job)
         found = measured(trained(job[1], config, stream), config, stream)
         names = ("architecture", "arm", "lr", "seed")
         run = {**dict(zip(names, job, strict=True)), **found}

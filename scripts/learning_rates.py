@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_peers import DOCS, composed, ours, processor
+from compare_peers import DOCS, ours, processor
 from pages import markdown_table
 
+from tcsae.base.allocator import keep_large_blocks
+from tcsae.base.files import read_json, write_json
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config
+from tcsae.config.compose import config_of
 from tcsae.data.stream import Stream, open_stream
-from tcsae.files import read_json, write_json
-from tcsae.memory import keep_large_blocks
-from tcsae.metrics.core import ReconstructionMetrics
+from tcsae.metrics.reconstruction import ReconstructionMetrics
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.signals import StopRequest
 
 BEGIN, END = "<!-- rates: begin -->", "<!-- rates: end -->"
 COMMON = ["lambda=0", "consistency=none", "training.batch_contexts=16", "training.tokens=400000"]
@@ -113,7 +114,7 @@ def main() -> None:
     for job in args.jobs:
         if job in {run["job"] for run in runs}:
             continue
-        config = composed([*COMMON, *args.common, *job.split()])
+        config = config_of(*COMMON, *args.common, *job.split())
         stream = stream or open_stream(config, StopRequest())
         runs.append(described(config, job) | measured(config, stream))
         write_json(args.out, runs)

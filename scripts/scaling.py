@@ -6,10 +6,10 @@ to what this prints.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-from tcsae.config import Config, parse
+from tcsae.config import Config
+from tcsae.config.compose import config_of
 from tcsae.launch.counted import checkpoint_bytes, forward_flops, sizes
 from tcsae.launch.estimate import (
     MACHINES,
@@ -22,7 +22,6 @@ from tcsae.launch.estimate import (
     size,
     sweep_cost,
 )
-from tcsae.train import conf_folder, numbers
 
 A100, H100, CPU = (MACHINES[name] for name in ("a100", "h100", "cpu"))
 TOKENS = 500_000_000
@@ -57,15 +56,6 @@ MEASURED = {
     "store": 341.8,
     "checkpoint": 31.910,
 }
-
-
-@functools.cache
-def config_of(*overrides: str) -> Config:
-    from hydra import compose
-    from omegaconf import OmegaConf
-
-    composed = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    return parse(composed)  # type: ignore[arg-type]
 
 
 def long_job(model: str, d_sae: int, *more: str) -> Config:
@@ -267,12 +257,8 @@ def comparison() -> None:
 
 
 def main() -> None:
-    from hydra import initialize_config_dir
-
-    numbers.install()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        for part in (streams, trainings, memory, grids, comparison):
-            part()
+    for part in (streams, trainings, memory, grids, comparison):
+        part()
 
 
 if __name__ == "__main__":

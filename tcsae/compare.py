@@ -7,27 +7,10 @@ table.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
-from tcsae.errors import USER_ERROR_EXIT_CODE, UserError
-from tcsae.files import make_folder, write_json, write_text
-
-if TYPE_CHECKING:
-    from tcsae.report.comparison import Comparison
-
-FOLDER = "comparison"
-
-
-def default_output(folders: Sequence[Path]) -> Path:
-    """`comparison/` in the folder that all have in common: the sweep's own, if it is one sweep."""
-    common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    if (common / "config.json").is_file():
-        common = common.parent
-    return common / FOLDER
+from tcsae.cli import command
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +23,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"where to write (default: {FOLDER}/ in the folder that all DIRs have in common)",
+        help="where to write (default: comparison/ in the folder that all DIRs have in common)",
     )
     parser.add_argument(
         "--baseline",
@@ -58,39 +41,17 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"tcsae: {message}", file=sys.stderr)
-    sys.exit(USER_ERROR_EXIT_CODE)
-
-
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """All five files. Raises UserError where `folder` cannot be written."""
-    from tcsae.report.compare_page import write_compare_report
-    from tcsae.report.notes import comparison_notes
-
-    make_folder(folder)
-    write_json(folder / "comparison.json", comparison.to_json())
-    write_text(folder / "comparison.csv", comparison.csv())
-    write_text(folder / "comparison.md", comparison.markdown())
-    write_text(folder / "notes.txt", comparison_notes(comparison))
-    write_compare_report(comparison, folder / "report.html")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _arguments(arguments)
-    try:
-        from tcsae.report.comparison import compare_runs
+    # After the arguments: torch takes seconds, --help must not.
+    from tcsae.report.compare_files import default_output, write_comparison
+    from tcsae.report.comparison import compare_runs
 
+    with command():
         baseline = dict(pair.split("=", 1) for pair in given.baseline)
         comparison = compare_runs(given.folders, baseline)
         output = given.output or default_output(given.folders)
         write_comparison(comparison, output)
-    except UserError as error:
-        _refuse(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _refuse(f"{error.filename}: {error.strerror}")
     print(comparison.markdown())
     print(f"page: {output / 'report.html'}")
 

@@ -37,11 +37,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tcsae.laplacian import Laplacian, Window, window_laplacian
-from tcsae.positions import permute_within_segments
-from tcsae.sparse import SparseCodes
-from tcsae.sums import GradientPart, PositionSums
-from tcsae.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
+from tcsae.losses.laplacian import Laplacian, Window, window_laplacian
+from tcsae.losses.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
+from tcsae.tensors.positions import permute_within_segments
+from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.sums import GradientPart, PositionSums
 
 VarianceOver = Literal["windows", "positions"]
 

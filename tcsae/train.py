@@ -1,53 +1,30 @@
 """`python -m tcsae.train`: compose the configuration, run the job, return its metric.
 
-Only Hydra is imported at the top: `--help` and `--cfg job` need nothing else.
+Only Hydra and the configuration are imported at the top: `--help` and `--cfg job` need no torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from tcsae import numbers
-from tcsae.errors import (
-    INTERRUPTED_EXIT_CODE,
-    USER_ERROR_EXIT_CODE,
-    Interrupted,
-    SweepFailed,
-    UserError,
-)
-from tcsae.files import disk_reason
-
-log = logging.getLogger(__name__)
-
-JOB_FAILED_EXIT_CODE = 1
-KILLED_EXIT_CODE = 130  # as shells say it of SIGINT
-
-
-def conf_folder() -> Path:
-    """conf/ inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+from tcsae import cli
+from tcsae.base.errors import Interrupted
+from tcsae.config import number_options, run_name
+from tcsae.config.compose import conf_folder, to_config
+from tcsae.config.mistakes import for_the_user
 
 
 def _run_name(*, _root_: DictConfig) -> str:
     """Resolver: the run's folder name. A config that is not valid has none, so nothing is made."""
-    from tcsae.composed import to_config
-    from tcsae.config import run_name
-
     return run_name(to_config(_root_))
 
 
@@ -61,97 +38,27 @@ def _sweep_name(arguments: list[str]) -> str:
 
 def _dry_run(arguments: list[str]) -> list[str]:
     """`--dry-run`, as the key it stands for."""
-    key = "hydra.launcher.dry_run=true"
-    return [a for a in arguments if a != "--dry-run"] + [key] * ("--dry-run" in arguments)
+    if "--dry-run" not in arguments:
+        return arguments
+    return [a for a in arguments if a != "--dry-run"] + ["hydra.launcher.dry_run=true"]
 
 
 def _task(composed: DictConfig) -> float:
-    from tcsae.composed import to_config
-    from tcsae.run import run
+    from tcsae.jobs.bank import run
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         info = run(to_config(composed), folder)
     except Interrupted as stopped:
-        log.warning(f"{stopped}; the same command goes on from here")
-        sys.exit(INTERRUPTED_EXIT_CODE)
+        cli.exit_interrupted(stopped)
     except Exception as error:
         line = for_the_user(error)
         if line is None or not single:
             raise  # a defect; or one job of several, which must not hide the others'
         # Here, because Hydra adds a line of its own to what it gets to see.
-        _say(line)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        cli.refuse(line)
     return info["metrics"]["reconstruction_quality"]["explained_variance"]
-
-
-def _say(message: str) -> None:
-    print(f"tcsae: {message}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------ errors in one line
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _known_keys() -> list[str]:
-    keys: set[str] = set()
-    for file in conf_folder().rglob("*.yaml"):
-        content = OmegaConf.to_container(OmegaConf.load(file))
-        if not isinstance(content, dict):
-            continue
-        is_global = "@package _global_" in file.read_text() or file.name == "train.yaml"
-        group = ".".join(file.relative_to(conf_folder()).parent.parts)
-        prefix = "" if is_global else f"{group}."
-        for key, value in content.items():
-            if key in ("defaults", "hydra", "_target_"):
-                continue
-            inner = [f"{key!s}.{name!s}" for name in value] if isinstance(value, dict) else []
-            keys |= set(inner or [prefix + str(key)])
-    return sorted(keys)
-
-
-def _one_line(error: BaseException) -> str:
-    for cause in _causes(error):
-        if isinstance(cause, UserError):
-            return str(cause)
-    text = next((t for t in (" ".join(str(c).split()) for c in _causes(error)) if t), repr(error))
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown and "No match in the defaults list" not in text:
-        key = unknown[1]
-        near = difflib.get_close_matches(key, _known_keys(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints the keys"
-        return f"{key}: no such key; {hint}"
-    text = text.partition(" Config search path")[0]
-    missing = re.search(r"Missing mandatory value: .*?full_key: (\S+)", text)
-    if missing:
-        return f"{missing[1]}: must be given ({missing[1]}=...)"
-    option = re.search(r"Could not find '([^'/]+)/([^']*)'", text)
-    if option:
-        group, given = option.groups()
-        listed = text.partition(f"Available options in '{group}':")[2].split()
-        number = "any finite number, or " if group in ("window", "lambda", "layer") else ""
-        return f"{group} = {given}: must be {number}one of {', '.join(listed)}"
-    return text
-
-
-def for_the_user(error: Exception) -> str | None:
-    """One line for what a user can mend; None for a defect, which needs its traceback."""
-    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
-        return _one_line(error)
-    for cause in _causes(error):
-        # Hydra writes to the run folder before the job begins.
-        if (reason := disk_reason(cause)) is not None:
-            where = getattr(cause, "filename", None) or "the run folder (hydra.run.dir)"
-            return f"cannot write {where}: {reason}"
-        if isinstance(cause, OSError) and cause.filename is not None:
-            return f"{cause.filename}: {cause.strerror}"
-    return None
 
 
 def main() -> None:
@@ -160,23 +67,14 @@ def main() -> None:
     # busy one each other's. Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.argv[1:] = _dry_run(sys.argv[1:])
-    numbers.install()
+    number_options.install()
+    sweep_name = _sweep_name(sys.argv[1:])
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
-    # By the environment, because the jobs of a sweep see their own overrides only.
-    os.environ.setdefault("TCSAE_SWEEP", _sweep_name(sys.argv[1:]))
+    OmegaConf.register_new_resolver("tcsae.sweep_name", lambda: sweep_name, replace=True)
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)
     logging.raiseExceptions = False  # a log that cannot be written must not drown the message
-    try:
+    with cli.command():
         app()
-    except KeyboardInterrupt:
-        _say("stopped at once; the same command goes on from what was saved")
-        sys.exit(KILLED_EXIT_CODE)
-    except Exception as error:
-        line = for_the_user(error)
-        if line is None:
-            raise
-        _say(line)
-        sys.exit(JOB_FAILED_EXIT_CODE if isinstance(error, SweepFailed) else USER_ERROR_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -158,23 +158,12 @@ def small_job(weights: Path, texts: Path, folder: Path | str, **changes: str) ->
     return [f"{key}={value}" for key, value in chosen.items()]
 
 
-def composed_config(*overrides: str) -> Any:
-    """The checked Config of a command line."""
-    from hydra import compose, initialize_config_dir
-
-    from tcsae import numbers
-    from tcsae.composed import to_config
-    from tcsae.train import conf_folder
-
-    numbers.install()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_config(compose("train", list(overrides)))
-
-
 def small_config(weights: Path, texts: Path, **changes: str) -> Any:
     """The checked Config of `small_job`."""
     job = small_job(weights, texts, "unused", **changes)
-    return composed_config(*(a for a in job if "hydra." not in a))
+    from tcsae.config.compose import config_of
+
+    return config_of(*(a for a in job if "hydra." not in a))
 
 
 # ------------------------------------------------------------------------------ the command
@@ -279,7 +268,7 @@ def run_apart(*arguments: str, **env: str) -> Outcome:
 
 
 def digest(path: Path) -> str:
-    from tcsae.files import file_digest
+    from tcsae.base.files import file_digest
 
     return file_digest(path)
 
@@ -315,11 +304,11 @@ def harvest_together(
     import pytest
     import torch
 
+    from tcsae.base.files import tensors_digest
+    from tcsae.base.signals import StopRequest
     from tcsae.data import store
     from tcsae.data.language_model import LanguageModel
     from tcsae.data.stream import open_stream
-    from tcsae.files import tensors_digest
-    from tcsae.signals import StopRequest
 
     with pytest.MonkeyPatch.context() as patch:
         passes = count_calls(LanguageModel, "activations", patch)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.base.files import write_json
 from tcsae.config import parse
-from tcsae.evaluation import Evaluation, _json_list, _per_context
-from tcsae.files import write_json
-from tcsae.metrics.core import ForwardScore, ModelMetrics, ReconstructionMetrics
+from tcsae.measure.evaluation import Evaluation, _json_list, _per_context
+from tcsae.metrics.reconstruction import ForwardScore, ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.saebench_json import (
     Provenance,
     saebench_core_json,
@@ -21,8 +21,8 @@ from tcsae.metrics.saebench_json import (
     weight_statistics,
 )
 from tcsae.metrics.suite import ConsistencySuite
+from tcsae.sae.formats.saelens import save_saelens
 from tcsae.sae.registry import sae_class
-from tcsae.sae.saelens_format import save_saelens
 
 N, T, F, D_IN = 24, 16, 12, 6
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tcsae.run_state import RunState
+from tcsae.runs.state import RunState
 
 NOW = 2e9
 

@@ -13,15 +13,16 @@ import torch
 from helpers import small_config
 from torch import Tensor
 
-import tcsae.analysis_pass
-from tcsae.analysis import Analysis, analyse
+import tcsae.measure.analysis_pass
+from tcsae.base.errors import Interrupted
+from tcsae.base.signals import StopRequest
+from tcsae.config.sae import config_class
 from tcsae.data.contexts import Contexts
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationBatches, Calibration
-from tcsae.errors import Interrupted
+from tcsae.measure.analysis import Analysis, analyse
 from tcsae.metrics.suite import ConsistencySuite
-from tcsae.sae.registry import config_class, sae_class
-from tcsae.signals import StopRequest
+from tcsae.sae.registry import sae_class
 
 N, T, F = 64, 16, 24
 # Planted: 0 and its copy 1, two positions later; 2 and 3, one direction early and late; families
@@ -153,7 +154,7 @@ def test_the_picture_has_the_coefficients_of_its_cells(case: Case) -> None:
 def test_cells_of_several_features_leave_out_the_diagonal(
     tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcsae.analysis_pass, "CELLS", 11)
+    monkeypatch.setattr(tcsae.measure.analysis_pass, "CELLS", 11)
     case = run_analysis(tiny_gpt2, texts, planted())
     tensors = case.analysis.correlation
     order, edges = tensors["order"], tensors["edges"].tolist()
@@ -251,7 +252,7 @@ def test_the_headline_is_flat(case: Case) -> None:
 def test_the_sparse_way_finds_the_same(
     case: Case, tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcsae.analysis_pass, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(tcsae.measure.analysis_pass, "DENSE_ENTRIES", 0)
     other = run_analysis(tiny_gpt2, texts, planted()).analysis
     assert other.redundancy["method"] == "sparse"
     for kind in ("redundant", "twins"):
@@ -265,8 +266,8 @@ def test_the_sparse_way_finds_the_same(
 def test_a_very_wide_sae_is_looked_at_over_fewer_lags(
     tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcsae.analysis_pass, "DENSE_ENTRIES", 0)
-    monkeypatch.setattr(tcsae.analysis_pass, "SPARSE_ENTRIES", 3 * F**2)
+    monkeypatch.setattr(tcsae.measure.analysis_pass, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(tcsae.measure.analysis_pass, "SPARSE_ENTRIES", 3 * F**2)
     told = run_analysis(tiny_gpt2, texts, planted()).analysis.redundancy
     assert told["max_lag"] == 1 and told["redundant"]["n_pairs"] == 0
     assert told["max_lag_reason"] == "24 features: fewer lags than 4 looked at"
@@ -276,9 +277,9 @@ def test_a_very_wide_sae_is_looked_at_over_fewer_lags(
 def test_a_wide_sae_shows_its_strongest_features_and_says_so(
     case: Case, tiny_gpt2: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, dense: bool
 ) -> None:
-    monkeypatch.setattr(tcsae.analysis_pass, "CLOSE_FEATURES", 10)
+    monkeypatch.setattr(tcsae.measure.analysis_pass, "CLOSE_FEATURES", 10)
     if not dense:
-        monkeypatch.setattr(tcsae.analysis_pass, "DENSE_ENTRIES", 0)
+        monkeypatch.setattr(tcsae.measure.analysis_pass, "DENSE_ENTRIES", 0)
     other = run_analysis(tiny_gpt2, texts, planted()).analysis
     energy = torch.tensor([e or 0 for e in case.analysis.specialization["features"]["energy"]])
     strongest = sorted(energy.argsort(descending=True)[:10].tolist())

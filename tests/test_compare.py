@@ -12,7 +12,8 @@ import torch
 from helpers import environment
 from run_folders import F, N, T, changed, codes, inputs, write_run
 
-from tcsae.compare import default_output, main
+from tcsae.compare import main
+from tcsae.report.compare_files import default_output
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "report.html", "notes.txt"}
 

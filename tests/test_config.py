@@ -7,32 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcsae import numbers
-from tcsae.composed import to_config
+from tcsae.base.errors import UserError
 from tcsae.config import (
-    Config,
     identity,
+    number_options,
     parse,
     parse_any,
     resolve_layer,
     run_id,
     run_name,
 )
-from tcsae.errors import UserError
+from tcsae.config.compose import conf_folder
+from tcsae.config.compose import config_of as config
 from tcsae.report.runs import settings_of
-from tcsae.train import _sweep_name, conf_folder
+from tcsae.train import _sweep_name
 
 CONF = conf_folder()
-
-
-def config(*overrides: str) -> Config:
-    numbers.install()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_config(compose("train", list(overrides)))
 
 
 def options() -> list[str]:
@@ -91,8 +84,8 @@ def test_hydra_is_the_release_whose_private_class_is_wrapped() -> None:
     import hydra
     from hydra._internal import defaults_list
 
-    numbers.install()
-    numbers.install()
+    number_options.install()
+    number_options.install()
     assert hydra.__version__.startswith("1.3.")
     assert defaults_list.Overrides._tcsae_numbers
 

@@ -20,8 +20,8 @@ from tcsae.consistency import (
     window_moments,
     window_variance,
 )
-from tcsae.laplacian import share_in_windows, window_laplacian
-from tcsae.sparse import SparseCodes
+from tcsae.losses.laplacian import share_in_windows, window_laplacian
+from tcsae.tensors.sparse import SparseCodes
 
 
 def obvious(features: Tensor, window: int, segments: Tensor, valid: Tensor) -> Tensor:

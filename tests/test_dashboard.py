@@ -17,8 +17,8 @@ from wandb_server import OfflineRun, Server, offline_runs
 
 from tcsae import dashboard
 from tcsae.config import TrackingConfig
+from tcsae.jobs.tracking import send_comparison
 from tcsae.report.comparison import compare_runs
-from tcsae.tracking import send_comparison
 
 OWN = {"run:displayName", "run:group", "run:createdAt"}
 """What W&B knows of every run by itself."""

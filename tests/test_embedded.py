@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tcsae
-from tcsae.signals import StopRequest
+from tcsae.base.signals import StopRequest
 
 pytestmark = pytest.mark.slow
 

@@ -19,16 +19,18 @@ from helpers import count_calls, digest, environment, leftovers, run_here, small
 from safetensors.torch import load_file, save_file
 
 import tcsae
+from tcsae.base.errors import Interrupted, UserError
+from tcsae.base.files import read_json
+from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.compare import main as compare
 from tcsae.config import LoadedConfig, parse_any, run_id
-from tcsae.errors import Interrupted, UserError
-from tcsae.evaluate import evaluate_sae, main
-from tcsae.export import export_run
-from tcsae.files import read_json
-from tcsae.foreign import Facts, ForeignSAE, composed, from_folder, from_release
-from tcsae.sae.registry import config_class, sae_class
-from tcsae.sae.saelens_format import CFG_NAME, WEIGHTS_NAME, save_saelens
-from tcsae.signals import StopRequest, stop_on_signal
+from tcsae.config.sae import config_class
+from tcsae.evaluate import main
+from tcsae.jobs.export import export_run
+from tcsae.jobs.foreign import Facts, ForeignSAE, composed, from_folder, from_release
+from tcsae.jobs.measure_foreign import evaluate_sae
+from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, save_saelens
+from tcsae.sae.registry import sae_class
 
 D_IN, D_SAE = 48, 96
 
@@ -187,7 +189,7 @@ def test_loaded_runs_can_be_compared_without_trained_ones(loaded: Path, tmp_path
 def test_the_same_command_again_does_nothing_and_rerun_repeats(
     exported: Path, loaded: Path, where: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tcsae import measuring
+    from tcsae.jobs import finish as measuring
 
     calls = count_calls(measuring, "measure", monkeypatch)
     main([str(exported), *where, "--output", str(loaded)])

@@ -21,8 +21,9 @@ from helpers import digest, environment, leftovers
 from run_folders import CONFIG, D_IN, F, changed, write_run
 
 import tcsae
-from tcsae.errors import UserError
-from tcsae.export import FILES, export_run, main, without_local_paths
+from tcsae.base.errors import UserError
+from tcsae.export import main
+from tcsae.jobs.export import FILES, export_run, without_local_paths
 
 RUN_CONFIG = changed(
     model__path="/home/somebody/models/tiny", dataset__path="/data/secret/text", store__dir="/s/st"
@@ -117,7 +118,7 @@ def test_the_card_begins_with_yaml_that_the_hub_reads(tmp_path: Path) -> None:
 
 
 def test_the_card_registers_what_sae_lens_cannot_load_by_itself(run: Path) -> None:
-    from tcsae.model_card import model_card
+    from tcsae.jobs.model_card import model_card
 
     cfg = json.loads((run / "sae" / "cfg.json").read_text())
     loaded = tcsae.load_run(run)

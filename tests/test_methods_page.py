@@ -17,8 +17,8 @@ import compare_peers
 import learning_rates
 from compare_peers import ARMS, best_rate, key
 
+from tcsae.base.signals import StopRequest
 from tcsae.data.stream import open_stream
-from tcsae.signals import StopRequest
 
 FOUND = json.loads((REPOSITORY / "docs" / "peers.json").read_text(encoding="utf-8"))
 

@@ -9,26 +9,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import small_config
-from hydra import compose, initialize_config_dir
 
-from tcsae import numbers
-from tcsae.composed import to_config
+from tcsae.base.files import read_json
+from tcsae.base.signals import StopRequest
 from tcsae.config import DatasetConfig
+from tcsae.config.compose import conf_folder
+from tcsae.config.compose import config_of as composed
 from tcsae.data.stream import open_stream
-from tcsae.files import read_json
+from tcsae.jobs.bank import run
 from tcsae.metrics.norm_limits import NOT_ENCODED
-from tcsae.run import run
-from tcsae.signals import StopRequest
-from tcsae.train import conf_folder
 
 PRESETS = sorted(path.stem for path in (conf_folder() / "experiment").glob("*.yaml"))
 DATASETS = sorted(path.stem for path in (conf_folder() / "dataset").glob("*.yaml"))
-
-
-def composed(*arguments: str) -> Any:
-    numbers.install()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_config(compose("train", list(arguments)))
 
 
 def test_the_default_is_3_whatever_the_text() -> None:
@@ -108,7 +100,7 @@ def test_the_terminal_warns_only_of_the_runs_own_number(
 ) -> None:
     from types import SimpleNamespace
 
-    from tcsae.measuring import say_results
+    from tcsae.jobs.finish import say_results
 
     said = {"decides_the_headline": decides, "limits": [5], "text": "told"}
     core = {"eval_result_unstructured": {"norm_limit_caution": said}}

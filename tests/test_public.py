@@ -51,6 +51,16 @@ def test_the_menu_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
+def test_configs_and_the_plan_of_a_sweep_need_no_torch() -> None:
+    code = (
+        "import sys, tcsae.config.sae, tcsae.launch.plan, hydra_plugins.tcsae_launchers;"
+        "heavy = {'torch', 'numpy', 'transformers', 'wandb', 'sklearn'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_metrics_know_tensors_and_nothing_else() -> None:
     code = (
         "import sys, tcsae.metrics, tcsae.consistency;"

@@ -26,16 +26,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tcsae
+from tcsae.base.errors import Interrupted, UserError
+from tcsae.base.files import locked
+from tcsae.base.signals import stop_on_signal
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
-from tcsae.errors import Interrupted, UserError
-from tcsae.evaluation import ENCODE_CONTEXTS
-from tcsae.files import locked
+from tcsae.jobs.bank import run, run_bank
+from tcsae.jobs.tracking import JsonLines
+from tcsae.measure.evaluation import ENCODE_CONTEXTS
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
-from tcsae.run import run, run_bank
-from tcsae.signals import stop_on_signal
-from tcsae.tracking import JsonLines
 from tcsae.training.member import Member
 
 
@@ -125,7 +125,7 @@ def test_a_run_without_a_step_is_an_error(config: Config, tmp_path: Path) -> Non
             self.step += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.run.Member", Idle)
+        patch.setattr("tcsae.jobs.bank.Member", Idle)
         # No figure of a run without training may ever look like a result.
         with pytest.raises(RuntimeError, match="no step"):
             run(config, tmp_path / "run")
@@ -222,7 +222,7 @@ def test_a_run_does_not_go_on_with_other_text_under_the_same_path(
     text = write_texts(tmp_path / "texts")
     config = small_config(tiny_gpt2, text, store__dir=str(store), layer="1")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tcsae.measuring.evaluate", die)
+        patch.setattr("tcsae.jobs.finish.evaluate", die)
         run(config, tmp_path / "run")
     write_texts(text, seed=1)
     with pytest.raises(UserError, match="begun with other content .*training_contexts"):

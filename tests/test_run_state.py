@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcsae.run_state import STATES, RunState, StateFile, queued, read_state
+from tcsae.runs.state import STATES, RunState, StateFile, queued, read_state
 
 NEVER = 1e9
 """Seconds between two writes, for tests in which none must follow the first."""

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from state_folders import NOW, write_final, write_metrics, write_state, write_sweep
 
-from tcsae.errors import UserError
-from tcsae.run_state import StateFile, queued
-from tcsae.run_status import (
+from tcsae.base.errors import UserError
+from tcsae.runs.state import StateFile, queued
+from tcsae.runs.status import (
     LOST_AFTER,
     SILENT_AFTER,
     Job,
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_has_no_value(tmp_path: Path) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from tcsae.run_state import StateFile
+from tcsae.runs.state import StateFile
 state = StateFile(Path(sys.argv[1]))
 state.begin()
 state.stage("train", 30, 100, rate=1.0)

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from state_folders import write_final, write_metrics, write_state, write_sweep
 
-from tcsae.run_status import find_groups
-from tcsae.status import duration, fitting_text, main, shorten, shorten_names, text
+from tcsae.report.status_table import duration, fitting_text, shorten, shorten_names, text
+from tcsae.runs.status import find_groups
+from tcsae.status import main
 
 GRID = [f"window={w},lambda={x}" for w in (4, 8) for x in (0, 0.1, 0.3)]
 
@@ -151,7 +152,7 @@ def test_a_killed_run_says_where_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = (
-        "import sys; from pathlib import Path; from tcsae.run_state import StateFile\n"
+        "import sys; from pathlib import Path; from tcsae.runs.state import StateFile\n"
         "StateFile(Path(sys.argv[1])).begin(); import os; os.kill(os.getpid(), 9)"
     )
     run = tmp_path / "run"

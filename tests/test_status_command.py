@@ -15,7 +15,7 @@ import pytest
 from helpers import environment, metric_lines, run_here, small_job
 from state_folders import write_final, write_state, write_sweep
 
-from tcsae.run_state import StateFile
+from tcsae.runs.state import StateFile
 from tcsae.status import main
 
 COMMAND = [sys.executable, "-m", "tcsae.status"]
@@ -114,7 +114,7 @@ def test_a_terminal_without_an_ellipsis_gets_another_character(tmp_path: Path) -
 
 def test_the_command_needs_none_of_the_heavy_libraries() -> None:
     script = (
-        "import sys, tcsae.status, tcsae.run_state\n"
+        "import sys, tcsae.status, tcsae.runs.state\n"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'hydra', 'tqdm') if m in sys.modules])"
     )
     done = subprocess.run(

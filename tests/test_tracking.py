@@ -16,11 +16,10 @@ from helpers import environment, metric_lines, run_here, small_job
 from run_folders import changed, codes, write_run
 from wandb_server import OfflineRun, Server, offline_runs
 
+from tcsae.base.errors import UserError
+from tcsae.base.files import file_digest
 from tcsae.config import Config, TrackingConfig, parse, run_id, run_name
-from tcsae.errors import UserError
-from tcsae.files import file_digest
-from tcsae.report.comparison import Comparison, compare_runs
-from tcsae.tracking import (
+from tcsae.jobs.tracking import (
     Tracker,
     WandbRun,
     comparison_columns,
@@ -30,6 +29,7 @@ from tcsae.tracking import (
     searchable,
     send_comparison,
 )
+from tcsae.report.comparison import Comparison, compare_runs
 from tcsae.training.member import Member
 
 GROUP = "grid-0123456789"
@@ -316,7 +316,7 @@ def test_online_a_restarted_run_has_every_step_once(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from tcsae.config import TrackingConfig\n"
-        "from tcsae.tracking import WandbRun\n"
+        "from tcsae.jobs.tracking import WandbRun\n"
         "tracking = TrackingConfig(mode='online')\n"
         "for steps in ((2, 4, 6), (4, 6, 8)):\n"
         "    run = WandbRun(tracking, Path(sys.argv[1]), id='abc', name='a run')\n"
@@ -388,7 +388,7 @@ def test_files_that_cannot_be_logged_are_one_warning(
     monkeypatch.setattr(tracker.wandb.run, "log_artifact", fails)
     with caplog.at_level(logging.WARNING, "tcsae"):
         tracker.finish(0)
-    (line,) = [record.message for record in caplog.records if record.name == "tcsae.tracking"]
+    (line,) = [record.message for record in caplog.records if record.name == "tcsae.jobs.tracking"]
     assert line == "W&B is off for the rest of this run (RuntimeError: no artifacts today)"
     # What was not sent is not taken for sent.
     assert not (folder / "wandb" / "artifacts.json").exists()
@@ -400,7 +400,7 @@ def test_files_that_cannot_be_logged_are_one_warning(
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     """A sweep with a baseline and a grid of 2 windows x 1 lambda, and its comparison/."""
-    from tcsae.compare import write_comparison
+    from tcsae.report.compare_files import write_comparison
 
     sweep = tmp_path_factory.mktemp("sweep")
     write_run(sweep / "base")

@@ -12,17 +12,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tcsae.base.errors import UserError
+from tcsae.config import DatasetConfig
 from tcsae.data.documents import Corpus, Document
-from tcsae.errors import UserError
-
-if TYPE_CHECKING:
-    from tcsae.config import DatasetConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tcsae.base.errors import UserError
+from tcsae.config import DatasetConfig
 from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, parts_digest
 from tcsae.data.plays import PlaysCorpus
-from tcsae.errors import UserError
-
-if TYPE_CHECKING:
-    from tcsae.config import DatasetConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tcsae.base.errors import UserError
+from tcsae.base.files import read_json
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.data.weights import find_weights, quiet
-from tcsae.errors import UserError
-from tcsae.files import read_json
 
 log = logging.getLogger(__name__)
 

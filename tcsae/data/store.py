@@ -23,13 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tcsae.config import DatasetConfig
-from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
-from tcsae.data.corpora import open_corpus
-from tcsae.data.documents import Corpus
-from tcsae.data.language_model import LanguageModel
-from tcsae.errors import UserError
-from tcsae.files import (
+from tcsae.base.errors import UserError
+from tcsae.base.files import (
     Lock,
     load_tensors,
     locked,
@@ -39,8 +34,13 @@ from tcsae.files import (
     tensors_digest,
     write_json,
 )
-from tcsae.progress import Progress
-from tcsae.signals import StopRequest
+from tcsae.base.progress import Progress
+from tcsae.base.signals import StopRequest
+from tcsae.config import DatasetConfig
+from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
+from tcsae.data.corpora import open_corpus
+from tcsae.data.documents import Corpus
+from tcsae.data.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -208,9 +208,7 @@ class ActivationStore:
                         made += self._harvest_shard(shard, wait, progress, stop)
         return made
 
-    def _harvest_shard(
-        self, shard: int, wait: bool, progress: Progress, stop: StopRequest
-    ) -> int:
+    def _harvest_shard(self, shard: int, wait: bool, progress: Progress, stop: StopRequest) -> int:
         path = self.shard_path(shard)
         lock_path = self.folder / "locks" / f"{shard:05d}.lock"
         with locked(lock_path, stop.check if wait else None) as lock:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcsae.base.files import tensors_digest
+from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import (
@@ -16,8 +18,6 @@ from tcsae.data.store import (
     calibrate,
     load_or_build_contexts,
 )
-from tcsae.files import tensors_digest
-from tcsae.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,7 @@ class Stream:
         }
 
 
-def open_stream(
-    config: Measured, stop: StopRequest, model: LanguageModel | None = None
-) -> Stream:
+def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None = None) -> Stream:
     """Contexts packed, activations harvested (or streamed), masks and scale known.
 
     `model`: that of the config, where it is at hand already.

@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 
-from tcsae.config import ModelConfig
-from tcsae.errors import UserError
-from tcsae.files import (
+from tcsae.base.errors import UserError
+from tcsae.base.files import (
     Lock,
     disk_errors,
     disk_reason,
@@ -35,6 +34,7 @@ from tcsae.files import (
     make_folder,
     write_json,
 )
+from tcsae.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tcsae.errors import UserError
-
-if TYPE_CHECKING:
-    from tcsae.config import TrackingConfig
+from tcsae.base.errors import UserError
+from tcsae.base.files import read_json
+from tcsae.config import TrackingConfig, parse
 
 log = logging.getLogger(__name__)
 
 
 def write_sweep_page(sweep: Path) -> Path | None:
     """The comparison of a sweep's finished jobs; None, with a warning, if it cannot be made."""
-    from tcsae.compare import FOLDER, write_comparison
+    from tcsae.jobs.tracking import send_comparison
+    from tcsae.report.compare_files import FOLDER, write_comparison
     from tcsae.report.comparison import compare_runs
-    from tcsae.tracking import send_comparison
 
     folder = sweep / FOLDER
     try:
@@ -36,7 +34,4 @@ def write_sweep_page(sweep: Path) -> Path | None:
 
 def _tracking(sweep: Path) -> TrackingConfig:
     """As the sweep's jobs have it; they differ in nothing that matters here."""
-    from tcsae.config import parse
-    from tcsae.files import read_json
-
     return parse(read_json(next(sweep.glob("*/config.json")))).tracking

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from tcsae.config import Config
+from tcsae.config.sae import SAEConfig
 from tcsae.launch.model_facts import ModelFacts
-
-if TYPE_CHECKING:
-    from tcsae.config import Config
-    from tcsae.sae.base import SAEConfig
 
 # Of a training step.
 WEIGHT_PASSES, SPARSE_WEIGHT_PASSES = 150, 120
@@ -42,11 +40,11 @@ BLOCK_KERNELS = 33
 G = 64
 ENCODE_CONTEXTS = 16
 LOGITS = 2**27
-"""As in tcsae/evaluation.py: elements of one logits tensor."""
+"""As in tcsae/measure/evaluation.py: elements of one logits tensor."""
 DENSE_PAIRS, SPARSE_PAIRS = 2**28, 2**33
-"""As in tcsae/analysis_pass.py."""
+"""As in tcsae/measure/analysis_pass.py."""
 CLOSE_FEATURES = 8192
-"""As in tcsae/analysis_pass.py."""
+"""As in tcsae/measure/analysis_pass.py."""
 REPORT_SECONDS, PAIR_SECONDS = 12.0, 17e-9
 """Clusters, pages and the like of one run on the host; one pair's correlation. Measured."""
 

@@ -11,14 +11,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from tcsae.config import Config, resolve_layer
 from tcsae.launch import counted
 from tcsae.launch.counted import MACHINES, Machine, Sizes, Stage, Work
 from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
-
-if TYPE_CHECKING:
-    from tcsae.config import Config
 
 __all__ = [
     "MACHINES", "Cost", "Machine", "SweepCost", "harvest_key", "job_cost", "members_that_fit",
@@ -170,8 +167,6 @@ def _run_bytes(config: Config, z: Sizes) -> float:
 
 
 def _layer(config: Config, facts: ModelFacts) -> int:
-    from tcsae.config import resolve_layer
-
     try:
         return resolve_layer(config.layer, facts.n_layers)
     except ValueError:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
 
-from tcsae.errors import INTERRUPTED_EXIT_CODE, Interrupted
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
+from tcsae.base.signals import stop_on_signal
+from tcsae.config.launcher import Options, checked
+from tcsae.launch.closing import write_sweep_page
 from tcsae.launch.launcher import GridLauncher, Packs
-
-if TYPE_CHECKING:
-    from tcsae.launch.options import Options
-    from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.launch.worker import work
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +21,12 @@ class HereLauncher(GridLauncher):
 
     @property
     def options(self) -> Options:
-        from tcsae.launch.options import Options, checked
-
         return checked(Options, self.given)
 
     def processes(self) -> int | None:
         return 1
 
     def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str]:
-        from tcsae.launch.closing import write_sweep_page
-        from tcsae.launch.worker import work
-        from tcsae.signals import stop_on_signal
-
         sweep.add_submission(packs, [None] * len(packs))
         said = {}
         try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcsae.base.files import read_json, write_json
 from tcsae.config import Config, parse
-from tcsae.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
     values = [dict(o.lstrip("+").split("=", 1) for o in job if "=" in o) for job in overrides]
     keys = sorted(dict.fromkeys(key for job in values for key in job), key="seed".__eq__)
     varying = [key for key in keys if len({job.get(key) for job in values}) > 1]
-    return [",".join(f"{key}={job[key]}" for key in varying if key in job) or "job"
-            for job in values]
+    return [
+        ",".join(f"{key}={job[key]}" for key in varying if key in job) or "job" for job in values
+    ]
 
 
 def stream_key(config: Config) -> str:

@@ -10,20 +10,22 @@ import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tcsae.errors import UserError
-from tcsae.run_log import console
-
-if TYPE_CHECKING:
-    from tcsae.launch.jobs import GridJob
-    from tcsae.launch.options import Options
-    from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.base.errors import UserError
+from tcsae.base.log import console
+from tcsae.base.progress import shown
+from tcsae.config.compose import to_config
+from tcsae.config.launcher import Options
+from tcsae.launch.jobs import GridJob, names_of
+from tcsae.launch.plan import packed, plan_lines
+from tcsae.launch.results import results_of, table
+from tcsae.launch.sweep_folder import SweepFolder
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ Packs = list[list["GridJob"]]
 
 
 class GridLauncher(Launcher):
-    """A launcher's options come from conf/hydra/launcher/ (tcsae/launch/options.py)."""
+    """A launcher's options come from conf/hydra/launcher/ (tcsae/config/launcher.py)."""
 
     kind: ClassVar[str]
 
@@ -84,10 +86,6 @@ class GridLauncher(Launcher):
 
         Raises UserError before anything is written or sent if one of them is not valid.
         """
-        from tcsae.launch.plan import packed, plan_lines
-        from tcsae.launch.results import results_of, table
-        from tcsae.launch.sweep_folder import SweepFolder
-
         options = self.options
         console()
         jobs = self.compose(job_overrides, initial_job_idx)
@@ -116,10 +114,6 @@ class GridLauncher(Launcher):
 
     def compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[GridJob]:
         """The jobs of a grid, every one of them checked."""
-        from tcsae.composed import to_config
-        from tcsae.launch.jobs import GridJob, names_of
-        from tcsae.progress import shown
-
         assert self.context is not None and self.config is not None
         jobs: list[GridJob] = []
         names = names_of(job_overrides)
@@ -135,9 +129,7 @@ class GridLauncher(Launcher):
             folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
             config = _named(config, name, Path(composed.hydra.sweep.dir).name)
             files = _hydra_files(composed, overrides)
-            jobs.append(
-                GridJob(number, name, tuple(overrides), config, folder.absolute(), files)
-            )
+            jobs.append(GridJob(number, name, tuple(overrides), config, folder.absolute(), files))
         return jobs
 
     def _returned(self, job: GridJob, value: Any, error: str | None) -> JobReturn:

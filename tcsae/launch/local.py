@@ -11,15 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tcsae.errors import INTERRUPTED_EXIT_CODE
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE
+from tcsae.base.signals import StopRequest, stop_on_signal
+from tcsae.config.launcher import LocalOptions, checked
+from tcsae.launch.closing import write_sweep_page
+from tcsae.launch.jobs import write_pack
 from tcsae.launch.launcher import GridLauncher, Packs
-
-if TYPE_CHECKING:
-    from tcsae.launch.options import LocalOptions
-    from tcsae.launch.sweep_folder import SweepFolder
-    from tcsae.signals import StopRequest
+from tcsae.launch.sweep_folder import PACKS, SweepFolder
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +30,12 @@ class LocalLauncher(GridLauncher):
 
     @property
     def options(self) -> LocalOptions:
-        from tcsae.launch.options import LocalOptions, checked
-
         return checked(LocalOptions, self.given)
 
     def processes(self) -> int | None:
         return self.options.processes
 
     def execute(self, sweep: SweepFolder, packs: Packs) -> dict[int, str]:
-        from tcsae.launch.closing import write_sweep_page
-        from tcsae.launch.jobs import write_pack
-        from tcsae.launch.sweep_folder import PACKS
-        from tcsae.signals import stop_on_signal
-
         folder = sweep.path / PACKS / f"local-{os.getpid()}-{int(time.time())}"
         folder.mkdir(parents=True)
         files = [folder / f"{index}.json" for index in range(len(packs))]

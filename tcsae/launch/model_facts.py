@@ -9,10 +9,9 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tcsae.config import DatasetConfig, ModelConfig
+from tcsae.config import DatasetConfig, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence, Set
 
+from tcsae.config.launcher import Options
 from tcsae.launch.estimate import Machine, members_that_fit, model_facts, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, stream_key
-from tcsae.launch.options import Options
 from tcsae.launch.sweep_folder import SweepFolder
 
 LARGEST_AUTO_PACK = 16
@@ -59,9 +59,7 @@ def plan_lines(
         lines.append(f"{len(sent)} have been sent before and have not ended: they are waited for")
     n_left = sum(len(pack) for pack in packs)
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
-    lines.append(
-        f"{n_left} to do in {_processes(packs)}, on {streams} of activations"
-    )
+    lines.append(f"{n_left} to do in {_processes(packs)}, on {streams} of activations")
     if options.dry_run:
         where = {job.number: index for index, pack in enumerate(packs) for job in pack}
         for job in jobs:

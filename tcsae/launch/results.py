@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from tcsae.files import read_json
+from tcsae.base.files import read_json
 from tcsae.launch.jobs import GridJob
-from tcsae.run_state import read_state
+from tcsae.runs.state import read_state
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def table(results: Sequence[JobResult]) -> str:
     lines.append(", ".join(f"{n} {state}" for state, n in counted.items() if n))
     for result in results:
         if result.state == "failed" and (result.job.folder / "state.json").is_file():
-            lines.append(
-                f"why: python -m tcsae.status --failed {result.job.folder.parent}"
-            )
+            lines.append(f"why: python -m tcsae.status --failed {result.job.folder.parent}")
             break
     return "\n".join(lines)
 
@@ -88,5 +86,3 @@ def _figures(result: JobResult) -> str:
         f"{metrics['sparsity']['l0']:>7.1f} "
         f"{metrics['reconstruction_quality']['explained_variance']:>6.3f} {score:>6.3f}  {shown}"
     )
-
-

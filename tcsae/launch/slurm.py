@@ -17,15 +17,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tcsae.errors import INTERRUPTED_EXIT_CODE, UserError
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, UserError
+from tcsae.base.progress import clock
+from tcsae.config.launcher import SlurmOptions, checked
+from tcsae.launch.jobs import write_pack
 from tcsae.launch.launcher import GridLauncher, Packs
-from tcsae.progress import clock
-
-if TYPE_CHECKING:
-    from tcsae.launch.options import SlurmOptions
-    from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.launch.slurm_job import ClosingJob, PackJob
+from tcsae.launch.sweep_folder import PACKS, SweepFolder
+from tcsae.runs.state import queued
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,6 @@ class SlurmLauncher(GridLauncher):
 
     @property
     def options(self) -> SlurmOptions:
-        from tcsae.launch.options import SlurmOptions, checked
-
         return checked(SlurmOptions, self.given)
 
     def processes(self) -> int | None:
@@ -130,10 +129,6 @@ def _sent_before(sweep: SweepFolder) -> list[tuple[list[int], Any]]:
 
 def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[list[Any], Any]:
     """The array's jobs and the closing job (or None). Raises UserError if Slurm refuses them."""
-    from tcsae.launch.jobs import write_pack
-    from tcsae.launch.slurm_job import ClosingJob, PackJob
-    from tcsae.launch.sweep_folder import PACKS
-
     folder = sweep.path / PACKS / time.strftime("slurm-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     with _nothing_left_of_a_refusal(folder, sweep):
@@ -219,8 +214,6 @@ def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[Non
 
 
 def _mark_queued(packs: Packs, job_ids: list[str]) -> None:
-    from tcsae.run_state import queued
-
     for pack, job_id in zip(packs, job_ids, strict=True):
         for job in pack:
             queued(job.folder, job_id)

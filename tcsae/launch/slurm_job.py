@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from tcsae.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.base.log import console
+from tcsae.base.signals import stop_on_signal
+from tcsae.launch.closing import write_sweep_page
 from tcsae.launch.jobs import read_pack
-from tcsae.run_state import queued, slurm_job_id
+from tcsae.launch.worker import work_or_raise
+from tcsae.runs.state import queued, slurm_job_id
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +26,6 @@ class PackJob:
     """What submitit sends: the pack is in a JSON file."""
 
     def __call__(self, path: str) -> None:
-        from tcsae.launch.worker import work_or_raise
-        from tcsae.signals import stop_on_signal
-
         before = progress_mark(Path(path))
         try:
             with stop_on_signal() as stop:
@@ -42,9 +43,6 @@ class PackJob:
 
 class ClosingJob:
     def __call__(self, sweep: str) -> None:
-        from tcsae.launch.closing import write_sweep_page
-        from tcsae.run_log import console
-
         console()
         if write_sweep_page(Path(sweep)) is None:
             raise UserError("no comparison page")
@@ -55,8 +53,11 @@ def progress_mark(path: Path) -> tuple[int, ...]:
     pack = read_pack(path)
     names = ("sae/cfg.json", "eval/core.json", "analysis", "final_info.json")
     made = sum((job.folder / name).exists() for job in pack for name in names)
-    steps = [int(file.stem.partition("-")[2]) for job in pack
-             for file in (job.folder / "checkpoint").glob("step-*.safetensors")]
+    steps = [
+        int(file.stem.partition("-")[2])
+        for job in pack
+        for file in (job.folder / "checkpoint").glob("step-*.safetensors")
+    ]
     stores = {Path(job.config.store.dir).expanduser() for job in pack}
     shards = sum(1 for store in stores for _ in store.rglob("*.safetensors"))
     return made, sum(steps), shards

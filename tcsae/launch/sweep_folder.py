@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcsae.base.errors import UserError
+from tcsae.base.files import make_folder, read_json, write_json
 from tcsae.config import run_id
-from tcsae.errors import UserError
-from tcsae.files import make_folder, read_json, write_json
 from tcsae.launch.jobs import GridJob
 
 PACKS = ".packs"

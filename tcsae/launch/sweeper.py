@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig
 
-from tcsae.errors import SweepFailed
+from tcsae.base.errors import SweepFailed
 
 
 class GridSweeper(Sweeper):

@@ -13,11 +13,11 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
-from tcsae.files import disk_errors, make_folder, write_text
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.base.files import disk_errors, make_folder, write_text
+from tcsae.base.log import console, run_logs
+from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.launch.jobs import GridJob, read_pack
-from tcsae.run_log import console, run_logs
-from tcsae.signals import StopRequest, stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
 
     Raises Interrupted if a signal came: everything is saved.
     """
-    from tcsae.run import run_bank
+    from tcsae.jobs.bank import run_bank
 
     for job in pack:
         _write_hydra_files(job)

@@ -14,9 +14,9 @@ from tcsae.metrics.autocorrelation import (
     integrated_time,
     window_consistency,
 )
-from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.correlation import FeatureCorrelation, feature_correlation
 from tcsae.metrics.position import PositionDependence, position_dependence
+from tcsae.metrics.reconstruction import ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.suite import ConsistencySuite
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""What people read: one-file HTML pages and notes of a run and of a comparison."""
+"""Words and pictures of what was measured: pages, notes, comparisons, tables."""

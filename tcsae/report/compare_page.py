@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tcsae.base.labels import SPREAD, difference_text, interval_text, label, number, window_part
 from tcsae.report import plots
-from tcsae.report.labels import SPREAD, difference_text, interval_text, label, number, window_part
+from tcsae.report.comparison import Comparison
 from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
 from tcsae.report.page import write_page
@@ -18,8 +19,6 @@ from tcsae.report.plots import Curve, Point
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-    from tcsae.report.comparison import Comparison
 
 Group = Mapping[str, Any]
 

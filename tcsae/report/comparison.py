@@ -21,7 +21,7 @@ streams   [{id, model, hook_name, layer, d_in, dataset, context_size, n_contexts
 metrics   names in the order of columns: core (explained_variance, l0, ...) and consistency (C_W,
           D_W, L_W for every W, C_W_sparse, L_W_sparse, rho_1, tau_int, omega_squared, share_...,
           ...: energy-weighted means over live features; edge_energy, smoothness).
-          Labels are in tcsae.report.labels
+          Labels are in tcsae.base.labels
 headline  the few of them for a narrow table; headline_window: the W of its C_W (null: none)
 groups    [{
     id, stream, arm, label ("lambda=1 window=8": what sets it apart in this comparison),
@@ -70,9 +70,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from tcsae.errors import UserError
-from tcsae.report.groups import Entries, Group, make_groups, sort_streams
-from tcsae.report.labels import (
+from tcsae.base.errors import UserError
+from tcsae.base.labels import (
     DEFAULT_WINDOW,
     interval_text,
     label,
@@ -81,6 +80,7 @@ from tcsae.report.labels import (
     number,
     window_part,
 )
+from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, is_finished, read_run
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
+from tcsae.base.files import load_tensors
+from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
 from tcsae.config import LoadedConfig
-from tcsae.files import load_tensors
-from tcsae.report.labels import SINGLES, label, listed, local_names, local_window, window_part
+from tcsae.config.compose import override_value
+from tcsae.measure.analysis import Analysis
 from tcsae.report.page import packed, rounded
-
-if TYPE_CHECKING:
-    from tcsae.analysis import Analysis
-    from tcsae.run_folder import LoadedRun
+from tcsae.runs.folder import LoadedRun
 
 MAX_ROWS = 4096
 """Features on the page: with more than these, those with the most energy."""
@@ -66,8 +65,6 @@ class Contents:
     @classmethod
     def of(cls, run: LoadedRun) -> Contents:
         """Raises UserError if a file of the run is damaged."""
-        from tcsae.analysis import Analysis
-
         advice = "run its command again with rerun=true"
         tensors, _ = load_tensors(run.folder / "eval" / "per_feature.safetensors", advice)
         folder = run.folder / "analysis"
@@ -218,18 +215,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def override_value(value: Any) -> str:
-    """A value as Hydra's grammar reads it on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(override_value, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return repr(value)
 
 
 # ---------------------------------------------------------------- the table of features

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tcsae.base.labels import label
 from tcsae.report import plots
-from tcsae.report.labels import label
+from tcsae.report.contents import Contents
 from tcsae.report.plots import Curve
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-    from tcsae.report.contents import Contents
 
 SHARES = ("share_position", "share_document", "share_window", "share_flicker")
 _SPARSE = 0.1

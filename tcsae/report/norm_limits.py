@@ -5,13 +5,11 @@ Runs measured before it was are shown without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tcsae.base.labels import number
 from tcsae.metrics.norm_limits import limit_words
-from tcsae.report.labels import number
-
-if TYPE_CHECKING:
-    from tcsae.report.contents import Contents
+from tcsae.report.contents import Contents
 
 HEAD = ("tokens up to", "explained variance", "tokens left out", "their share of the variance")
 CAPTION = (

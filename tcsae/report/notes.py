@@ -8,12 +8,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tcsae.files import write_text
-from tcsae.report import norm_limits
-from tcsae.report.contents import NO_ANALYSIS, Contents
-from tcsae.report.labels import (
+from tcsae.base.files import write_text
+from tcsae.base.labels import (
     SPREAD,
     decimals,
     difference_text,
@@ -24,12 +22,12 @@ from tcsae.report.labels import (
     spread_text,
     window_part,
 )
+from tcsae.report import norm_limits
+from tcsae.report.comparison import Comparison
+from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
-
-if TYPE_CHECKING:
-    from tcsae.report.comparison import Comparison
-    from tcsae.run_folder import LoadedRun
+from tcsae.runs.folder import LoadedRun, load_run
 
 _WIDTH = 96
 _LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -37,8 +35,6 @@ _LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def write_run_notes(folder: Path) -> Path:
     """Write `<run>/notes.txt`. Raises UserError for what is not a finished run."""
-    from tcsae.run_folder import load_run
-
     folder = Path(folder)
     write_text(folder / "notes.txt", run_notes(load_run(folder)))
     return folder / "notes.txt"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tcsae.base.labels import number
 from tcsae.config import Config, LoadedConfig
-from tcsae.report.labels import number
-
-if TYPE_CHECKING:
-    from tcsae.run_folder import LoadedRun
+from tcsae.runs.folder import LoadedRun
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tcsae.files import write_text
-from tcsae.report.labels import interval_text, label, number
+from tcsae.base.files import write_text
+from tcsae.base.labels import interval_text, label, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

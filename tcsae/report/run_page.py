@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tcsae.base.labels import HEADLINE, interval_text, label, number, spread_text, window_part
+from tcsae.measure.analysis import Analysis
 from tcsae.report import norm_limits, plots
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
-from tcsae.report.labels import (
-    HEADLINE,
-    interval_text,
-    label,
-    number,
-    spread_text,
-    window_part,
-)
 from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve
+from tcsae.runs.folder import LoadedRun, load_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-    from tcsae.analysis import Analysis
-    from tcsae.run_folder import LoadedRun
 
 _TRAINING = {
     "explained variance": ("explained_variance",),
@@ -48,8 +40,6 @@ def write_run_report(folder: Path) -> Path:
 
     Raises UserError for a folder that is no run, or of a run that has not finished.
     """
-    from tcsae.run_folder import load_run
-
     folder = Path(folder)
     return write_run_page(load_run(folder), folder / "report.html")
 

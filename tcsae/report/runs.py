@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.base.errors import UserError
+from tcsae.base.files import load_tensors, read_json
+from tcsae.base.labels import HEADLINE, SINGLES
 from tcsae.config import Config, LoadedConfig, identity
-from tcsae.errors import UserError
-from tcsae.files import load_tensors, read_json
-from tcsae.report.labels import HEADLINE, SINGLES
-from tcsae.report.paired import core_draws
+from tcsae.report.draws import core_draws
+from tcsae.runs.folder import load_run
 
 CORE = (
     *HEADLINE,
@@ -121,8 +122,6 @@ def is_finished(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Raises UserError, in one line, for a run that has not finished or is damaged."""
-    from tcsae.run_folder import load_run
-
     try:
         loaded = load_run(folder)
         return _run_of(loaded, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tcsae.sae.registry import architectures, config_class, sae_class
+from tcsae.config.sae import architectures, config_class
+from tcsae.sae.registry import sae_class
 
 __all__ = ["architectures", "config_class", "sae_class"]

@@ -8,44 +8,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tcsae.config.sae import SAEConfig
+from tcsae.sae.codes import Codes, Places, SAELensState, TrainingOutput
 from tcsae.sae.fast import values_at_hand
-from tcsae.sae.passing import Codes, Places, SAELensState, TrainingOutput
 from tcsae.sae.statistics import geometric_median, total_variance
-from tcsae.schema import StrictModel
-
-
-class SAEConfig(StrictModel):
-    """Options of every architecture. A subclass narrows `architecture` and adds its own."""
-
-    architecture: str
-    """Name in tcsae.sae.registry."""
-    d_sae: int = Field(ge=2)
-    """Number of features (dictionary size)."""
-    revival: Literal["auxk", "resample", "none"] = "auxk"
-    """What brings dead features back: an auxiliary loss (Gao et al. 2024), resampling them from
-    badly reconstructed inputs (Bricken et al. 2023), or nothing."""
-    dead_after_tokens: int = Field(default=100_000, ge=1)
-    """A feature that has not fired for this many valid tokens counts as dead. With
-    revival=resample also the number of tokens between two resamplings."""
-    k_aux: int | None = Field(default=None, ge=1)
-    """revival=auxk: dead features per token that rebuild the residual; None is d_in // 2."""
-    auxk_coefficient: float = Field(default=1 / 32, ge=0)
-    """revival=auxk: weight of the auxiliary loss."""
-    encoder_scale: float = Field(default=1.0, gt=0)
-    """The encoder starts as this times the decoder's transpose. 1 (tied) is what runs had before
-    there was such a key; conf/sae has what is better."""
-
-    @property
-    def group_sizes(self) -> list[int]:
-        """Features in each group of the dictionary; they add up to d_sae. Most have one group."""
-        return [self.d_sae]
 
 
 class SparseAutoencoder(nn.Module, ABC):

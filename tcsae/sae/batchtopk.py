@@ -9,32 +9,15 @@ Initialisation and AuxK are those of TopK (Gao et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.config.sae import BatchTopKConfig, SAEConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places, SAELensState
 from tcsae.sae.fast import is_sparse, largest_of_batch, sparse_pass, values_at_hand
-from tcsae.sae.passing import Codes, Places, SAELensState
-
-
-class BatchTopKConfig(SAEConfig):
-    """k features per token on average."""
-
-    architecture: Literal["batchtopk"] = "batchtopk"
-    k: int = Field(default=32, ge=1)
-    """Features per token, on average over the valid tokens of a batch."""
-    threshold_rate: float = Field(default=0.1, gt=0, le=1)
-    """Weight of a batch in the moving average of the threshold. The threshold falls as training
-    goes on: an average that reaches far back is too high, and too few features fire in use."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
-        return self
 
 
 class BatchTopKSAE(SparseAutoencoder):

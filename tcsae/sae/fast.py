@@ -46,9 +46,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad
 
-from tcsae.sae.passing import Codes
-from tcsae.sparse import SparseCodes
-from tcsae.sums import GradientPart, column_sums, position_sums
+from tcsae.sae.codes import Codes
+from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.sums import GradientPart, column_sums, position_sums
 
 Selection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Pre-activations [N, F] -> (values, features, tokens) of the chosen, in the order of tokens."""

@@ -7,24 +7,14 @@ that it does not shrink the activations; the encoders of both paths share their 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
-from tcsae.sae.passing import Codes, Places
-
-
-class GatedConfig(SAEConfig):
-    """Gated SAE with an L1 penalty on its gates."""
-
-    architecture: Literal["gated"] = "gated"
-    revival: Literal["auxk", "resample", "none"] = "resample"
-    """As SAEConfig.revival; the paper resamples."""
-    l1_coefficient: float = Field(default=0.15, ge=0)
-    """Weight of the sparsity term for inputs of norm 1, counted as in `standard`."""
+from tcsae.config.sae import GatedConfig, SAEConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places
 
 
 class GatedSAE(SparseAutoencoder):
@@ -71,9 +61,7 @@ class GatedSAE(SparseAutoencoder):
         ).relu()
         features_NF = torch.where(gate_NF > 0, magnitude_NF, 0)
         decoded_by_gate_ND = gate_NF @ self.W_dec.detach()
-        return Codes(
-            features_NF, features_NF @ self.W_dec, extra=(gate_NF, decoded_by_gate_ND)
-        )
+        return Codes(features_NF, features_NF @ self.W_dec, extra=(gate_NF, decoded_by_gate_ND))
 
     def architecture_losses(
         self,

@@ -10,39 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
-from tcsae.sae.passing import Codes, Places, SAELensState
+from tcsae.config.sae import JumpReLUConfig, SAEConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places, SAELensState
 
 FIRST_FIRINGS = 10_000
 """Features per token that the tanh form starts with (January update); at most half of d_sae."""
-
-
-class JumpReLUConfig(SAEConfig):
-    """JumpReLU SAE. Coefficients, thresholds and widths are for inputs of norm 1."""
-
-    architecture: Literal["jumprelu"] = "jumprelu"
-    revival: Literal["auxk", "resample", "none"] = "none"
-    """As SAEConfig.revival; neither paper of this architecture does either."""
-    penalty: Literal["step", "tanh"] = "step"
-    """step: the number of features that fire; tanh: sum of tanh(tanh_scale * f)."""
-    l0_coefficient: float = Field(default=1e-3, ge=0)
-    """Weight of the penalty, step or tanh."""
-    initial_threshold: float = Field(default=1e-3, ge=0)
-    """The thresholds' first value."""
-    bandwidth: float = Field(default=0.02, gt=0)
-    """Width of the kernel: entries this near a threshold, half on each side, move it. The paper's
-    0.001 is for billions of tokens; with fewer so few entries are near that it hardly learns."""
-    tanh_scale: float = Field(default=96.0, gt=0)
-    """penalty=tanh: 96 is the update's 4 for inputs of norm sqrt(576)."""
-    preact_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of sum_j ReLU(threshold_j - pre_j), which gives features that never fire a gradient
-    (the update has it on all features; 0 is without)."""
 
 
 class JumpReLUSAE(SparseAutoencoder):

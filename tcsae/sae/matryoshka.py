@@ -7,49 +7,14 @@ AuxK are those of BatchTopK.
 
 from __future__ import annotations
 
-import math
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar
 
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig
-from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
-from tcsae.sae.passing import Codes, Places
-
-
-class MatryoshkaConfig(BatchTopKConfig):
-    """Nested dictionaries, k features per token on average in the largest."""
-
-    architecture: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
-    group_fractions: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32), min_length=2
-    )
-    """Shares of d_sae, in order: dictionary i has the features of groups 0 to i. The default are
-    the paper's; the last group takes what rounding leaves."""
-
-    @field_validator("group_fractions", mode="before")
-    @classmethod
-    def _list_is_a_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _groups_fit(self) -> Self:
-        if not math.isclose(total := sum(self.group_fractions), 1, abs_tol=1e-3):
-            raise ValueError(f"group_fractions add up to {total:.4g}: they must add up to 1")
-        if min(self.group_sizes) < 1:
-            raise ValueError(
-                f"group_fractions leave a group without a feature at d_sae {self.d_sae}: "
-                f"sizes {self.group_sizes}"
-            )
-        return self
-
-    @property
-    def group_sizes(self) -> list[int]:
-        """Features in each group; they add up to d_sae."""
-        sizes = [int(fraction * self.d_sae) for fraction in self.group_fractions[:-1]]
-        return [*sizes, self.d_sae - sum(sizes)]
+from tcsae.config.sae import MatryoshkaConfig, SAEConfig
+from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.codes import Codes, Places
 
 
 class MatryoshkaSAE(BatchTopKSAE):

@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.config.sae import PAnnealConfig, SAEConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places, SAELensState
 from tcsae.sae.fast import values_at_hand
-from tcsae.sae.passing import Codes, Places, SAELensState
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
 # others together; this much, as a share of the inputs' norm, bounds it.
 SMOOTHING = 1e-3
-
-
-class PAnnealConfig(SAEConfig):
-    """ReLU SAE with a p-annealed penalty."""
-
-    architecture: Literal["p_anneal"] = "p_anneal"
-    revival: Literal["auxk", "resample", "none"] = "resample"
-    """As SAEConfig.revival; the authors' code resamples."""
-    l1_coefficient: float = Field(default=0.06, ge=0)
-    """Weight of the penalty while p is 1, counted as in `standard`."""
-    p_end: float = Field(default=0.2, gt=0, le=1)
-    """The last exponent; the first is 1."""
-    anneal_start: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the run after which p begins to fall; it should be over the sparsity warm-up."""
-    anneal_stages: int = Field(default=10, ge=1)
-    """Equal steps in which p falls; the last stage has p_end."""
 
 
 class PAnnealSAE(SparseAutoencoder):

@@ -9,33 +9,15 @@ Shapes: B contexts, T positions, N = B * T tokens, F features.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tcsae.positions import as_contexts, document_starts, permute_within_segments, reordered
-from tcsae.sae.base import SAEConfig
-from tcsae.sae.passing import Codes, Places, SAELensState
-from tcsae.sae.topk import TopKConfig, TopKSAE
-
-LONGEST = 0.999
-"""No feature keeps more of its state from one token to the next."""
-
-
-class PersistentConfig(TopKConfig):
-    """k new activations a token, added to what the features remember."""
-
-    architecture: Literal["persistent"] = "persistent"  # type: ignore[assignment]
-    revival: Literal["auxk", "none"] = "auxk"
-    """As SAEConfig.revival; loose tokens, from which features are resampled, have no past."""
-    k: int = Field(default=32, ge=1)
-    """Features that may take up something at one token."""
-    initial_retention: float = Field(default=0.1, gt=0, lt=LONGEST)
-    """Share of its state that a feature keeps from one token to the next, at the start."""
-    shuffle_positions: bool = False
-    """The control: in training the tokens of each document are remembered in random order."""
+from tcsae.config.sae import LONGEST, PersistentConfig, SAEConfig
+from tcsae.sae.codes import Codes, Places, SAELensState
+from tcsae.sae.topk import TopKSAE
+from tcsae.tensors.positions import as_contexts, document_starts, permute_within_segments, reordered
 
 
 class PersistentSAE(TopKSAE):
@@ -56,9 +38,7 @@ class PersistentSAE(TopKSAE):
     def add_encoder_vectors(self) -> None:
         super().add_encoder_vectors()
         share = self.cfg.initial_retention / LONGEST
-        self.theta = torch.nn.Parameter(
-            torch.full((self.d_sae,), math.log(share / (1 - share)))
-        )
+        self.theta = torch.nn.Parameter(torch.full((self.d_sae,), math.log(share / (1 - share))))
 
     @property
     def retention(self) -> Tensor:

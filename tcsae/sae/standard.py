@@ -7,26 +7,16 @@ norms as in Conerly et al. 2024 (Anthropic's April update).
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.config.sae import SAEConfig, StandardConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places
 from tcsae.sae.fast import DenseCodes, gradient_parts
-from tcsae.sae.passing import Codes, Places
-from tcsae.sums import RowNorms
-
-
-class StandardConfig(SAEConfig):
-    """ReLU SAE with an L1 penalty."""
-
-    architecture: Literal["standard"] = "standard"
-    revival: Literal["auxk", "resample", "none"] = "resample"
-    """As SAEConfig.revival; the paper of this architecture resamples."""
-    l1_coefficient: float = Field(default=0.04, ge=0)
-    """Weight of the sparsity term for inputs of norm 1, as dictionary_learning counts it."""
+from tcsae.tensors.sums import RowNorms
 
 
 class StandardSAE(SparseAutoencoder):

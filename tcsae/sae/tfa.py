@@ -10,46 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from tcsae.positions import as_contexts, document_starts, permute_within_segments, reordered
-from tcsae.sae.base import SAEConfig
-from tcsae.sae.passing import Codes, Places, SAELensState
-from tcsae.sae.topk import TopKConfig, TopKSAE
-
-
-class TFAConfig(TopKConfig):
-    """Predictive codes by attention over the past, k novel codes a token."""
-
-    architecture: Literal["tfa"] = "tfa"  # type: ignore[assignment]
-    revival: Literal["auxk", "none"] = "auxk"
-    """As SAEConfig.revival; loose tokens, from which features are resampled, have no past."""
-    k: int = Field(default=32, ge=1)
-    """Novel features per token."""
-    n_heads: int = Field(default=4, ge=1)
-    """Heads of the attention."""
-    bottleneck_factor: int = Field(default=64, ge=1)
-    """Queries and keys have d_sae / bottleneck_factor dimensions."""
-    codes: Literal["novel", "predictive"] = "novel"
-    """Which codes are the features: what is measured, and what a temporal loss acts on. The
-    reconstruction has both."""
-    shuffle_positions: bool = False
-    """The control: in training the tokens of each document stand in random order."""
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
-        unit = self.n_heads * self.bottleneck_factor
-        if self.d_sae % unit:
-            raise ValueError(
-                f"d_sae is {self.d_sae}: it must be a multiple of n_heads * bottleneck_factor, "
-                f"{unit}"
-            )
-        return self
+from tcsae.config.sae import SAEConfig, TFAConfig
+from tcsae.sae.codes import Codes, Places, SAELensState
+from tcsae.sae.topk import TopKSAE
+from tcsae.tensors.positions import as_contexts, document_starts, permute_within_segments, reordered
 
 
 class _Parts(NamedTuple):
@@ -83,9 +53,7 @@ class TFASAE(TopKSAE):
     preactivation_units: ClassVar[tuple[str, ...]] = ()
     cfg: TFAConfig
 
-    def __init__(
-        self, cfg: TFAConfig, d_in: int, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, cfg: TFAConfig, d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator)
         layer = _Attention(cfg.d_sae, cfg.n_heads, cfg.bottleneck_factor, generator)
         self.attn_layers = nn.ModuleList([layer])
@@ -100,7 +68,7 @@ class TFASAE(TopKSAE):
         SAELens divides it by 4 d_in; the rest of that is a power of two in its W_enc, so that no
         bit is lost between the two.
         """
-        return 2.0 ** self._exponent / (4 * self.d_in)
+        return 2.0**self._exponent / (4 * self.d_in)
 
     @property
     def _exponent(self) -> int:

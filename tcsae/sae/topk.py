@@ -6,29 +6,15 @@ Gao et al. 2024 (arXiv 2406.04093, section 2.3). No sparsity term: k is the spar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from tcsae.sae.base import SAEConfig, SparseAutoencoder
+from tcsae.config.sae import SAEConfig, TopKConfig
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import Codes, Places, SAELensState
 from tcsae.sae.fast import is_sparse, sparse_pass, top_k
-from tcsae.sae.passing import Codes, Places, SAELensState
-
-
-class TopKConfig(SAEConfig):
-    """k features per token."""
-
-    architecture: Literal["topk"] = "topk"
-    k: int = Field(default=32, ge=1)
-    """Features that may fire at one token."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
-        return self
 
 
 class TopKSAE(SparseAutoencoder):

@@ -15,43 +15,17 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from tcsae.positions import document_starts, noise_like
-from tcsae.sae.base import SAEConfig
-from tcsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
-from tcsae.sae.passing import Codes, Places
+from tcsae.config.sae import SAEConfig, TSAEConfig
+from tcsae.sae.codes import Codes, Places
+from tcsae.sae.matryoshka import MatryoshkaSAE
+from tcsae.tensors.positions import document_starts, noise_like
 
 ROWS = 512
 """Pairs whose similarities to all pairs are in memory at a time: 16 MiB at 8192 pairs."""
-
-
-class TSAEConfig(MatryoshkaConfig):
-    """Two nested dictionaries, of which the first has the temporal loss."""
-
-    architecture: Literal["tsae"] = "tsae"  # type: ignore[assignment]
-    k: int = Field(default=20, ge=1)
-    """Features per token, on average over the valid tokens of a batch."""
-    group_fractions: tuple[float, ...] = Field(default=(0.2, 0.8), min_length=2)
-    """As MatryoshkaConfig.group_fractions; the first group holds the high-level features."""
-    pair_loss: Literal["cosine", "inner_product", "squared_difference"] = "cosine"
-    """InfoNCE on the cosine of two tokens' codes (paper) or on their inner product (code), or the
-    squared difference of the codes (the paper's ablation "No Contrastive")."""
-    pairs: Literal["adjacent", "earlier"] = "adjacent"
-    """A token's partner: the token before it (paper), or a random earlier one of its document
-    (code)."""
-    pair_coefficient: float = Field(default=1.0, ge=0)
-    """Weight of the pair loss (alpha) for inputs of norm 1: 1.0 in the paper, 0.1 in the code."""
-    contrast_pairs: int = Field(default=1024, ge=2, le=8192)
-    """Pairs that a step's InfoNCE draws, or all where the batch has fewer: at most one for every
-    valid token that has a partner, 127 of a context of 128 tokens. Time grows with its square."""
-    same_document_negatives: bool = False
-    """What a pair is told from: all other pairs (code), or those of other documents."""
-    shuffle_positions: bool = False
-    """The control: the partner is any other token of the document, so that order says nothing."""
 
 
 class TSAE(MatryoshkaSAE):

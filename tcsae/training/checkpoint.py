@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tcsae.errors import UserError
-from tcsae.files import load_tensors, make_folder, remove_temporaries, save_tensors
+from tcsae.base.errors import UserError
+from tcsae.base.files import load_tensors, make_folder, remove_temporaries, save_tensors
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.base.errors import UserError
 from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency, window_moments
 from tcsae.data.store import Batch, Calibration
-from tcsae.errors import UserError
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.fast import values_at_hand
-from tcsae.sae.passing import TrainingOutput
 from tcsae.sae.registry import sae_class
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward

@@ -12,12 +12,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tcsae.base.errors import UserError
+from tcsae.base.progress import Progress
+from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.ahead import read_ahead
 from tcsae.data.store import ActivationBatches, Batch, shuffled_indices
-from tcsae.errors import UserError
-from tcsae.progress import Progress
-from tcsae.signals import StopRequest
 from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
 
@@ -38,7 +38,7 @@ class ScaledBatch:
 
 
 class MetricsLog(Protocol):
-    """Where a member's metrics go (tcsae/tracking.py)."""
+    """Where a member's metrics go (tcsae/jobs/tracking.py)."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 

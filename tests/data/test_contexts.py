@@ -17,17 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcsae.data.contexts import (
-    Contexts,
-    SpecialIds,
-    build_contexts,
-    pack,
-    segments_of,
-    valid_of,
-)
+from tcsae.base.errors import UserError
+from tcsae.data.contexts import Contexts, SpecialIds, build_contexts, pack, segments_of, valid_of
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Document
-from tcsae.errors import UserError
 
 BOS = 0
 SMOLLM2 = SpecialIds(bos=0, boundaries=frozenset({0, 2}), masked=frozenset({0, 1, 2}))

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcsae.base.errors import UserError
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Document
 from tcsae.data.plays import PlaysCorpus, play_scenes
-from tcsae.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -402,7 +402,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 from tcsae.data.corpora import HubCorpus
-from tcsae.errors import UserError
+from tcsae.base.errors import UserError
 try:
     next(HubCorpus(sys.argv[1], None, "train", None, "text", 0).documents())
 except UserError as error:

@@ -17,10 +17,10 @@ import torch
 from helpers import environment, run_here, small_job
 from torch import Tensor
 
+from tcsae.base.errors import UserError
 from tcsae.config import ModelConfig
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.weights import find_weights
-from tcsae.errors import UserError
 
 KINDS = ("gpt2", "gemma2", "llama")
 IDS = torch.randint(3, 400, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -370,7 +370,7 @@ _ASK = """
 import sys
 from tcsae.config import ModelConfig
 from tcsae.data.weights import find_weights
-from tcsae.errors import UserError
+from tcsae.base.errors import UserError
 for name in sys.argv[1:]:
     try:
         find_weights(ModelConfig(name=name, revision="v9" if "revision" in name else None))

@@ -19,12 +19,12 @@ from helpers import count_calls, harvest_together, leftovers, run_here, small_co
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.base.errors import Interrupted, UserError
+from tcsae.base.files import Lock, atomic, load_tensors, locked, save_tensors, write_text
+from tcsae.base.signals import StopRequest
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import Calibration, StreamSource, calibrate, shuffled_indices
 from tcsae.data.stream import Stream, open_stream
-from tcsae.errors import Interrupted, UserError
-from tcsae.files import Lock, atomic, load_tensors, locked, save_tensors, write_text
-from tcsae.signals import StopRequest
 
 SHARDS = 7  # 48 training and 8 held-out contexts, 8 in a shard
 PASSES = 14  # 4 in a forward pass

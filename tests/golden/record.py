@@ -30,12 +30,6 @@ PRESETS = (
 )
 
 
-def _compose(text: str) -> Any:
-    from helpers import composed_config
-
-    return composed_config(*text.split())
-
-
 def keys(value: Any) -> Any:
     """The nested keys of JSON content; a list counts by its first element."""
     if isinstance(value, dict):
@@ -48,10 +42,11 @@ def keys(value: Any) -> Any:
 def configs() -> dict[str, Any]:
     """Name and resolved config of every preset above."""
     from tcsae.config import run_name
+    from tcsae.config.compose import config_of
 
     found = {}
     for text in PRESETS:
-        config = _compose(text)
+        config = config_of(*text.split())
         content = json.loads(json.dumps(config.dump()))
         content.pop("store", None)  # where it lies is the machine's
         found[text] = {"name": run_name(config), "config": content}
@@ -62,7 +57,7 @@ def a_run(weights: Path, texts: Path, folder: Path) -> dict[str, Any]:
     """Keys and files of a small finished run and of its export."""
     from helpers import run_here, small_job
 
-    from tcsae.export import export_run
+    from tcsae.jobs.export import export_run
 
     changes = {"store__dir": str(folder / "store"), "layer": "1", "evaluation__analysis": "true"}
     outcome = run_here(*small_job(weights, texts, folder / "run", **changes))

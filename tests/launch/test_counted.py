@@ -20,17 +20,18 @@ from launch.traffic import BAGS, Traffic, size_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcsae import analysis_pass, evaluation
 from tcsae.config import Config
+from tcsae.config.sae import architectures
 from tcsae.data import store
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import Batch, Calibration
 from tcsae.launch import counted, estimate
 from tcsae.launch.counted import Machine, Sizes, sizes
 from tcsae.launch.model_facts import ModelFacts, model_facts
-from tcsae.metrics.core import ReconstructionMetrics, next_token_ce, score_forward
+from tcsae.measure import analysis_pass, evaluation
+from tcsae.metrics.reconstruction import ReconstructionMetrics, next_token_ce, score_forward
 from tcsae.metrics.suite import ConsistencySuite
-from tcsae.sae import architectures, fast, sae_class
+from tcsae.sae import fast, sae_class
 from tcsae.training.checkpoint import save_checkpoint
 from tcsae.training.member import Member
 

@@ -16,6 +16,7 @@ from helpers import REPOSITORY, environment, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, load_or_build_contexts
@@ -32,7 +33,6 @@ from tcsae.launch.estimate import (
     span,
     sweep_cost,
 )
-from tcsae.signals import StopRequest
 
 A100, CPU = MACHINES["a100"], MACHINES["cpu"]
 FLOAT32_CPU = Machine(1, 10, device="cpu", bfloat16=False)

@@ -15,14 +15,14 @@ from hydra.errors import HydraException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcsae import numbers
-from tcsae.errors import SweepFailed, UserError
+from tcsae.base.errors import SweepFailed, UserError
+from tcsae.config import number_options
+from tcsae.config.compose import conf_folder
+from tcsae.config.launcher import Options, SlurmOptions, checked
 from tcsae.launch.jobs import GridJob, make_packs, names_of, read_pack, stream_key, write_pack
-from tcsae.launch.options import Options, SlurmOptions, checked
 from tcsae.launch.plan import packed
 from tcsae.launch.sweep_folder import SweepFolder
 from tcsae.launch.sweeper import GridSweeper
-from tcsae.train import conf_folder
 
 
 class Recorder:
@@ -44,7 +44,7 @@ def sweep() -> Callable[..., list[list[str]]]:
     from hydra._internal.utils import create_config_search_path
     from hydra.types import HydraContext
 
-    numbers.install()
+    number_options.install()
     loader = ConfigLoaderImpl(create_config_search_path(f"file://{conf_folder()}"))
 
     def run(

@@ -20,8 +20,8 @@ from helpers import (
 )
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
-from tcsae.files import locked
-from tcsae.run_state import read_state
+from tcsae.base.files import locked
+from tcsae.runs.state import read_state
 
 
 @pytest.fixture(scope="module")

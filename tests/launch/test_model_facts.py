@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from helpers import small_config, write_texts
 
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config, ModelConfig
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import load_or_build_contexts
 from tcsae.launch.model_facts import model_facts, text_contexts
-from tcsae.signals import StopRequest
 
 # Of the models' cards and configs.
 PUBLISHED = {

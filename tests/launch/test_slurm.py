@@ -13,8 +13,8 @@ import pytest
 from helpers import REPOSITORY, Outcome, finish, run_apart, run_here, start, weights_digest
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
-from tcsae.files import locked
-from tcsae.run_state import RunState, read_state
+from tcsae.base.files import locked
+from tcsae.runs.state import RunState, read_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 

@@ -16,8 +16,8 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 from torch.nn import functional
 
-from tcsae.metrics import core
-from tcsae.metrics.core import (
+from tcsae.metrics import reconstruction as core
+from tcsae.metrics.reconstruction import (
     ModelMetrics,
     ReconstructionMetrics,
     kl_divergence,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.metrics.core import ReconstructionMetrics
 from tcsae.metrics.norm_limits import (
     NO_TOKEN,
     NO_VARIANCE,
@@ -20,6 +19,7 @@ from tcsae.metrics.norm_limits import (
     NormLimits,
     caution,
 )
+from tcsae.metrics.reconstruction import ReconstructionMetrics
 
 B, T, D = 6, 20, 12
 MEDIAN = 5.0

@@ -16,7 +16,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 from tcsae.metrics import saebench_json
-from tcsae.metrics.core import ModelMetrics, ReconstructionMetrics
+from tcsae.metrics.reconstruction import ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.saebench_json import (
     Provenance,
     WeightStatistics,

@@ -13,12 +13,12 @@ def run_folder(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFa
     """A real job of 12 steps with its analysis."""
     from helpers import small_config
 
-    from tcsae.analysis import analyse
+    from tcsae.base.files import load_tensors
+    from tcsae.base.signals import stop_on_signal
     from tcsae.data.stream import open_stream
-    from tcsae.files import load_tensors
-    from tcsae.run import run
-    from tcsae.run_folder import load_run
-    from tcsae.signals import stop_on_signal
+    from tcsae.jobs.bank import run
+    from tcsae.measure.analysis import analyse
+    from tcsae.runs.folder import load_run
 
     root = tmp_path_factory.mktemp("report")
     config = small_config(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from run_folders import F, N, T, changed, codes, inputs, seeded, write_run
 from scipy import stats
 
-from tcsae.errors import UserError
+from tcsae.base.errors import UserError
 from tcsae.report.comparison import Comparison, compare_runs
 from tcsae.report.matching import (
     Point,

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from tcsae.report import contents as module
 from tcsae.report.contents import Contents, binned, feature_data, flat
-from tcsae.run_folder import load_run
+from tcsae.runs.folder import load_run
 
 
 def unpacked(code: dict[str, Any]) -> np.ndarray:
@@ -145,16 +145,9 @@ def test_a_job_of_an_experiment_is_repeated_alone(contents: Contents, tmp_path: 
 
 
 def test_without_a_record_the_command_spells_the_config_out(contents: Contents) -> None:
-    from hydra import compose, initialize_config_dir
+    from tcsae.config.compose import config_of
 
-    from tcsae import numbers
-    from tcsae.composed import to_config
-    from tcsae.train import conf_folder
-
-    numbers.install()
-    arguments = shlex.split(contents.command())[3:]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        again = to_config(compose("train", arguments))
+    again = config_of(*shlex.split(contents.command())[3:])
     assert again == contents.run.config
     assert dict(flat(again.dump()))["dataset.context_size"] == 16
 

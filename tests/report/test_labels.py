@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcsae.report.labels import (
-    decimals,
-    difference_text,
-    interval_text,
-    label,
-    listed,
-    number,
-)
+from tcsae.base.labels import decimals, difference_text, interval_text, label, listed, number
 
 
 @pytest.mark.parametrize(

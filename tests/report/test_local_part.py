@@ -13,17 +13,17 @@ import pytest
 import torch
 from run_folders import changed, codes, write_run
 
-from tcsae.evaluation import Evaluation
-from tcsae.files import load_tensors, save_tensors
+from tcsae.base.files import load_tensors, save_tensors
+from tcsae.base.labels import label, local_window, spread_text, window_part
+from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.suite import ConsistencySuite
 from tcsae.report.compare_page import stream_figures, write_compare_report
 from tcsae.report.comparison import compare_runs
 from tcsae.report.contents import OLDER, Contents
-from tcsae.report.labels import label, local_window, spread_text, window_part
 from tcsae.report.memory_figures import SHARES, share_rows, stacked_shares
 from tcsae.report.notes import comparison_notes, run_notes
 from tcsae.report.run_page import run_figures, write_run_report
-from tcsae.run_folder import load_run
+from tcsae.runs.folder import load_run
 
 NEW = ("energy_by_position", "edge_energy", "shares_window")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tcsae.report.labels import interval_text, number
+from tcsae.base.labels import interval_text, number
 from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
-from tcsae.run_folder import LoadedRun, load_run
+from tcsae.runs.folder import LoadedRun, load_run
 
 
 @pytest.fixture(scope="module")

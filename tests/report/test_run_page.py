@@ -10,11 +10,11 @@ import pytest
 from browser import EVIL, Tags, show
 from run_folders import codes, inputs, write_run
 
-from tcsae.errors import UserError
-from tcsae.files import read_json, write_json
+from tcsae.base.errors import UserError
+from tcsae.base.files import read_json, write_json
 from tcsae.report.notes import run_notes
 from tcsae.report.run_page import write_run_report
-from tcsae.run_folder import load_run
+from tcsae.runs.folder import load_run
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_run_that_was_measured_before_the_limits_has_a_page(
 
 
 def test_headline_and_command_are_written_out(tags: Tags, run_folder: Path) -> None:
-    from tcsae.report.labels import number
+    from tcsae.base.labels import number
 
     core = load_run(run_folder).core["eval_result_metrics"]
     value = number(core["reconstruction_quality"]["explained_variance"])

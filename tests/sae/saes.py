@@ -9,9 +9,10 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from tcsae.sae import architectures, config_class, sae_class
+from tcsae.config.sae import architectures, config_class
+from tcsae.sae import sae_class
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.passing import TrainingOutput
+from tcsae.sae.codes import TrainingOutput
 
 D_IN, D_SAE = 10, 64  # at k = 4 topk takes its sparse path
 # A kernel so wide that every threshold has entries near it in a small batch.

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tcsae.config.sae import BatchTopKConfig
 from tcsae.sae import batchtopk
-from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
-from tcsae.sae.passing import Places
+from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.codes import Places
 
 D_IN, D_SAE = 8, 40
 

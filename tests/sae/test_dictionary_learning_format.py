@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import tcsae
-from tcsae.errors import UserError
-from tcsae.sae.dictionary_learning_format import load_dictionary_learning
+from tcsae.base.errors import UserError
+from tcsae.sae.formats.dictionary_learning import load_dictionary_learning
 
 D_IN, D_SAE, K = 12, 40, 6
 State = dict[str, Tensor]

@@ -16,10 +16,10 @@ from tcsae.consistency import Consistency
 from tcsae.sae import fast
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
-from tcsae.sae.passing import TrainingOutput
-from tcsae.sparse import SparseCodes
-from tcsae.sums import GradientPart, PositionSums, RowNorms, column_sums, position_sums
+from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.sums import GradientPart, PositionSums, RowNorms, column_sums, position_sums
 
 FAST = ["standard", "topk", "batchtopk"]
 D_SAE = 136

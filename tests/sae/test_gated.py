@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcsae.sae.gated import GatedConfig, GatedSAE
+from tcsae.config.sae import GatedConfig
+from tcsae.sae.gated import GatedSAE
 
 D_IN, D_SAE = 8, 20
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
+from tcsae.config.sae import JumpReLUConfig
+from tcsae.sae.jumprelu import JumpReLUSAE
 
 D_IN, D_SAE = 8, 20
 

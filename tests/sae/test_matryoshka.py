@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
-from tcsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from tcsae.config.sae import BatchTopKConfig, MatryoshkaConfig
+from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.matryoshka import MatryoshkaSAE
 
 D_IN, D_SAE = 8, 40
 

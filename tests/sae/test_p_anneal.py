@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.sae.p_anneal import SMOOTHING, PAnnealConfig, PAnnealSAE
+from tcsae.config.sae import PAnnealConfig
+from tcsae.sae.p_anneal import SMOOTHING, PAnnealSAE
 
 D_IN, D_SAE = 8, 20
 

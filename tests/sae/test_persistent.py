@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from saes import batch, dead_at, make
 from torch import Tensor
 
-from tcsae.sae.persistent import LONGEST, remember
+from tcsae.config.sae import LONGEST
+from tcsae.sae.persistent import remember
 
 
 def slow_memory(added: Tensor, l_F: Tensor, segments: Tensor, valid: Tensor) -> Tensor:

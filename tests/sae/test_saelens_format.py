@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.saelens_format import CFG_NAME, WEIGHTS_NAME, load_saelens, save_saelens
-from tcsae.sae.saelens_registry import register
+from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, load_saelens, save_saelens
+from tcsae.sae.formats.saelens_registry import register
 
 D_IN, D_SAE = 12, 40
 OPTIONS: dict[str, dict[str, Any]] = {"topk": {"k": 6}, "standard": {"l1_coefficient": 0.3}}

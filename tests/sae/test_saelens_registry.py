@@ -15,12 +15,13 @@ from saes import D_IN, D_SAE, disturb, explained_variance, sparse_data
 from torch import Tensor
 
 import tcsae
+from tcsae.config import sae as sae_configs
+from tcsae.config.sae import SAEConfig, StandardConfig
 from tcsae.sae import registry
-from tcsae.sae.base import SAEConfig
-from tcsae.sae.passing import SAELensState
-from tcsae.sae.saelens_format import save_saelens
-from tcsae.sae.saelens_registry import PREFIX, exported, is_trainable
-from tcsae.sae.standard import StandardConfig, StandardSAE
+from tcsae.sae.codes import SAELensState
+from tcsae.sae.formats.saelens import save_saelens
+from tcsae.sae.formats.saelens_registry import PREFIX, exported, is_trainable
+from tcsae.sae.standard import StandardSAE
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {"k": 4},
@@ -28,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "matryoshka": {"k": 4},
     "standard": {"l1_coefficient": 0.02},
 }
-TRAINABLE = [name for name in registry.architectures() if is_trainable(name)]
+TRAINABLE = [name for name in sae_configs.architectures() if is_trainable(name)]
 BATCH, STEPS = 256, 150
 
 
@@ -63,10 +64,11 @@ def registered() -> Iterator[None]:
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
     before = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
-    registry._CLASSES["stranger"] = f"{__name__}:StrangerSAE"
+    sae_configs._CONFIGS["stranger"] = StrangerConfig
+    registry._CLASSES[StrangerConfig] = StrangerSAE
     tcsae.register_with_saelens()
     yield
-    del registry._CLASSES["stranger"]
+    del registry._CLASSES[StrangerConfig], sae_configs._CONFIGS["stranger"]
     for known, old in zip((SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY), before, strict=True):
         for name in known.keys() - old.keys():
             del known[name]
@@ -237,7 +239,7 @@ def test_an_architecture_that_sae_lens_has_not_loads_once_it_is_registered(tmp_p
     assert theirs.W_dec is theirs.ours.W_dec and theirs.cfg.metadata.model_name == "gpt2"
 
 
-@pytest.mark.parametrize("name", registry.architectures())
+@pytest.mark.parametrize("name", sae_configs.architectures())
 def test_every_architecture_of_ours_loads_in_sae_lens(name: str, tmp_path: Path) -> None:
     from sae_lens import SAE
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.sae.standard import StandardConfig, StandardSAE
+from tcsae.config.sae import StandardConfig
+from tcsae.sae.standard import StandardSAE
 
 D_IN, D_SAE = 8, 20
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from saes import D_IN, D_SAE, batch, dead_at, make
 from torch import Tensor
 
-from tcsae.sae.saelens_format import load_saelens, save_saelens
+from tcsae.sae.formats.saelens import load_saelens, save_saelens
 from tcsae.sae.tfa import TFASAE
 
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.config.sae import TopKConfig
 from tcsae.sae import fast
-from tcsae.sae.topk import TopKConfig, TopKSAE
+from tcsae.sae.topk import TopKSAE
 
 D_IN = 12
 

@@ -18,9 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcsae.config import identity, run_id
+from tcsae.config.sae import TSAEConfig
 from tcsae.consistency import window_variance
-from tcsae.sae.passing import Places
-from tcsae.sae.tsae import Pairs, TSAEConfig, documents, draw_pairs, info_nce
+from tcsae.sae.codes import Places
+from tcsae.sae.tsae import Pairs, documents, draw_pairs, info_nce
 
 
 def random_places(seed: int, contexts: int = 3, positions: int = 12) -> Places:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import small_config
 
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config
+from tcsae.config.sae import architectures
 from tcsae.data.store import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
-from tcsae.sae import architectures
-from tcsae.sae.saelens_format import load_saelens, save_saelens
-from tcsae.signals import StopRequest
+from tcsae.sae.formats.saelens import load_saelens, save_saelens
 from tcsae.training.checkpoint import load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
 

@@ -11,11 +11,11 @@ from helpers import leftovers, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.base.errors import UserError
+from tcsae.base.signals import StopRequest
 from tcsae.data.stream import open_stream
-from tcsae.errors import UserError
-from tcsae.run import run
-from tcsae.signals import StopRequest
-from tcsae.tracking import JsonLines
+from tcsae.jobs.bank import run
+from tcsae.jobs.tracking import JsonLines
 from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
 from tcsae.training.trainer import Seat, train_bank

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import small_config
 
+from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.store import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
 from tcsae.sae import fast
-from tcsae.signals import StopRequest
 from tcsae.training import member as member_module
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.member import Member

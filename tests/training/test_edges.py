@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tcsae.config.sae import BatchTopKConfig
 from tcsae.consistency import Consistency
-from tcsae.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from tcsae.sae.batchtopk import BatchTopKSAE
 
 CONTEXTS, POSITIONS, D_IN, D_SAE, WINDOW, STEPS = 32, 32, 24, 64, 8, 600
 

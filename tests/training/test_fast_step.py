@@ -10,6 +10,7 @@ import torch
 from helpers import small_config
 from torch import Tensor
 
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config, TrainingConfig
 from tcsae.data.store import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
@@ -17,7 +18,6 @@ from tcsae.sae import fast
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.standard import StandardSAE
 from tcsae.sae.topk import TopKSAE
-from tcsae.signals import StopRequest
 from tcsae.training.member import Member
 from tcsae.training.optimizer import build_optimizer
 from tcsae.training.trainer import ScaledBatch

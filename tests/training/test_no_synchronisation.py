@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcsae.config import Config
+from tcsae.config.sae import architectures
 from tcsae.data.store import Batch, Calibration
-from tcsae.sae import architectures, base
+from tcsae.sae import base
 from tcsae.training.member import Member
 
 D_IN, CONTEXTS, POSITIONS, STEPS = 12, 4, 16, 4

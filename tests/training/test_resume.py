@@ -12,14 +12,14 @@ import pytest
 import torch
 from helpers import metric_lines, small_config, weights_digest
 
+from tcsae.base.errors import Interrupted
+from tcsae.base.files import load_tensors
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.data.stream import Stream, open_stream
-from tcsae.errors import Interrupted
-from tcsae.files import load_tensors
-from tcsae.run import run
+from tcsae.jobs.bank import run
+from tcsae.jobs.tracking import JsonLines
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.signals import StopRequest
-from tcsae.tracking import JsonLines
 from tcsae.training.member import Member
 from tcsae.training.trainer import Seat, train_bank
 
@@ -189,7 +189,7 @@ def test_a_run_killed_after_training_only_measures_again(
     config = job()
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("tcsae.measuring.evaluate", lambda *_: die())
+        patch.setattr("tcsae.jobs.finish.evaluate", lambda *_: die())
         with pytest.raises(MemoryError):
             run(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "final_info.json").exists()
@@ -202,7 +202,7 @@ def test_a_run_killed_after_training_only_measures_again(
 def test_a_signal_during_the_measurements_costs_no_training(
     job: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tcsae.evaluation import evaluate
+    from tcsae.measure.evaluation import evaluate
 
     config = job()
     run(config, tmp_path / "whole")
@@ -212,7 +212,7 @@ def test_a_signal_during_the_measurements_costs_no_training(
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tcsae.measuring.evaluate", signalled)
+        patch.setattr("tcsae.jobs.finish.evaluate", signalled)
         with pytest.raises(Interrupted, match="SIGTERM"):
             run(config, tmp_path / "parts")
     with monkeypatch.context() as patch:

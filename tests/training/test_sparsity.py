@@ -14,9 +14,9 @@ from helpers import small_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tcsae.base.errors import UserError
 from tcsae.config import run_id
 from tcsae.data.store import Calibration
-from tcsae.errors import UserError
 from tcsae.training.member import Member
 from tcsae.training.sparsity import L0Controller
 

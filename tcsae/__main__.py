@@ -1,0 +1,3 @@
+from tcsae.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, files, signals, progress, the log, what metrics are called."""

@@ -1,0 +1,55 @@
+"""From the command line through Hydra to the checked Config, and from a value back to a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tcsae.config import Config, number_options, parse
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def conf_folder() -> Path:
+    """conf/ inside the installed package, or beside it in a checkout."""
+    inside = _PACKAGE / "conf"
+    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+
+
+def compose_tree(overrides: list[str]) -> DictConfig:
+    """conf/train.yaml with `overrides`, as `python -m tcsae.train` composes it, without Hydra's own
+    node. Raises one of Hydra's errors for a key or an option that there is not."""
+    from hydra import compose, initialize_config_dir
+
+    number_options.install()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("train", overrides)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The Config of a composition, Hydra's own node left out. Raises UserError, in one line."""
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return parse(container)  # type: ignore[arg-type]
+
+
+def config_of(*overrides: str) -> Config:
+    """The checked Config of a command line. Raises UserError or one of Hydra's errors."""
+    return to_config(compose_tree(list(overrides)))
+
+
+def override_value(value: Any) -> str:
+    """A value as Hydra's grammar reads it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{','.join(map(override_value, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return repr(value)

@@ -1,0 +1,79 @@
+"""What every finished run holds, whether its SAE was trained there or loaded: results and words."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from tcsae.base.signals import StopRequest
+from tcsae.config import Config, LoadedConfig, Measured, run_id
+from tcsae.data.stream import Stream
+from tcsae.measure.analysis import Analysis, analyse
+from tcsae.measure.evaluation import Evaluation, evaluate
+from tcsae.metrics.reconstruction import ModelMetrics
+from tcsae.report.notes import write_run_notes
+from tcsae.report.run_page import write_run_report
+from tcsae.sae.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+
+def measure(
+    sae: SparseAutoencoder,
+    sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
+    config: Measured,
+    stream: Stream,
+    folder: Path,
+    stop: StopRequest,
+) -> tuple[Evaluation, Analysis | None]:
+    """Write `eval/` and, if the config asks for it, `analysis/` of the SAE saved in `folder`.
+
+    `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
+    """
+    model, held_out = stream.model, stream.evaluation
+    evaluation = evaluate(sae, config, model, held_out, stop, sae_cfg, behaviour)
+    evaluation.write(folder / "eval")
+    if not config.evaluation.analysis:
+        return evaluation, None
+    per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
+    analysis = analyse(sae, config, model, held_out, per_feature, stop, max_lag)
+    analysis.write(folder / "analysis")
+    return evaluation, analysis
+
+
+def measured_info(
+    config: Config | LoadedConfig, stream: Stream, evaluation: Evaluation, wall_seconds: float
+) -> dict[str, Any]:
+    """The part of final_info.json that does not depend on where the SAE comes from."""
+    extras = evaluation.core["eval_result_unstructured"]
+    return {
+        "layer": stream.model.layer,
+        "dict_size": config.sae.d_sae,
+        "wall_seconds": wall_seconds,
+        "massive_token_share": stream.train.calibration.massive_share,
+        "explained_variance_by_norm_limit": extras["explained_variance_by_norm_limit"],
+        "unique_id": run_id(config),
+        "sae_set": f"tcsae/{config.model.name}/{config.dataset.name}",
+        "sae_id": f"{stream.model.hook_name}/{config.sae.architecture}/{run_id(config)}",
+        "eval_cfg": config.evaluation.model_dump(mode="json"),
+        "metrics": evaluation.core["eval_result_metrics"],
+        "consistency": evaluation.consistency["summary"],
+    }
+
+
+def write_pages(folder: Path) -> None:
+    """report.html and notes.txt of a finished run, from what is in its folder."""
+    write_run_report(folder)
+    write_run_notes(folder)
+
+
+def say_results(folder: Path, evaluation: Evaluation) -> None:
+    log.info("held-out results:")
+    for line in evaluation.lines():
+        log.info(f"  {line}")
+    if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
+        # The run's own number is in doubt, or only what it may be laid beside.
+        log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
+    log.info(f"the report: {folder / 'report.html'}")

@@ -1,0 +1,285 @@
+"""SAEs that were not trained here: where they lie, what they say of themselves, what to measure
+them on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tcsae.base.errors import UserError
+from tcsae.base.files import file_digest
+from tcsae.config import (
+    DatasetConfig,
+    EvaluationConfig,
+    LoadedConfig,
+    Measured,
+    ModelConfig,
+    Source,
+    parse_loaded,
+)
+from tcsae.config.compose import compose_tree, conf_folder, override_value
+from tcsae.config.strict import StrictModel
+from tcsae.data.language_model import HOOKS
+from tcsae.runs.folder import load_sae_and_cfg
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats.dictionary_learning import AE_NAME
+
+_SETTABLE = tuple(Measured.model_fields)
+_HOOK = re.compile(r"blocks\.(\d+)\.(\w+)")
+# Of a config of this package: an option of the group that all its keys can be set over, its keys,
+# and those that the machine or the SAE's hook decide.
+_OWN_PARTS: dict[str, tuple[str, type[StrictModel], tuple[str, ...]]] = {
+    "model": ("other", ModelConfig, ("device", "hook")),
+    "dataset": ("files", DatasetConfig, ()),
+    "evaluation": ("default", EvaluationConfig, ()),
+}
+
+
+@dataclass(frozen=True)
+class ForeignSAE:
+    """A loaded SAE, on raw activations, with what its files say."""
+
+    sae: SparseAutoencoder
+    source: Source
+    facts: Facts
+    cfg: dict[str, Any]
+    """Content of its cfg.json or config.json."""
+
+    def metadata(self, config: LoadedConfig) -> dict[str, Any]:
+        """For the cfg.json of its copy: its own, and where it comes from."""
+        own = _part(self.cfg, "metadata")
+        # The copy is in the format of the version that is written, whatever this one was in.
+        kept = {k: v for k, v in own.items() if k != "sae_lens_version"}
+        kept |= {"model_name": self.facts.model, "hook_name": self.facts.hook_name}
+        kept["source"] = config.source.model_dump(mode="json")
+        # NaN and infinity, which other libraries write, are no JSON.
+        return json.loads(json.dumps(kept), parse_constant=lambda _: None)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an SAE says of where it was trained; None and {} where it does not."""
+
+    model: str | None = None
+    hook_name: str | None = None
+    context_size: int | None = None
+    processing: Mapping[str, Any] | None = None
+    """How the model's weights were changed before its activations were taken."""
+    own: Mapping[str, Any] | None = None
+    """The whole config of the run that trained it, if that was one of this package."""
+
+
+def from_folder(folder: Path) -> ForeignSAE:
+    """Raises UserError, in one line, for what is no SAE or cannot be computed here."""
+    sae, cfg, weights = load_sae_and_cfg(folder)
+    facts = _dictionary_learning(cfg) if weights.name == AE_NAME else _saelens(cfg)
+    trainer = _part(cfg, "trainer")
+    library = "dictionary_learning" if trainer else "tcsae" if facts.own else "SAELens"
+    source = Source.model_validate(
+        {
+            "folder": str(folder),
+            "sha256": file_digest(weights),
+            "architecture": str(trainer.get("dict_class") or cfg.get("architecture")),
+            "library": library,
+            "made_for": ", ".join(filter(None, (facts.model, facts.hook_name))) or None,
+        }
+    )
+    return ForeignSAE(sae, source, facts, cfg)
+
+
+def from_release(release: str, sae_id: str) -> ForeignSAE:
+    """One of SAELens' pretrained SAEs, fetched and read by sae-lens.
+
+    Raises UserError without sae-lens or the hub, for a release or an id that sae-lens does not
+    know, and for an SAE that cannot be computed here.
+    """
+    try:
+        from sae_lens import SAE
+    except ImportError:
+        raise UserError(
+            "--release needs sae-lens: pip install 'sae-lens>=6.54,<7', or give a FOLDER"
+        ) from None
+    name = f"{release} {sae_id}"
+    try:
+        loaded = SAE.from_pretrained(release, sae_id, device="cpu")
+    # sae-lens' own words for a name it does not know are good; what goes wrong on the way to the
+    # hub has types that change with the versions of the libraries between.
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        own = type(error) is ValueError
+        advice = "" if own else "; without the hub, give a FOLDER that holds the SAE"
+        raise UserError(f"sae-lens cannot load {name}: {said}{advice}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.save_model(folder)
+        try:
+            found = from_folder(Path(folder))
+        except UserError as error:
+            raise UserError(str(error).replace(f"the SAE in {folder}", name)) from None
+    source = found.source.model_copy(update={"folder": name, "pretrained": True})
+    return replace(found, source=source)
+
+
+# ------------------------------------------------------------------------- what the files say
+
+
+def _part(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _of(kind: type, value: Any) -> Any:
+    return value if type(value) is kind else None
+
+
+def _saelens(cfg: Mapping[str, Any]) -> Facts:
+    metadata = _part(cfg, "metadata")
+    # Before version 6 SAELens had no metadata: everything was at the top.
+    said = {**cfg, **{k: v for k, v in metadata.items() if v is not None}}
+    own = _part(metadata, "tcsae")
+    return Facts(
+        model=_of(str, said.get("model_name")),
+        hook_name=_of(str, said.get("hook_name")),
+        context_size=_of(int, said.get("context_size")),
+        processing=_part(said, "model_from_pretrained_kwargs"),
+        own=own if {"model", "dataset"} <= own.keys() else None,
+    )
+
+
+def _dictionary_learning(config: Mapping[str, Any]) -> Facts:
+    trainer = _part(config, "trainer")
+    layer, place = trainer.get("layer"), str(trainer.get("submodule_name"))
+    hook = next((hook for hook in HOOKS if place.startswith(hook)), None)
+    known = hook is not None and type(layer) is int
+    return Facts(
+        model=_of(str, trainer.get("lm_name")),
+        hook_name=f"blocks.{layer}.{HOOKS[hook]}" if known and hook else None,
+        context_size=_of(int, _part(config, "buffer").get("ctx_len")),
+    )
+
+
+# ---------------------------------------------------------------------- what to measure it on
+
+
+def composed(found: ForeignSAE, overrides: Sequence[str]) -> LoadedConfig:
+    """The config of the evaluation: conf/, what the SAE says of itself, and `overrides`.
+
+    Raises UserError (or one of Hydra's errors) for a key that is not known or does not matter
+    here, and for an SAE that does not say what it was made for.
+    """
+
+    chosen = [_key(override) for override in overrides]
+    said = [text for text in _defaults(found.facts, chosen) if _key(text) not in chosen]
+    # A file from elsewhere must not read this machine's environment.
+    if strange := [text for text in said if "${" in text]:
+        raise UserError(f"the SAE says {strange[0]} of itself, which is not taken: give that key")
+    tree = compose_tree([*said, *overrides])
+    tree = OmegaConf.masked_copy(tree, list(_SETTABLE))
+    raw = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    assert isinstance(raw, dict)
+    sae = found.sae.cfg
+    raw["sae"] = {
+        "architecture": sae.architecture,
+        "d_sae": sae.d_sae,
+        "k": getattr(sae, "k", None),
+    }
+    raw["source"] = found.source.model_dump(mode="json")
+    return parse_loaded({str(key): value for key, value in raw.items()})
+
+
+def _key(override: str) -> str:
+    key = override.partition("=")[0].lstrip("+~")
+    if "=" not in override or key.partition(".")[0] not in _SETTABLE:
+        raise UserError(
+            f"{override}: nothing is trained here; what can be set is key=value of "
+            f"{', '.join(_SETTABLE)}"
+        )
+    return key
+
+
+def _defaults(facts: Facts, chosen: Sequence[str]) -> Iterator[str]:
+    """What the SAE says of itself, as overrides; UserError for what it must say and does not."""
+    for group, (option, kind, without) in _OWN_PARTS.items():
+        # Another option of the group has keys of its own.
+        if facts.own and group not in chosen:
+            yield f"{group}={option}"
+            for name, value in _part(facts.own, group).items():
+                if name in kind.model_fields and name not in without:
+                    yield f"++{group}.{name}={override_value(value)}"
+    if facts.own and "window" in facts.own:
+        yield f"window={override_value(facts.own['window'])}"
+    if not facts.own and "model" not in chosen:
+        if facts.model is None:
+            raise UserError("the SAE does not say which model it was made for: give model=...")
+        yield from _model(facts.model)
+    if facts.context_size is not None:
+        yield f"dataset.context_size={facts.context_size}"
+    if not {"layer", "model.hook"} <= set(chosen):
+        yield from _place(facts.hook_name, chosen)
+
+
+def _place(hook_name: str | None, chosen: Sequence[str]) -> Iterator[str]:
+    if hook_name is None:
+        if "layer" in chosen:
+            return  # at the model's own default hook, as a run would be
+        raise UserError("the SAE does not say which layer it was made for: give layer=...")
+    place = _HOOK.fullmatch(hook_name)
+    hooks = {name: hook for hook, name in HOOKS.items()}
+    if place is None or place[2] not in hooks:
+        raise UserError(
+            f"the SAE was made for {hook_name}, which is not read here: only "
+            f"{', '.join(f'blocks.N.{name}' for name in hooks)} are (layer=N model.hook=... "
+            "measure it at one of them all the same)"
+        )
+    yield f"layer={place[1]}"
+    yield f"++model.hook={hooks[place[2]]}"
+
+
+def _model(name: str) -> Iterator[str]:
+    """The option of conf/model that has this model, by any of the names that SAELens uses."""
+
+    named = {}
+    for file in sorted((conf_folder() / "model").glob("*.yaml")):
+        content = OmegaConf.load(file)
+        name_of = OmegaConf.select(content, "model.name") or OmegaConf.select(content, "name")
+        named[name_of] = file.stem
+    if name not in named:
+        name = _hub_name(name)
+    if name in named:
+        yield f"model={named[name]}"
+    else:
+        yield from ("model=other", f"model.name={override_value(name)}")
+
+
+def _hub_name(name: str) -> str:
+    """TransformerLens' short names (gpt2-small, gemma-2-2b) as the hub has them."""
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name
+
+
+def with_cautions(config: LoadedConfig, facts: Facts, hook_name: str) -> LoadedConfig:
+    """The config that says where what is measured is not what the SAE was made for."""
+    found = []
+    if facts.hook_name is not None and facts.hook_name != hook_name:
+        found.append(f"The SAE was made for {facts.hook_name} and is measured at {hook_name}.")
+    changes = {k: v for k, v in (facts.processing or {}).items() if v not in (None, False)}
+    if changes:
+        said = ", ".join(f"{key}={value}" for key, value in changes.items())
+        found.append(
+            f"The SAE was made for activations of a model whose weights were processed ({said}); "
+            "here the model is as it was published, so the results may be below what it can do."
+        )
+    return config.model_copy(
+        update={"source": config.source.model_copy(update={"cautions": found})}
+    )

@@ -1,0 +1,113 @@
+"""An SAE that was not trained here, measured as a run's is: a run folder, with its pages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tcsae.base.allocator import keep_large_blocks
+from tcsae.base.errors import UserError
+from tcsae.base.files import make_folder, read_json, write_json, write_text
+from tcsae.base.signals import StopRequest
+from tcsae.config import LoadedConfig, parse_any, run_id, run_name
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.stream import open_stream
+from tcsae.jobs.finish import measure, measured_info, say_results, write_pages
+from tcsae.jobs.foreign import ForeignSAE, composed, with_cautions
+from tcsae.measure.evaluation import on_the_model
+from tcsae.runs.folder import claim_folder, owned_folder
+from tcsae.sae.formats.saelens import load_saelens, save_saelens
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_sae(
+    found: ForeignSAE, overrides: Sequence[str], output: Path | None, stop: StopRequest
+) -> Path:
+    """Measure a loaded SAE on held-out contexts; the run folder with the results.
+
+    Args:
+        found: of `tcsae.jobs.foreign.from_folder` or `from_release`.
+        overrides: "key=value" as on the command line.
+        output: the run folder. None: outputs/<name made from the config>.
+
+    Raises:
+        UserError: what the user can mend, in one line; no folder was made.
+        Interrupted: a signal came; the same call goes on.
+    """
+    started = time.monotonic()
+    keep_large_blocks()
+    config = composed(found, overrides)
+    model = LanguageModel(config.model, config.layer)
+    _check_width(found, config, model)
+    config = with_cautions(config, found.facts, model.hook_name)
+    folder = output or Path("outputs") / run_name(config)
+    if _holds_it(config, folder):
+        if not (folder / "notes.txt").is_file():  # the last of the pages
+            write_pages(folder)
+        log.info(f"already finished: {folder} (rerun=true repeats it)")
+        return folder
+    for text in config.source.cautions:
+        log.warning(text)
+    # Before the folder is made: what is wrong with text or weights shows here.
+    stream = open_stream(config, stop, model)
+    with owned_folder(folder):
+        claim_folder(config, folder)
+        (folder / "final_info.json").unlink(missing_ok=True)
+        write_json(folder / "content.json", stream.content)
+        make_folder(folder / ".hydra")  # where a run's report finds its command
+        write_text(folder / ".hydra" / "overrides.yaml", yaml.safe_dump(list(overrides)))
+        _measure(found, config, stream, folder, stop, started)
+    return folder
+
+
+def _measure(
+    found: ForeignSAE,
+    config: LoadedConfig,
+    stream: Any,
+    folder: Path,
+    stop: StopRequest,
+    started: float,
+) -> None:
+
+    save_saelens(folder / "sae", found.sae, found.metadata(config))
+    sae, sae_cfg = load_saelens(folder / "sae")
+    (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
+    evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, folder, stop)
+    info = {
+        "training_steps": None,
+        "source": config.source.model_dump(mode="json"),
+        **measured_info(config, stream, evaluation, time.monotonic() - started),
+    }
+    write_json(folder / "final_info.json", info)
+    write_pages(folder)
+    say_results(folder, evaluation)
+
+
+def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) -> None:
+    if found.sae.d_in != model.d_in:
+        raise UserError(
+            f"{found.source.folder}: d_in is {found.sae.d_in}, against {model.d_in} of "
+            f"{config.model.name} at {model.hook_name}: give the model it was made for "
+            f"(model=..., layer=...)"
+        )
+
+
+def _holds_it(config: LoadedConfig, folder: Path) -> bool:
+    """Whether `folder` has the finished result. UserError if it has anything else in it."""
+
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    own = folder / "config.json"
+    content = read_json(own) if own.is_file() else None
+    if not isinstance(content, dict) or not {"source", "evaluation"} <= content.keys():
+        raise UserError(f"{folder} is not empty: choose another folder with --output")
+    before = parse_any(content)
+    if not isinstance(before, LoadedConfig) or run_id(before) != run_id(config):
+        raise UserError(f"{folder} holds another result: choose another folder with --output")
+    return (folder / "final_info.json").is_file() and not config.rerun

@@ -1,0 +1,284 @@
+"""Value and gradient of the temporal loss in its forms, written out for speed.
+
+Shapes: B contexts, T positions, N = B * T tokens, F features, M entries of sparse codes, G bags.
+`tcsae/consistency.py` makes what a batch's windows and pairs weigh and says what is computed; tests
+hold both forms to autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.sums import GradientPart, column_sums
+
+Form = Literal["window_variance", "scale_free", "slow"]
+"""docs/method.md has the formulas."""
+IN_CACHE = 512
+"""Positions whose features stay in a processor's cache from one pass to the next."""
+LARGEST_SHARE = 100.0
+"""slow: no feature weighs more than this many times what it weighs in scale_free."""
+
+
+class Weights(NamedTuple):
+    """All that a batch's penalty depends on beside the features f. With S_t the sum over contexts
+    of what stands at position t, and c = `counted_T`,
+
+        e_j = sum over contexts of f_j^T within f_j / n_windows
+              + sum_t spread_t S_tj^2 - joint (sum_t c_t S_tj)^2
+
+    is the window variance of feature j and its position term (weighted), and its mean and variance
+    are those over `measure_BT`.
+    """
+
+    within_BTT: Tensor
+    n_windows: Tensor
+    """At least 1."""
+    measure_BT: Tensor
+    spread_T: Tensor | None = None
+    """None: no position term."""
+    joint: Tensor | None = None
+    counted_T: Tensor | None = None
+    place_BT: Tensor | None = None
+    """Where each position stands, if not at its own place."""
+
+    def between(self, sums_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of e between contexts [F], and half its gradient to the sums [T, F]."""
+        assert self.spread_T is not None and self.counted_T is not None and self.joint is not None
+        along_F = self.joint * (self.counted_T @ sums_TF)
+        half_TF = self.spread_T[:, None] * sums_TF - self.counted_T[:, None] * along_F
+        return (sums_TF * half_TF).sum(0), half_TF
+
+
+def _normalised(form: Form, e_F: Tensor, mean_F: Tensor, v_F: Tensor) -> tuple[Tensor, Tensor]:
+    """(share, e / v) by feature; e counts share_j times.
+
+    A feature without variance has neither.
+    """
+    alive_F = v_F > 1e-6 * mean_F.square() + torch.finfo(v_F.dtype).tiny
+    share_F = alive_F.to(v_F.dtype)
+    if form == "slow":
+        typical = (v_F * share_F).sum() / share_F.sum().clamp(min=1)
+        share_F = share_F * (typical / v_F.clamp(min=typical / LARGEST_SHARE)).nan_to_num()
+    return share_F, torch.where(alive_F, e_F / v_F, 0)
+
+
+class WindowPenalty(torch.autograd.Function):
+    """sum_j e_j of features that are zero at invalid positions, in one of the forms.
+
+    Plain: the gradient of e_j, 2 M f_j with M its quadratic form. Scale-free: the gradient of
+    sum_j sg(v_j) e_j / v_j, 2 (M f_j - (e_j / v_j) measure (f_j - mean_j) / total), with v_j the
+    variance over the batch by the measure: it has no component along f_j - mean_j, so it cannot be
+    lowered by shrinking a feature. Slow: the same, a feature at a time times mean(v) / v_j, so that
+    all weigh alike. Features without variance get neither value nor gradient.
+
+    `sums_TF`, the features' sums over contexts (None without a position term), carries its own part
+    of the gradient, one row a position. The product runs in the features' own dtype (bfloat16 where
+    the SAE's products do), sums in float32. What the forward pass makes of a few contexts is still
+    in the cache when it is summed. Where there is a list `parts`, the gradient to the features is
+    put there in its factors, for whoever made them (as of `Consistency.forward`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features_BTF: Tensor,
+        sums_TF: Tensor | None,
+        weights: Weights,
+        form: Form,
+        parts: list[GradientPart] | None = None,
+    ) -> Tensor:
+        measure_BT = weights.measure_BT.to(features_BTF.dtype)  # rounded once, for all it is in
+        measured = None if form == "window_variance" else measure_BT
+        smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.within_BTT, measured)
+        # The number of windows comes in afterwards: in bfloat16 it would round all alike.
+        e_F = e_F / weights.n_windows
+        half_TF = None
+        if sums_TF is not None:
+            between_F, half_TF = weights.between(sums_TF)
+            e_F = e_F + between_F
+        ctx.form, ctx.parts = form, parts
+        if form == "window_variance":
+            ctx.save_for_backward(smooth_BTF, weights.n_windows, half_TF)
+            return e_F.sum()
+        total = measure_BT.sum(dtype=square_F.dtype).clamp(min=1)
+        mean_F = mean_F / total
+        share_F, ratio_F = _normalised(form, e_F, mean_F, square_F / total - mean_F.square())
+        pull_F = 2 * share_F * ratio_F / total
+        ctx.save_for_backward(
+            smooth_BTF,
+            weights.n_windows,
+            half_TF,
+            features_BTF,
+            mean_F,
+            pull_F,
+            share_F,
+            measure_BT,
+        )
+        return (share_F * e_F).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        smooth_BTF, n_windows, half_TF, *rest = ctx.saved_tensors
+        scale, dtype = 2 * grad / n_windows, smooth_BTF.dtype
+        grad_TF = None if half_TF is None else half_TF * (2 * grad)
+        if ctx.form == "window_variance":
+            return smooth_BTF * scale.to(dtype), grad_TF, *[None] * 3
+        features_BTF, mean_F, pull_F, share_F, measure_BT = rest
+        grad_TF = None if grad_TF is None else grad_TF * share_F
+        part = GradientPart(
+            smooth_BTF.flatten(0, 1),
+            (scale * share_F).to(dtype),
+            (grad * pull_F).to(dtype),
+            mean_F.to(dtype),
+            measure_BT.reshape(-1, 1),
+        )
+        if ctx.parts is not None:
+            ctx.parts.append(part)
+            return None, grad_TF, *[None] * 3
+        gradient_NF = part.row_F.expand_as(part.smooth_NF).clone()
+        part.add_to(gradient_NF, features_BTF.flatten(0, 1), 0)
+        return gradient_NF.view(features_BTF.shape), grad_TF, *[None] * 3
+
+
+def _in_cache(*tensors_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors [B, T, ...] a few contexts at a time; on another device than the CPU, whole."""
+    n_contexts, n_positions = tensors_BT[0].shape[:2]
+    is_cpu = tensors_BT[0].device.type == "cpu"
+    contexts = max(IN_CACHE // n_positions, 1) if is_cpu else max(n_contexts, 1)
+    return zip(*(tensor.split(contexts) for tensor in tensors_BT), strict=True)
+
+
+def _smoothed(
+    features_BTF: Tensor, within_BTT: Tensor, measure_BT: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(within f, sum of f within f, sums of f and of f^2 by the measure) in the dtype of the
+    features and, summed, in float32; without a measure the last two are 0."""
+    within_BTT = within_BTT.to(features_BTF.dtype).expand(len(features_BTF), -1, -1)
+    smooth_BTF = torch.empty_like(features_BTF)
+    wide = torch.promote_types(features_BTF.dtype, torch.float32)
+    energy_F, sum_F, square_F = features_BTF.new_zeros(3, features_BTF.shape[2], dtype=wide)
+    weights_B1T = within_BTT[:, :1] if measure_BT is None else measure_BT[:, None]
+    held = None  # one piece of memory for all products: it stays in the cache
+    for f_CTF, within_CTT, weights_C1T, smooth_CTF in _in_cache(
+        features_BTF, within_BTT, weights_B1T, smooth_BTF
+    ):
+        torch.bmm(within_CTT, f_CTF, out=smooth_CTF)
+        held = torch.empty_like(f_CTF) if held is None else held[: len(f_CTF)]
+        torch.mul(f_CTF, smooth_CTF, out=held)
+        energy_F += column_sums(held.flatten(0, 1))
+        if measure_BT is not None:
+            sum_F += (weights_C1T @ f_CTF).to(wide).sum((0, 1))
+            torch.mul(f_CTF, f_CTF, out=held)
+            square_F += (weights_C1T @ held).to(wide).sum((0, 1))
+    return smooth_BTF, energy_F, sum_F, square_F
+
+
+class SparseWindowPenalty(torch.autograd.Function):
+    """`WindowPenalty` of sparse codes, without making them dense.
+
+    Sorted by feature and token, the entries of one feature in one context lie together: a bag. The
+    bag's sum of f_u within[u, :] is column j of within f in that context, read where the bag has
+    entries. Work and memory follow the number of entries, whatever the window. The gradient is that
+    of the dense form at the entries; elsewhere the selection has none. The sums over a bag are made
+    in the dtype of the SAE's products, as there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values_M: Tensor, codes: SparseCodes, weights: Weights, form: Form
+    ) -> Tensor:
+        order_M, feature_M = codes.order_M, codes.sorted_feature_M
+        f_M = values_M.index_select(0, order_M)
+        entries_M = torch.arange(len(f_M), device=f_M.device)
+
+        def sums(per_entry_M: Tensor, factor_M: Tensor | None = None) -> Tensor:
+            """Over each feature's entries, [F], of values or of products."""
+            columns_M1, starts_F = per_entry_M[:, None], codes.start_F
+            return embedding_bag(
+                entries_M, columns_M1, starts_F, mode="sum", per_sample_weights=factor_M
+            )[:, 0]
+
+        smooth_M = _smooth_entries(f_M, codes, weights.within_BTT)
+        e_F = sums(smooth_M, f_M) / weights.n_windows
+        half_M = None
+        if weights.spread_T is not None:
+            between_F, half_M = _between_entries(f_M, codes, weights)
+            e_F = e_F + between_F
+        if form == "window_variance":
+            gradient_M = smooth_M.mul_(2 / weights.n_windows)
+        else:
+            rounded_BT = weights.measure_BT.to(codes.dtype).to(f_M)
+            total = rounded_BT.sum().clamp(min=1)
+            measure_M = rounded_BT.view(-1).index_select(0, codes.sorted_token_M)
+            drawn_M = measure_M * f_M
+            mean_F, square_F = sums(drawn_M) / total, sums(drawn_M, f_M) / total
+            share_F, ratio_F = _normalised(form, e_F, mean_F, square_F - mean_F.square())
+            e_F, pull_F = share_F * e_F, 2 * share_F * ratio_F / total
+            weight_M, pull_M, pull_mean_M = (
+                of_F.index_select(0, feature_M)
+                for of_F in (2 * share_F / weights.n_windows, pull_F, pull_F * mean_F)
+            )
+            gradient_M = smooth_M.mul_(weight_M).addcmul_(pull_M, drawn_M, value=-1)
+            gradient_M.addcmul_(pull_mean_M, measure_M)
+            if half_M is not None:
+                half_M = half_M * share_F.index_select(0, feature_M)
+        if half_M is not None:
+            gradient_M.add_(half_M, alpha=2)
+        ctx.save_for_backward(torch.empty_like(values_M).index_copy_(0, order_M, gradient_M))
+        return e_F.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (gradient_M,) = ctx.saved_tensors
+        return gradient_M * grad, None, None, None
+
+
+def _smooth_entries(f_M: Tensor, codes: SparseCodes, within_BTT: Tensor) -> Tensor:
+    """within f at the entries (sorted by feature), as `SparseWindowPenalty` says."""
+    feature_M, token_M = codes.sorted_feature_M, codes.sorted_token_M
+    n_positions = within_BTT.shape[-1]
+    context_M, position_M = _split(token_M, n_positions)
+    begins_M = torch.ones_like(feature_M, dtype=torch.bool)
+    begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
+    columns_GT = embedding_bag(
+        token_M if len(within_BTT) > 1 else position_M,
+        within_BTT.to(codes.dtype).flatten(0, 1),
+        begins_M.nonzero()[:, 0],
+        per_sample_weights=f_M.to(codes.dtype),
+        mode="sum",
+    )
+    begins_M[:1] = False  # the first bag is number 0
+    at_M = torch.add(position_M, begins_M.cumsum(0), alpha=n_positions)
+    return columns_GT.view(-1).index_select(0, at_M).to(f_M)
+
+
+def _between_entries(f_M: Tensor, codes: SparseCodes, weights: Weights) -> tuple[Tensor, Tensor]:
+    """(the part of e between contexts [F], half its gradient at the entries)."""
+    n_positions = weights.measure_BT.shape[1]
+    position_M = _split(codes.sorted_token_M, n_positions)[1]
+    if weights.place_BT is not None:
+        position_M = weights.place_BT.view(-1).index_select(0, codes.sorted_token_M)
+    # Feature by feature, as the entries lie.
+    at_M = torch.add(position_M, codes.sorted_feature_M, alpha=n_positions)
+    sums_FT = f_M.new_zeros(codes.d_sae, n_positions)
+    sums_FT.view(-1).index_add_(0, at_M, f_M)
+    between_F, half_TF = weights.between(sums_FT.T)
+    return between_F, half_TF.T.reshape(-1).index_select(0, at_M)
+
+
+def _split(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+    """(context, position) of tokens; a division takes several times as long as a shift."""
+    bits = n_positions.bit_length() - 1
+    if n_positions == 1 << bits:
+        return token_M >> bits, token_M & (n_positions - 1)
+    context_M = token_M.div(n_positions, rounding_mode="floor")
+    return context_M, token_M - context_M * n_positions

@@ -1,0 +1,375 @@
+"""What a run's features do together: redundancy, families, top contexts. Fills <run>/analysis/.
+
+    redundancy.json           near-copies, position twins, effective rank
+    specialization.json       clusters, their checks, and columns over features for map and table
+    top_contexts.safetensors  where features fire strongest, activation by activation
+    top_contexts.json         the tokens of those contexts as text
+    correlation.safetensors   the picture of the correlation matrix, pairs, position by position
+
+Shapes: F = d_sae features; S features looked at closely (`features`, ascending: all of them up to
+CLOSE_FEATURES, else the live ones with the most energy c0); T positions; k contexts per feature;
+C contexts that are among somebody's k; L of the S features that vary; M cells of the picture; P
+pairs; Q twins; J position-bound features. Nothing is NaN in JSON: null, with `<name>_reason`.
+
+redundancy.json:
+    max_lag (max_lag_reason: why it is less than asked for), method ("dense", or "sparse" for wide
+    SAEs: `top_k` partners per feature), thresholds {correlation, cosine, twin_correlation,
+    twin_overlap},
+    redundant   `redundancy_report`: n_live, n_pairs, n_groups, group_sizes, n_redundant,
+                redundant_share, groups [[feature...]] and examples
+                [{features: [i, j], correlation, cosine, lag}] (the 20 largest and strongest)
+    twins       `twins_report`: n_pairs, n_features, twinned_share, examples (as above)
+    effective_rank, effective_rank_reason (if null),
+    position_correlation [{feature, omega_squared, toeplitz_share, diagonal_means [T]}], the J
+                features most bound to positions; position_correlation_reason if the list is empty
+specialization.json:
+    summary     `Specialization.summary` (n_clusters, cluster_sizes, modularity, ari_seeds, ...)
+    clusters    [{cluster, name, size, tokens [{text, score}], features [the 8 with most energy],
+                density, rho_1, tau_int, omega_squared}] by decreasing size; the last four are
+                medians over the cluster
+    features    columns, a list of length F each: cluster, decoder_cluster (-1: none), x, y (null:
+                no place on the map), log_density, rho_1, tau_int, omega_squared, run_length,
+                token_entropy, amplitude_cv, energy (c0), live, top_tokens ([text...], up to 5,
+                those that set the feature apart; [] for a dead one)
+top_contexts.safetensors:
+    features [S] int64; context [S, k] int64, rows of `ids` (-1: fewer than k); position [S, k]
+    int16 of the maximum; value [S, k] float32 there; rows [S, k, T] float16, activations over the
+    context, 0 at positions that do not count; ids [C, T] int32; valid [C, T] bool; number [C]
+    int64, which held-out context it is
+top_contexts.json:
+    k, tokens {"token id": text}; features_reason if S < F, else null
+correlation.safetensors:
+    order [L] int64, features in the order of the picture: by cluster (the unclustered last), in a
+    cluster those alike side by side; edges [M + 1] int64: cell m is order[edges[m]:edges[m + 1]];
+    mean, largest [M, M] float32: zero-lag Pearson coefficients of the two cells' pairs, a feature
+    with itself left out (NaN in a cell of one feature with itself); cell_cluster [M] int64;
+    pairs [P, 2] int64 with pair_correlation, pair_cosine [P] float32, pair_lag [P] int16 (the
+    second lags the first); twins [Q, 2] int64 with twin_correlation, twin_cosine [Q];
+    position_features [J] int64; position_correlation [J, T, T] float32, NaN where undefined
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors, write_json
+from tcsae.base.progress import Progress
+from tcsae.base.signals import StopRequest
+from tcsae.config import Measured
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import ActivationBatches
+from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
+from tcsae.metrics.correlation import FeatureCorrelation
+from tcsae.metrics.redundancy import (
+    FeaturePairs,
+    diagonal_means,
+    effective_rank,
+    position_twins,
+    redundancy_report,
+    redundant_pairs,
+    toeplitz_share,
+    twins_report,
+)
+from tcsae.metrics.specialization import Specialization, cluster_features, layout
+from tcsae.metrics.top_contexts import TokenStatistics, characteristic_tokens, cluster_names
+from tcsae.sae.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+ENCODE_CONTEXTS = 32
+THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_overlap": 0.3}
+PARTNERS = 32
+
+_DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
+_CLUSTER_MEDIANS = ("density", "rho_1", "tau_int", "omega_squared")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a run's analysis/ folder holds (formats at the top of this file)."""
+
+    redundancy: dict[str, Any]
+    specialization: dict[str, Any]
+    top_contexts: dict[str, Tensor]
+    top_tokens: dict[str, Any]
+    correlation: dict[str, Tensor]
+
+    def write(self, folder: Path) -> None:
+        make_folder(folder)
+        save_tensors(folder / "top_contexts.safetensors", self.top_contexts, {})
+        save_tensors(folder / "correlation.safetensors", self.correlation, {})
+        write_json(folder / "top_contexts.json", self.top_tokens)
+        write_json(folder / "redundancy.json", self.redundancy)
+        write_json(folder / "specialization.json", self.specialization)
+
+    @classmethod
+    def read(cls, folder: Path) -> Analysis:
+        """Raises UserError for a damaged file, FileNotFoundError for one that is not there."""
+        advice = "run its command again with rerun=true"
+        return cls(
+            redundancy=read_json(folder / "redundancy.json"),
+            specialization=read_json(folder / "specialization.json"),
+            top_contexts=load_tensors(folder / "top_contexts.safetensors", advice)[0],
+            top_tokens=read_json(folder / "top_contexts.json"),
+            correlation=load_tensors(folder / "correlation.safetensors", advice)[0],
+        )
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """Flat names and values of what people look at first; None where there is no value."""
+        summary = self.specialization["summary"]
+        shown = ("n_clusters", "modularity", "modularity_excess", "ari_seeds", "ari_halves")
+        return {
+            "analysis/redundant_share": self.redundancy["redundant"]["redundant_share"],
+            "analysis/twinned_share": self.redundancy["twins"]["twinned_share"],
+            "analysis/effective_rank": self.redundancy["effective_rank"],
+            **{f"analysis/{name}": summary[name] for name in (*shown, "ami_decoder")},
+        }
+
+
+@torch.inference_mode()
+def analyse(
+    sae: SparseAutoencoder,
+    config: Measured,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    per_feature: Mapping[str, Tensor],
+    stop: StopRequest,
+    max_lag: int = 8,
+) -> Analysis:
+    """Everything in analysis/, in one pass over the held-out contexts.
+
+    Args:
+        sae: as saved, on raw activations.
+        per_feature: `Evaluation.per_feature` of the same contexts: c0, density, omega_squared,
+            profile_rate and the descriptors of the map.
+        max_lag: largest lag at which redundant features are looked for.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    sae = sae.to(model.device).eval()
+    known = {name: value.cpu() for name, value in per_feature.items()}
+    size = config.dataset.context_size
+    seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1))
+    with Progress("analyse features", len(batches) * size) as progress:
+        for batch in batches.in_order(ENCODE_CONTEXTS):
+            stop.check()
+            features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+            seen.update(features, batch.ids, batch.segments, batch.valid)
+            progress.update(batch.valid.numel())
+    stop.check()
+    W_dec = sae.W_dec.detach().cpu().float()
+    correlated, redundancy = _redundancy(seen, W_dec, known)
+    stop.check()
+    log.info("clustering features, with the checks of the clusters")
+    found = cluster_features(seen.firings.compute(), W_dec[seen.close], min_firings=MIN_FIRINGS)
+    stop.check()
+    statistics = seen.tokens.compute()
+    text = _Texts(model)
+    contexts = _top_contexts(seen)
+    return Analysis(
+        redundancy=redundancy,
+        specialization=_specialization(found, seen, statistics, known, text),
+        top_contexts=contexts,
+        top_tokens={
+            "k": seen.top.k,
+            "tokens": {str(i): text(i) for i in contexts["ids"].unique().tolist()},
+            "features_reason": seen.left_out,
+        },
+        correlation=correlated | picture(seen, found.labels),
+    )
+
+
+class _Texts:
+    """Token ids as text, each decoded once."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._decode: Callable[[list[int]], str] = model.tokenizer.decode
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._decode([token])
+        return self._known[token]
+
+
+# -------------------------------------------------------------------------------- redundancy
+
+
+def _redundancy(
+    seen: Pass, W_dec: Tensor, known: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pairs as tensors, and redundancy.json."""
+    coefficients: Tensor | Callable[[Tensor, Tensor], Tensor] = seen.zero_lag_SS
+    partners: Tensor | None = None
+    if isinstance(seen.lagged, FeatureCorrelation):
+        values, lags = seen.lagged.compute()
+        if seen.left_out:
+            coefficients = seen.lagged.compute(max_lag=0).values
+    else:
+        partners, values, lags = seen.lagged.compute(PARTNERS)
+        coefficients = seen.lagged.of_pairs
+    pairs = redundant_pairs(
+        values,
+        W_dec,
+        correlation_threshold=THRESHOLDS["correlation"],
+        cosine_threshold=THRESHOLDS["cosine"],
+        lags=lags,
+        partners=partners,
+    )
+    twins = position_twins(
+        coefficients,
+        W_dec,
+        known["profile_rate"],
+        cosine_threshold=THRESHOLDS["cosine"],
+        correlation_threshold=THRESHOLDS["twin_correlation"],
+        overlap_threshold=THRESHOLDS["twin_overlap"],
+    )
+    by_position, listed = _by_position(seen, known)
+    report = {
+        "max_lag": seen.max_lag,
+        "max_lag_reason": seen.max_lag_reason,
+        "method": "dense" if partners is None else "sparse",
+        "top_k": None if partners is None else PARTNERS,
+        "thresholds": THRESHOLDS,
+        "redundant": redundancy_report(pairs, seen.live),
+        "twins": twins_report(twins, seen.live),
+        **_rank(seen),
+        **listed,
+    }
+    return _pair_tensors("pair", pairs) | _pair_tensors("twin", twins) | by_position, report
+
+
+def _pair_tensors(name: str, pairs: FeaturePairs) -> dict[str, Tensor]:
+    return {
+        f"{name}s": torch.stack([pairs.first, pairs.second], dim=1),
+        f"{name}_correlation": pairs.correlation.cpu().float(),
+        f"{name}_cosine": pairs.cosine.float(),
+        f"{name}_lag": pairs.lag,
+    }
+
+
+def _rank(seen: Pass) -> dict[str, Any]:
+    rank = math.nan if seen.left_out else effective_rank(seen.zero_lag_SS)
+    if math.isfinite(rank):
+        return {"effective_rank": rank, "effective_rank_reason": None}
+    reason = seen.left_out or "no feature varies over the valid tokens"
+    return {"effective_rank": None, "effective_rank_reason": reason}
+
+
+def _by_position(
+    seen: Pass, known: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """T x T correlations of the most position-bound features, and their entry in the JSON."""
+    features = seen.by_position.feature_ids
+    if not len(features):
+        square = torch.empty(0, seen.by_position.n_positions, seen.by_position.n_positions)
+        reason = "no feature has a share of its variance explained by position"
+        if seen.by_position.n_positions > LONGEST_POSITIONS:
+            reason = f"not worked out for contexts of more than {LONGEST_POSITIONS} positions"
+        empty = {"position_correlation": [], "position_correlation_reason": reason}
+        return {"position_features": features, "position_correlation": square}, empty
+    r_JTT = seen.by_position.compute()
+    columns = zip(features.tolist(), toeplitz_share(r_JTT), diagonal_means(r_JTT), strict=True)
+    listed = [
+        {
+            "feature": j,
+            "omega_squared": number(known["omega_squared"][j]),
+            "toeplitz_share": number(share),
+            "toeplitz_share_reason": None if share.isfinite() else "the entries do not vary",
+            "diagonal_means": [number(x) for x in means],
+        }
+        for j, share, means in columns
+    ]
+    tensors = {"position_features": features, "position_correlation": r_JTT.float()}
+    return tensors, {"position_correlation": listed, "position_correlation_reason": None}
+
+
+def number(value: Tensor | float) -> float | None:
+    """A number that JSON can hold, to the digits float32 carries; None for what is none."""
+    plain = float(value)
+    return float(f"{plain:.6g}") if math.isfinite(plain) else None
+
+
+# ---------------------------------------------------------------- top contexts, families, map
+
+
+def _top_contexts(seen: Pass) -> dict[str, Tensor]:
+    top = seen.top.compute()
+    assert top.rows is not None
+    used, inverse = top.context.unique(return_inverse=True)
+    # -1, where there are fewer than k contexts, sorts first if it is there at all.
+    missing = int(len(used) > 0 and used[0] < 0)
+    ids_CT, valid_CT = seen.contexts(used[missing:])
+    return {
+        "features": seen.close,
+        "context": inverse - missing,
+        "position": top.position.short(),
+        "value": top.value.float(),
+        "rows": top.rows.clamp(max=torch.finfo(torch.float16).max).half(),
+        "ids": ids_CT,
+        "valid": valid_CT,
+        "number": used[missing:],
+    }
+
+
+def _specialization(
+    found: Specialization,
+    seen: Pass,
+    statistics: TokenStatistics,
+    known: Mapping[str, Tensor],
+    text: _Texts,
+) -> dict[str, Any]:
+    """specialization.json."""
+    F, close = seen.n_features, seen.close
+    cluster, decoder_cluster = torch.full((F,), -1), torch.full((F,), -1)
+    cluster[close], decoder_cluster[close] = found.labels, found.decoder_labels
+    x_F, y_F = torch.full((2, F), torch.nan)
+    placed, points = layout(found.graph)
+    x_F[close[placed]], y_F[close[placed]] = points[:, 0], points[:, 1]
+    columns = {"x": x_F, "y": y_F, "energy": known["c0"], "log_density": statistics.log_density}
+    columns |= {"token_entropy": statistics.token_entropy}
+    columns |= {name: known[name] for name in _DESCRIPTORS}
+    own = characteristic_tokens(statistics, torch.arange(F), 5)
+    return {
+        "summary": found.summary | {"features_reason": seen.left_out},
+        "clusters": _clusters(cluster, statistics, known, text),
+        "features": {
+            "cluster": cluster.tolist(),
+            "decoder_cluster": decoder_cluster.tolist(),
+            "live": seen.live.tolist(),
+            **{name: [number(v) for v in column] for name, column in columns.items()},
+            "top_tokens": [[text(token) for token, _ in tokens] for tokens in own],
+        },
+    }
+
+
+def _clusters(
+    labels: Tensor, statistics: TokenStatistics, known: Mapping[str, Tensor], text: _Texts
+) -> list[dict[str, Any]]:
+    names = cluster_names(statistics, labels, text)
+    tokens = characteristic_tokens(statistics, labels)
+    clusters = []
+    for c, (name, best) in enumerate(zip(names, tokens, strict=True)):
+        members = (labels == c).nonzero().flatten()
+        strongest = members[known["c0"][members].argsort(descending=True, stable=True)]
+        clusters.append(
+            {
+                "cluster": c,
+                "name": name,
+                "size": len(members),
+                "tokens": [{"text": text(token), "score": number(s)} for token, s in best],
+                "features": strongest[:8].tolist(),
+                **{m: number(known[m][members].nanmedian()) for m in _CLUSTER_MEDIANS},
+            }
+        )
+    return clusters

@@ -1,0 +1,278 @@
+"""Measures a saved SAE on held-out contexts: SAEBench's core metrics and the consistency suite.
+
+What is measured is the SAE as saved, on raw activations in float32; masked tokens (special, first,
+massive) enter no mean, and keep their original activation when the SAE is spliced into the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.base.files import make_folder, save_tensors, write_json
+from tcsae.base.labels import SINGLES, spread_text, window_part
+from tcsae.base.progress import Progress
+from tcsae.base.signals import StopRequest
+from tcsae.config import Measured, run_id
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import ActivationBatches, Batch
+from tcsae.metrics.norm_limits import NormLimits, caution
+from tcsae.metrics.reconstruction import (
+    ModelMetrics,
+    ReconstructionMetrics,
+    next_token_ce,
+    score_forward,
+)
+from tcsae.metrics.saebench_json import (
+    Provenance,
+    saebench_core_json,
+    saebench_eval_config,
+    weight_statistics,
+)
+from tcsae.metrics.suite import ConsistencySuite
+from tcsae.sae.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+# SAEBench's batch, on which explained_variance_legacy and mse_sae_bench depend.
+ENCODE_CONTEXTS = 16
+# Elements of one logits tensor; two are held at a time.
+_LOGITS = 2**27
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run's eval/ folder holds."""
+
+    core: dict[str, Any]
+    """SAEBench's document (core.json)."""
+    consistency: dict[str, Any]
+    """The suite's summary, and a list over features for every scalar (consistency.json)."""
+    per_feature: dict[str, Tensor]
+    """All of the suite's values by feature, curves too (per_feature.safetensors)."""
+    per_context: dict[str, Tensor]
+    """Sums of each held-out context, to pair runs by (per_context.safetensors)."""
+    draws: dict[str, Tensor]
+    """The suite's bootstrap resamples, for the same purpose (draws.safetensors)."""
+
+    def write(self, folder: Path) -> None:
+        make_folder(folder)
+        save_tensors(folder / "per_feature.safetensors", self.per_feature, {})
+        save_tensors(folder / "per_context.safetensors", self.per_context, {})
+        save_tensors(folder / "draws.safetensors", self.draws, {})
+        write_json(folder / "consistency.json", self.consistency)
+        write_json(folder / "core.json", self.core)
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """Flat names and values of what people look at first."""
+        groups = self.core["eval_result_metrics"]
+        values = {f"eval/{k}": v for group in groups.values() for k, v in group.items()}
+        for name, entry in self.consistency["summary"]["metrics"].items():
+            values[f"eval/{name}"] = entry["energy_weighted"]
+            if window_part(name):
+                values[f"eval/{name}_median"] = entry["median"]
+                values[f"eval/{name}_q99"] = entry["q99"]
+        for name in SINGLES:
+            if name in self.consistency["summary"]:
+                values[f"eval/{name}"] = self.consistency["summary"][name]["value"]
+        return values
+
+    def lines(self) -> list[str]:
+        """The headline as text, with intervals where there are some."""
+        groups = self.core["eval_result_metrics"]
+        shown = [
+            ("explained variance", "reconstruction_quality", "explained_variance"),
+            ("l2 ratio", "shrinkage", "l2_ratio"),
+            ("L0", "sparsity", "l0"),
+            ("share of live features", "misc_metrics", "frac_alive"),
+            ("CE loss score", "model_performance_preservation", "ce_loss_score"),
+            ("KL div score", "model_behavior_preservation", "kl_div_score"),
+        ]
+        out = [f"{label:<28} {_number(groups[group][key])}" for label, group, key in shown]
+        summary = self.consistency["summary"]
+        for name, label in (
+            ("C_8", "window consistency C_8"),
+            ("L_8", "local consistency L_8"),
+            ("D_8", "document part D_8"),
+            ("L_8_sparse", "L_8 of sparse features"),
+            ("rho_1", "autocorrelation rho_1"),
+            ("tau_int", "correlation time (tokens)"),
+            ("omega_squared", "position share omega^2"),
+        ):
+            if (entry := summary["metrics"].get(name)) is not None:
+                line = _line(label, entry["energy_weighted"], entry["energy_weighted_interval"])
+                spread = spread_text(entry) if name in ("C_8", "L_8") else ""
+                out.append(f"{line}  ({spread})" if spread else line)
+        if (entry := summary.get("edge_energy")) is not None:
+            out.append(_line("edge energy", entry["value"], entry["interval"]))
+        return out
+
+
+def _line(label: str, value: float | None, interval: Sequence[float | None]) -> str:
+    low, high = interval
+    band = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+    return f"{label:<28} {_number(value)}{band}"
+
+
+def _number(value: float | None) -> str:
+    return "  n/a" if value is None else f"{value:.3f}"
+
+
+@torch.inference_mode()
+def evaluate(
+    sae: SparseAutoencoder,
+    config: Measured,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    stop: StopRequest,
+    sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
+) -> Evaluation:
+    """Everything that is measured at the end of a run.
+
+    `sae_cfg` is the exported cfg.json, `behaviour` what `on_the_model` found for this SAE.
+
+    Raises Interrupted if a signal comes.
+    """
+    sae = sae.to(model.device).eval()
+    reconstruction, suite, limits = on_activations(sae, config, batches, stop)
+    n_boot, by_limit = config.evaluation.bootstrap, limits.compute()
+    log.info(f"resampling the contexts {n_boot} times for the intervals")
+    core = saebench_core_json(
+        reconstruction.compute(),
+        behaviour.compute(),
+        reconstruction.compute_features(),
+        weight_statistics(sae.W_enc, sae.W_dec, sae.b_enc),
+        Provenance(
+            eval_config=_eval_config(config, model, len(batches)),
+            eval_id=str(uuid.uuid4()),
+            datetime_epoch_millis=int(time.time() * 1000),
+            sae_cfg_dict=sae_cfg,
+            sae_lens_release_id=f"tcsae/{run_id(config)}",
+        ),
+        intervals=reconstruction.compute_intervals(n_boot) | behaviour.compute_intervals(n_boot),
+        unstructured={
+            "explained_variance_by_norm_limit": by_limit,
+            "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
+        },
+    )
+    per_feature = suite.per_feature()
+    scalars = {k: _json_list(v) for k, v in per_feature.items() if v.ndim == 1}
+    return Evaluation(
+        core=core,
+        consistency={"summary": suite.summary(), "per_feature": scalars},
+        per_feature={k: v.float() if v.is_floating_point() else v for k, v in per_feature.items()},
+        per_context=_per_context(reconstruction, behaviour),
+        draws={name: value.float() for name, value in suite.draws().items()},
+    )
+
+
+def _per_context(
+    reconstruction: ReconstructionMetrics, behaviour: ModelMetrics
+) -> dict[str, Tensor]:
+    named = {"reconstruction": reconstruction, "model": behaviour}
+    return {f"{kind}.{k}": v for kind, m in named.items() for k, v in m.context_sums().items()}
+
+
+def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
+    n_model = min(config.evaluation.model_contexts, n_contexts)
+    return saebench_eval_config(
+        model_name=config.model.name,
+        llm_dtype=str(model.dtype).removeprefix("torch."),
+        dataset=config.dataset.path or config.dataset.name,
+        context_size=config.dataset.context_size,
+        batch_size_prompts=ENCODE_CONTEXTS,
+        n_eval_reconstruction_batches=-(-n_model // ENCODE_CONTEXTS),
+        n_eval_sparsity_variance_batches=-(-n_contexts // ENCODE_CONTEXTS),
+    ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
+
+
+def _json_list(values: Tensor) -> Any:
+    """A list with None for NaN, rounded to what float32 carries."""
+    if not values.is_floating_point():
+        return values.tolist()
+    return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
+
+
+def on_activations(
+    sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
+) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits]:
+    """The sums of one pass over the held-out activations. Raises Interrupted if a signal comes."""
+    cfg, size = config.evaluation, config.dataset.context_size
+    reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
+    suite = ConsistencySuite(
+        sae.d_sae,
+        size,
+        max_lag=cfg.max_lag,
+        windows=tuple(cfg.windows),
+        n_boot=cfg.bootstrap,
+        groups=sae.cfg.group_sizes,
+    )
+    median_norm = batches.calibration.median_norm
+    limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
+    with Progress("evaluate features", len(batches) * size) as progress:
+        for batch in batches.in_order(ENCODE_CONTEXTS):
+            stop.check()
+            x = batch.x.float()
+            features, x_hat = sae.encode_and_decode(x, segments=batch.segments, valid=batch.valid)
+            reconstruction.update(x, x_hat, features, valid=batch.valid)
+            # An SAE that reads a token's past has no codes at tokens that are not valid.
+            encoded = batch.valid if sae.sequential else batch.not_special
+            limits.update(x, x_hat, counted=batch.not_special, encoded=encoded)
+            suite.update(features, segments=batch.segments, valid=batch.valid, inputs=x)
+            progress.update(batch.valid.numel())
+    return reconstruction, suite, limits
+
+
+@torch.inference_mode()
+def on_the_model(
+    saes: Sequence[SparseAutoencoder],
+    config: Measured,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    stop: StopRequest,
+) -> list[ModelMetrics]:
+    """Cross-entropy and KL with each SAE spliced in, and with the hook's tensor set to zero.
+
+    The model as it is, and with zeros, is run once for all SAEs; of `config` only
+    evaluation.model_contexts and the size of a context matter. Raises Interrupted if a signal
+    comes.
+    """
+    saes = [sae.to(model.device).eval() for sae in saes]
+    metrics = [ModelMetrics() for _ in saes]
+    n_contexts = min(config.evaluation.model_contexts, len(batches))
+    size = config.dataset.context_size
+    at_once = max(1, min(ENCODE_CONTEXTS, _LOGITS // (size * model.vocabulary)))
+    # In tokens through the model.
+    with Progress("evaluate model", n_contexts * size * (2 + len(saes))) as progress:
+        for batch in batches.in_order(at_once, n_contexts):
+            stop.check()
+            ids, keep = batch.ids, batch.valid
+            clean = model.logits(ids)
+            ce = next_token_ce(clean, ids, keep)
+            ablated = score_forward(clean, model.logits(ids, torch.zeros_like), ids, keep)
+            progress.update(2 * ids.numel())
+            for sae, metric in zip(saes, metrics, strict=True):
+                stop.check()
+                logits = model.logits(ids, _splice(sae, batch))
+                metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
+                progress.update(ids.numel())
+    return metrics
+
+
+def _splice(sae: SparseAutoencoder, batch: Batch) -> Any:
+    def replace(x_BTD: Tensor) -> Tensor:
+        reconstructed = sae(x_BTD.float(), segments=batch.segments, valid=batch.valid)
+        reconstructed = reconstructed.to(x_BTD.dtype)
+        return torch.where(batch.valid[..., None], reconstructed, x_BTD)
+
+    return replace

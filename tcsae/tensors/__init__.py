@@ -1,0 +1,1 @@
+"""Tensors every SAE and loss works on: sums, sparse codes, positions."""
