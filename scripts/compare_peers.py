@@ -443,7 +443,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--batch-contexts", type=int, default=16)
     parser.add_argument("--out", type=Path, default=DOCS / "peers.json")
-    parser.add_argument("--page", type=Path, default=DOCS / "methods.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "architectures.md")
     parser.add_argument("--page-only", action="store_true")
     return parser
 

@@ -4,7 +4,7 @@
 
 Every argument is one job: overrides of conf/ over those of COMMON, all on the same activations. It
 is trained, measured on the held-out contexts and written into --out (docs/rates.json); one that is
-there already is not run again. Then the table of docs/methods.md is written; without jobs, nothing
+there already is not run again. Then the table of docs/architectures.md is written; without jobs, nothing
 but that. It measures neither the language model nor consistency, and so takes little more than the
 training.
 """
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", metavar="JOB")
     parser.add_argument("--common", nargs="*", default=[], help="further overrides of all jobs")
     parser.add_argument("--out", type=Path, default=DOCS / "rates.json")
-    parser.add_argument("--page", type=Path, default=DOCS / "methods.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "architectures.md")
     args = parser.parse_args()
     keep_large_blocks()
     runs: list[Run] = read_json(args.out) if args.out.is_file() else []

@@ -30,6 +30,7 @@ def bench() -> ModuleType:
     return module
 
 
+@pytest.mark.documents
 def test_the_page_has_the_tables_of_the_json(bench: Any) -> None:
     results = json.loads(bench.RESULTS.read_text())
     page = bench.PAGE.read_text(encoding="utf-8")

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from tcsae.base.errors import UserError
 from tcsae.config import (
+    ConsistencyConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    ModelConfig,
+    StoreConfig,
+    TrackingConfig,
+    TrainingConfig,
     identity,
     number_options,
     parse,
@@ -22,6 +30,7 @@ from tcsae.config import (
 )
 from tcsae.config.compose import conf_folder
 from tcsae.config.compose import config_of as config
+from tcsae.config.sae import architectures, config_class
 from tcsae.report.runs import settings_of
 from tcsae.train import _sweep_name
 
@@ -276,3 +285,42 @@ def test_the_label_of_a_loss_says_what_is_not_as_by_default(
 def test_a_baseline_has_no_settings_of_a_loss() -> None:
     by_form, by_weight = settings_of(config("consistency=none")), settings_of(config("lambda=0"))
     assert by_form == by_weight
+
+
+# ---------------------------------------------------------------------- one source of defaults
+
+PLAIN = {
+    "training/default": TrainingConfig,
+    "evaluation/default": EvaluationConfig,
+    "store/disk": StoreConfig,
+    "tracking/offline": TrackingConfig,
+    "consistency/scale_free": ConsistencyConfig,
+    "dataset/files": DatasetConfig,
+    "model/other": ModelConfig,
+    **{f"sae/{name}": config_class(name) for name in architectures()},
+}
+"""The option of a group that stands for the schema's defaults: conf/ shows them to a user, the
+schema has them for run folders that are older than a key."""
+DIFFERS_ON_PURPOSE = {
+    ("sae/topk", "encoder_scale"): 1.0,  # what runs from before the key had
+    ("sae/batchtopk", "encoder_scale"): 1.0,
+    ("dataset/files", "path"): None,  # must be given
+}
+
+
+@pytest.mark.parametrize("option", sorted(PLAIN))
+def test_a_default_in_conf_is_the_one_in_the_schema(option: str) -> None:
+    content = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml"))
+    assert isinstance(content, dict)
+    shown = content.get(option.partition("/")[0], content)
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in PLAIN[option].model_fields.items()
+        if not field.is_required()
+    }
+    different = {
+        (option, key): default
+        for key, default in defaults.items()
+        if key in shown and shown[key] != (list(default) if isinstance(default, tuple) else default)
+    }
+    assert different == {k: v for k, v in DIFFERS_ON_PURPOSE.items() if k[0] == option}

@@ -14,6 +14,8 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import effect
 
+pytestmark = pytest.mark.documents
+
 FOUND: dict[str, Any] = json.loads(effect.RESULTS.read_text(encoding="utf-8"))
 
 

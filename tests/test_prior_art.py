@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
 from helpers import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import prior_art
+
+pytestmark = pytest.mark.documents
 
 
 def test_the_page_holds_the_tables_of_its_results() -> None:

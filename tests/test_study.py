@@ -17,6 +17,8 @@ import study
 import study_figures
 import study_text
 
+pytestmark = pytest.mark.documents
+
 RESULTS = json.loads(study.RESULTS.read_text(encoding="utf-8"))
 RUNS = [json.loads(line) for line in study.RUNS.read_text(encoding="utf-8").splitlines()]
 SETTINGS = {"0.05", "0.1", "0.15", "0.2", "0.3", "0.04", ".02", ".01"}

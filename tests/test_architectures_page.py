@@ -1,4 +1,4 @@
-"""docs/methods.md shows what its two scripts found; what these do, on a tiny model."""
+"""docs/architectures.md shows what its two scripts found; what these do, on a tiny model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ def a_run(arm: str = "ours", lr: float = 1e-3, seed: int = 0, **found: float) ->
     return {"architecture": "topk", "arm": arm, "lr": lr, "seed": seed, **values, **found}
 
 
+@pytest.mark.documents
 def test_the_page_is_what_the_comparison_found() -> None:
-    page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
     assert compare_peers.page_block(FOUND) in page
 
 
+@pytest.mark.documents
 def test_the_page_has_the_rates_as_they_were_measured() -> None:
     docs = REPOSITORY / "docs"
     runs = json.loads((docs / "rates.json").read_text(encoding="utf-8"))
-    assert learning_rates.page_block(runs) in (docs / "methods.md").read_text(encoding="utf-8")
+    assert learning_rates.page_block(runs) in (docs / "architectures.md").read_text(encoding="utf-8")
 
 
 def test_the_rates_of_one_kind_of_run_stand_in_one_line() -> None:
