@@ -24,8 +24,9 @@ import torch
 
 from tcsae.base.files import load_tensors, make_folder, save_tensors
 from tcsae.base.signals import StopRequest
+from tcsae.data.batches import ActivationBatches, calibrate, shuffled_indices
 from tcsae.data.contexts import Contexts
-from tcsae.data.store import ActivationBatches, ActivationStore, calibrate, shuffled_indices
+from tcsae.data.store import ActivationStore
 
 ROOT = Path(__file__).parent.parent
 POSITIONS = 128

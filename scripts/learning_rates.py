@@ -4,9 +4,9 @@
 
 Every argument is one job: overrides of conf/ over those of COMMON, all on the same activations. It
 is trained, measured on the held-out contexts and written into --out (docs/rates.json); one that is
-there already is not run again. Then the table of docs/architectures.md is written; without jobs, nothing
-but that. It measures neither the language model nor consistency, and so takes little more than the
-training.
+there already is not run again. Then the table of docs/architectures.md is written; without jobs,
+nothing but that. It measures neither the language model nor consistency, and so takes little more
+than the training.
 """
 
 from __future__ import annotations

@@ -306,13 +306,13 @@ def harvest_together(
 
     from tcsae.base.files import tensors_digest
     from tcsae.base.signals import StopRequest
-    from tcsae.data import store
+    from tcsae.data import context_cache
     from tcsae.data.language_model import LanguageModel
     from tcsae.data.stream import open_stream
 
     with pytest.MonkeyPatch.context() as patch:
         passes = count_calls(LanguageModel, "activations", patch)
-        packings = count_calls(store, "_build_contexts", patch)
+        packings = count_calls(context_cache, "_build_contexts", patch)
         for root in roots:
             config = small_config(Path(weights), Path(texts), store__dir=root, layer="1")
             passes.clear()

@@ -17,9 +17,9 @@ import tcsae.measure.analysis_pass
 from tcsae.base.errors import Interrupted
 from tcsae.base.signals import StopRequest
 from tcsae.config.sae import config_class
+from tcsae.data.batches import ActivationBatches, Calibration
 from tcsae.data.contexts import Contexts
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationBatches, Calibration
 from tcsae.measure.analysis import Analysis, analyse
 from tcsae.metrics.suite import ConsistencySuite
 from tcsae.sae.registry import sae_class

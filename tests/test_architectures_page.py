@@ -38,7 +38,9 @@ def test_the_page_is_what_the_comparison_found() -> None:
 def test_the_page_has_the_rates_as_they_were_measured() -> None:
     docs = REPOSITORY / "docs"
     runs = json.loads((docs / "rates.json").read_text(encoding="utf-8"))
-    assert learning_rates.page_block(runs) in (docs / "architectures.md").read_text(encoding="utf-8")
+    assert learning_rates.page_block(runs) in (docs / "architectures.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_rates_of_one_kind_of_run_stand_in_one_line() -> None:

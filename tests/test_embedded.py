@@ -109,13 +109,10 @@ def test_saved_sae_gives_what_the_evaluation_measured(
     default_run: Path, home: dict[str, str]
 ) -> None:
     """Reload everything from files and measure again, by other means."""
+    from tcsae.data.batches import ActivationBatches, calibrate
+    from tcsae.data.context_cache import load_or_build_contexts
     from tcsae.data.language_model import LanguageModel
-    from tcsae.data.store import (
-        ActivationBatches,
-        ActivationStore,
-        calibrate,
-        load_or_build_contexts,
-    )
+    from tcsae.data.store import ActivationStore
 
     run = tcsae.load_run(default_run)
     root = Path(home["TCSAE_STORE"])
@@ -137,8 +134,8 @@ def test_saved_sae_gives_what_the_evaluation_measured(
 
 
 def test_training_and_held_out_plays_are_disjoint(default_run: Path, home: dict[str, str]) -> None:
+    from tcsae.data.context_cache import load_or_build_contexts
     from tcsae.data.language_model import LanguageModel
-    from tcsae.data.store import load_or_build_contexts
 
     run = tcsae.load_run(default_run)
     root = Path(home["TCSAE_STORE"])

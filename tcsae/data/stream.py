@@ -10,14 +10,10 @@ from typing import Any
 from tcsae.base.files import tensors_digest
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.batches import ActivationBatches, calibrate
+from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import (
-    ActivationBatches,
-    ActivationStore,
-    StreamSource,
-    calibrate,
-    load_or_build_contexts,
-)
+from tcsae.data.store import ActivationStore, StreamSource
 
 log = logging.getLogger(__name__)
 

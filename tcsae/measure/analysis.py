@@ -64,8 +64,8 @@ from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors,
 from tcsae.base.progress import Progress
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.batches import ActivationBatches
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationBatches
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.metrics.correlation import FeatureCorrelation
 from tcsae.metrics.redundancy import (

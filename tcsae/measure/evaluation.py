@@ -22,8 +22,8 @@ from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured, run_id
+from tcsae.data.batches import ActivationBatches, Batch
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationBatches, Batch
 from tcsae.metrics.norm_limits import NormLimits, caution
 from tcsae.metrics.reconstruction import (
     ModelMetrics,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tcsae.base.errors import UserError
 from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency, window_moments
-from tcsae.data.store import Batch, Calibration
+from tcsae.data.batches import Batch, Calibration
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.fast import values_at_hand

@@ -16,8 +16,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.progress import Progress
 from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
-from tcsae.data.ahead import read_ahead
-from tcsae.data.store import ActivationBatches, Batch, shuffled_indices
+from tcsae.data.batches import ActivationBatches, Batch, read_ahead, shuffled_indices
 from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
 

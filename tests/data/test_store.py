@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from tcsae.base.errors import Interrupted, UserError
 from tcsae.base.files import Lock, atomic, load_tensors, locked, save_tensors, write_text
 from tcsae.base.signals import StopRequest
+from tcsae.data.batches import Calibration, calibrate, shuffled_indices
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import Calibration, StreamSource, calibrate, shuffled_indices
+from tcsae.data.store import StreamSource
 from tcsae.data.stream import Stream, open_stream
 
 SHARDS = 7  # 48 training and 8 held-out contexts, 8 in a shard

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tcsae.config import Config
 from tcsae.config.sae import architectures
-from tcsae.data import store
+from tcsae.data import batches
+from tcsae.data.batches import Batch, Calibration
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import Batch, Calibration
 from tcsae.launch import counted, estimate
 from tcsae.launch.counted import Machine, Sizes, sizes
 from tcsae.launch.model_facts import ModelFacts, model_facts
@@ -359,7 +359,7 @@ def test_numbers_that_stand_here_too_are_those_of_the_code() -> None:
     assert counted.SPARSE_PAIRS == analysis_pass.SPARSE_ENTRIES
     assert counted.CLOSE_FEATURES == analysis_pass.CLOSE_FEATURES
     assert ConsistencySuite(4, 8).n_blocks == counted.G
-    assert estimate.CALIBRATION_CONTEXTS == store.CALIBRATION_CONTEXTS
+    assert estimate.CALIBRATION_CONTEXTS == batches.CALIBRATION_CONTEXTS
 
 
 def test_the_slowest_rate_decides_on_the_device_and_the_disk_comes_on_top() -> None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
+from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationStore, load_or_build_contexts
+from tcsae.data.store import ActivationStore
 from tcsae.launch.estimate import (
     MACHINES,
     Cost,

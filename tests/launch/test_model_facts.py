@@ -10,8 +10,8 @@ from helpers import small_config, write_texts
 
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, ModelConfig
+from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import load_or_build_contexts
 from tcsae.launch.model_facts import model_facts, text_contexts
 
 # Of the models' cards and configs.

@@ -13,7 +13,7 @@ from helpers import small_config
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.config.sae import architectures
-from tcsae.data.store import shuffled_indices
+from tcsae.data.batches import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
 from tcsae.sae.formats.saelens import load_saelens, save_saelens
 from tcsae.training.checkpoint import load_checkpoint, save_checkpoint

@@ -12,7 +12,7 @@ from helpers import small_config
 
 from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
-from tcsae.data.store import shuffled_indices
+from tcsae.data.batches import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
 from tcsae.sae import fast
 from tcsae.training import member as member_module

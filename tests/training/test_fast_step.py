@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, TrainingConfig
-from tcsae.data.store import shuffled_indices
+from tcsae.data.batches import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
 from tcsae.sae import fast
 from tcsae.sae.base import SparseAutoencoder

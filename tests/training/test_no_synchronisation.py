@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcsae.config import Config
 from tcsae.config.sae import architectures
-from tcsae.data.store import Batch, Calibration
+from tcsae.data.batches import Batch, Calibration
 from tcsae.sae import base
 from tcsae.training.member import Member
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tcsae.base.errors import UserError
 from tcsae.config import run_id
-from tcsae.data.store import Calibration
+from tcsae.data.batches import Calibration
 from tcsae.training.member import Member
 from tcsae.training.sparsity import L0Controller
 

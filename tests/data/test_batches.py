@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError
-from tcsae.data.ahead import read_ahead
+from tcsae.data.batches import ActivationBatches, Batch, Calibration, read_ahead
 from tcsae.data.contexts import Contexts
-from tcsae.data.store import ActivationBatches, Batch, Calibration
 
 N, T, D = 12, 5, 3
 ORDER = [torch.tensor(i) for i in ([3, 1], [0, 11], [7, 7], [2, 5])]

@@ -1,0 +1,143 @@
+"""Batches of activations: masks and scale, their order, and the next one read ahead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcsae.base.errors import UserError
+from tcsae.data.store import ActivationSource
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the first contexts say about the activations, for masks, scale and b_dec."""
+
+    median_norm: float
+    """Median over tokens that are neither special nor first."""
+    norm_limit: float
+    """Tokens beyond it are massive: invalid. Infinite without a filter."""
+    massive_share: float
+    """Share of those tokens that are massive."""
+    sample: Tensor
+    """[N, d_in] float32: valid activations."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x [B, T, d_in] raw activations; the others [B, T]."""
+
+    x: Tensor
+    ids: Tensor
+    segments: Tensor
+    valid: Tensor
+    """Neither special nor massive: what is trained on and measured."""
+    not_special: Tensor
+    """Whatever the norm; position 0 is special."""
+
+
+CALIBRATION_CONTEXTS = 256
+
+
+def calibrate(source: ActivationSource, norm_filter: float) -> Calibration:
+    """Median norm and massive tokens of the first contexts (they are in random order already).
+
+    Raises UserError for activations without a scale: all zero, or not numbers.
+    """
+    contexts = source.contexts
+    indices = torch.arange(min(CALIBRATION_CONTEXTS, len(contexts.ids)))
+    x = source.activations(indices).float()[contexts.valid[indices]]
+    norms = x.norm(dim=-1)
+    median = norms.median().item() if len(norms) else 0.0
+    if not 0 < median < float("inf"):
+        raise UserError(
+            f"the median norm of the activations is {median:.4g}, so there is nothing to train on: "
+            "check the weights (model.path), model.hook and model.dtype"
+        )
+    limit = norm_filter * median if norm_filter > 0 else float("inf")
+    kept = norms <= limit
+    return Calibration(median, limit, 1 - kept.float().mean().item(), x[kept])
+
+
+class ActivationBatches:
+    """Batches of a source by context index, massive tokens masked, on `device`."""
+
+    def __init__(self, source: ActivationSource, calibration: Calibration, device: str) -> None:
+        self.source, self.calibration, self.device = source, calibration, device
+
+    def __len__(self) -> int:
+        return len(self.source.contexts.ids)
+
+    def batch(self, indices: Tensor) -> Batch:
+        return self.finish(indices, self.read(indices))
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The activations of `finish`: page-locked if a GPU is to fetch them."""
+        x = self.source.activations(indices)
+        return x.pin_memory() if self.device.startswith("cuda") and x.is_cpu else x
+
+    def finish(self, indices: Tensor, x: Tensor) -> Batch:
+        contexts = self.source.contexts
+        x = x.to(self.device, non_blocking=True)
+        not_special = contexts.valid[indices].to(self.device)
+        valid = not_special & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
+        ids, segments = contexts.ids[indices], contexts.segments[indices]
+        return Batch(x, ids.to(self.device), segments.to(self.device), valid, not_special)
+
+    def in_order(self, batch_contexts: int, n_contexts: int | None = None) -> Iterator[Batch]:
+        n_contexts = len(self) if n_contexts is None else min(n_contexts, len(self))
+        for indices in torch.arange(n_contexts).split(batch_contexts):
+            yield self.batch(indices)
+
+
+def shuffled_indices(step: int, batch: int, n_contexts: int, seed: int) -> Tensor:
+    """[batch] context indices of one step: whole contexts, every one once an epoch.
+
+    A pure function of its arguments, so the order needs no state to be resumed: the steps read
+    consecutive pieces of one endless row of seeded permutations.
+    """
+    wanted = torch.arange(step * batch, (step + 1) * batch)
+    epochs = wanted // n_contexts
+    out = torch.empty(batch, dtype=torch.long)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        out[here] = _permutation(n_contexts, seed, epoch)[wanted[here] % n_contexts]
+    return out
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n_contexts: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n_contexts, generator=generator)
+
+
+# ---------------------------------------------------------------------------------- one ahead
+
+
+def read_ahead(batches: ActivationBatches, indices: Iterable[Tensor]) -> Generator[Batch]:
+    """`batches.batch(i)` for every i of `indices`, in their order, and equal to it.
+
+    The next one's activations are read while the present one is trained on. On a GPU they wait in
+    page-locked memory, so that their copy to the device does not stop the host: two buffers, one
+    being filled while the other is in use.
+
+    Close it (`contextlib.closing`) when not all of it is used. A source that computes instead of
+    reading (store=stream) is asked when its turn comes: two threads would fight for one device.
+    """
+    if not batches.source.is_read:
+        yield from map(batches.batch, indices)
+        return
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        pending: tuple[Tensor, Future[Tensor]] | None = None
+        for wanted in indices:
+            submitted = wanted, pool.submit(batches.read, wanted)
+            if pending is not None:
+                yield batches.finish(pending[0], pending[1].result())
+            pending = submitted
+        if pending is not None:
+            yield batches.finish(pending[0], pending[1].result())

@@ -1,0 +1,89 @@
+"""Contexts packed once and shared by all jobs on the same text and tokenizer.
+
+<store.dir>/contexts/<key>/train.safetensors, eval.safetensors      token ids, segments, masks
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from tcsae.base.files import (
+    Lock,
+    load_tensors,
+    locked,
+    make_folder,
+    remove_temporaries,
+    save_tensors,
+    write_json,
+)
+from tcsae.base.progress import Progress
+from tcsae.base.signals import StopRequest
+from tcsae.config import DatasetConfig
+from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
+from tcsae.data.corpora import open_corpus
+from tcsae.data.documents import Corpus
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import FORMAT, content_key
+
+log = logging.getLogger(__name__)
+
+
+def _save_contexts(path: Path, contexts: Contexts) -> None:
+    tensors = {"ids": contexts.ids, "segments": contexts.segments, "valid": contexts.valid}
+    save_tensors(path, tensors, {"groups": json.dumps(list(contexts.groups))})
+
+
+def _load_contexts(path: Path) -> Contexts:
+    tensors, metadata = load_tensors(path, "delete it; the next run makes it anew")
+    return Contexts(**tensors, groups=tuple(json.loads(metadata["groups"])))
+
+
+def load_or_build_contexts(
+    cfg: DatasetConfig, model: LanguageModel, root: Path, stop: StopRequest
+) -> tuple[Contexts, Contexts]:
+    """Training and held-out contexts, from `root`/contexts if this text was packed before.
+
+    Raises:
+        UserError: text that cannot be read or is too little.
+        Interrupted: a signal came.
+    """
+    corpus = open_corpus(cfg)
+    special: SpecialIds = model.special_ids
+    identity = {
+        "format": FORMAT,
+        "text": corpus.fingerprint(),
+        "tokenizer": model.weights.identity,
+        "special": [special.bos, sorted(special.boundaries), sorted(special.masked)],
+        **cfg.model_dump(
+            include={"n_contexts", "n_eval_contexts", "eval_fraction", "context_size", "seed"}
+        ),
+    }
+    folder = root / "contexts" / content_key(identity)
+    paths = folder / "train.safetensors", folder / "eval.safetensors"
+    if not all(path.is_file() for path in paths):
+        with locked(make_folder(folder) / ".lock", stop.check) as lock:
+            if lock is Lock.HELD:
+                remove_temporaries(folder)
+            # Another process may have packed them while this one waited.
+            if not all(path.is_file() for path in paths):
+                both = _build_contexts(corpus, cfg, model, stop)
+                for path, contexts in zip(paths, both, strict=True):
+                    _save_contexts(path, contexts)
+                write_json(folder / "identity.json", identity)
+    return _load_contexts(paths[0]), _load_contexts(paths[1])
+
+
+def _build_contexts(
+    corpus: Corpus, cfg: DatasetConfig, model: LanguageModel, stop: StopRequest
+) -> tuple[Contexts, Contexts]:
+    log.info(f"packing contexts of {cfg.context_size} tokens from {corpus.describe()}")
+    total = (cfg.n_contexts or 0) + cfg.n_eval_contexts
+    with Progress("pack", total, unit="contexts") as progress:
+
+        def report(so_far: int, _: int | None) -> None:
+            stop.check()
+            progress.update(so_far - progress.done)
+
+        return build_contexts(corpus, model.tokenizer, model.special_ids, cfg, progress=report)
