@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import given_folders, markdown_table, with_interval
+from pages import given_folders, markdown_table, replace_block, with_interval
 
 from tcsae.report.paired import Estimate, Term, combine
 from tcsae.report.runs import Run, find_runs, is_finished, read_run, settings_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "docs/effect.json", ROOT / "docs/effect.md", ROOT / "README.md"
-BEGIN, END = "<!-- effect: begin -->", "<!-- effect: end -->"
 METRICS = {
     "explained_variance": "explained variance",
     "l0": "L0",
@@ -87,25 +86,24 @@ def entry(estimate: Estimate) -> dict[str, Any]:
     return dict(zip(("value", "low", "high"), numbers, strict=True)) | {"reason": estimate.reason}
 
 
-def _difference(name: str, ours: Sequence[tuple[float, Any]], theirs: Sequence[Run]) -> Any:
+def difference(name: str, ours: Sequence[tuple[float, Any]], theirs: Sequence[Run]) -> Any:
     terms = [Term(weight, runs) for weight, runs in ours]
     return entry(combine(name, [*terms, Term(-1.0, theirs)]))
 
 
-def _at_cost(arms: Mapping[str, list[Run]], cost: float) -> tuple[list[Any], str]:
-    """The two arms between which the explained variance has fallen by `cost`, with weights."""
-    losses = sorted(
-        (float(name.split("lambda ")[1]), name)
-        for name in arms
-        if name.startswith("loss") and "window" not in name
-    )
+def at_cost(
+    arms: Mapping[str, list[Run]], losses: Sequence[str], cost: float
+) -> tuple[list[tuple[float, list[Run]]], str]:
+    """The two arms, with weights, between which the explained variance has fallen by `cost` below
+    that of "none". `losses` are the arms to look between, from the weakest on."""
     points = [("none", 0.0)]
-    for _, name in losses:
-        change = combine(
-            "explained_variance", [Term(1.0, arms[name]), Term(-1.0, arms["none"])]
-        ).value
+    for name in losses:
+        terms = [Term(1.0, arms[name]), Term(-1.0, arms["none"])]
+        change = combine("explained_variance", terms).value
         assert change is not None
         points.append((name, -float(change)))
+    if cost <= 0:
+        return [(1.0, arms["none"])], "none, which costs nothing"
     for (below, less), (above, more) in zip(points, points[1:], strict=False):
         if less <= cost <= more:
             share = (cost - less) / (more - less)
@@ -115,10 +113,16 @@ def _at_cost(arms: Mapping[str, list[Run]], cost: float) -> tuple[list[Any], str
     return [(1.0, arms[last])], f"{last}, which costs {most:.4f}"
 
 
+def _losses(arms: Mapping[str, list[Run]]) -> list[str]:
+    """The arms of the loss at the usual window, by lambda."""
+    names = [name for name in arms if name.startswith("loss") and "window" not in name]
+    return sorted(names, key=lambda name: float(name.split("lambda ")[1]))
+
+
 def measured(arms: Mapping[str, list[Run]], wanted: Wanted) -> dict[str, Any]:
     """What the pages show of one column."""
     none = arms["none"]
-    at_cost, where = _at_cost(arms, wanted.cost)
+    there, where = at_cost(arms, _losses(arms), wanted.cost)
     one, control = arms["loss, lambda 1"], arms["control, lambda 1"]
     checked = ("C_8", "L_8", "C_8_sparse", "L_8_sparse")
     return {
@@ -140,17 +144,17 @@ def measured(arms: Mapping[str, list[Run]], wanted: Wanted) -> dict[str, Any]:
             **{
                 name: {
                     "baseline": entry(combine(name, [Term(1.0, none)])),
-                    "there": entry(combine(name, [Term(w, runs) for w, runs in at_cost])),
-                    "change": _difference(name, at_cost, none),
+                    "there": entry(combine(name, [Term(w, runs) for w, runs in there])),
+                    "change": difference(name, there, none),
                 }
                 for name in checked
             },
         },
         "at_lambda_1": {
-            name: _difference(name, [(1.0, one)], none)
+            name: difference(name, [(1.0, one)], none)
             for name in ("explained_variance", "omega_squared", "edge_energy", *checked)
         },
-        "minus_control": {name: _difference(name, [(1.0, one)], control) for name in checked},
+        "minus_control": {name: difference(name, [(1.0, one)], control) for name in checked},
     }
 
 
@@ -286,20 +290,14 @@ def _order(arm_and_values: tuple[str, Any]) -> tuple[bool, str, float, float]:
     return arm != "none", kind, float(weight or 0), float(window or 8)
 
 
-def _replace(path: Path, content: str) -> None:
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     folders = given_folders(__doc__)
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     if folders:
         found |= results(folders)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    _replace(README, summary(found))
-    _replace(PAGE, f"{summary(found)}\n\n{page(found)}")
+    replace_block(README, "effect", summary(found))
+    replace_block(PAGE, "effect", f"{summary(found)}\n\n{page(found)}")
     print(summary(found))
 
 

@@ -33,3 +33,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def block(name: str, content: str) -> str:
+    """`content` between the marks of the block `name` of a page."""
+    return f"<!-- {name}: begin -->\n{content}\n<!-- {name}: end -->"
+
+
+def replace_block(path: Path, name: str, content: str) -> None:
+    """Put `content` between a page's own marks. Raises ValueError where they are not there."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{block(name, content)}{rest.split(end)[1]}", encoding="utf-8")

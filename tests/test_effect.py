@@ -13,6 +13,7 @@ from helpers import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import effect
+from pages import block
 
 pytestmark = pytest.mark.documents
 
@@ -21,8 +22,8 @@ FOUND: dict[str, Any] = json.loads(effect.RESULTS.read_text(encoding="utf-8"))
 
 def test_the_pages_hold_what_the_script_makes_of_the_results() -> None:
     readme, page = (p.read_text(encoding="utf-8") for p in (effect.README, effect.PAGE))
-    assert f"{effect.BEGIN}\n{effect.summary(FOUND)}\n{effect.END}" in readme
-    assert f"{effect.summary(FOUND)}\n\n{effect.page(FOUND)}\n{effect.END}" in page
+    assert block("effect", effect.summary(FOUND)) in readme
+    assert block("effect", f"{effect.summary(FOUND)}\n\n{effect.page(FOUND)}") in page
 
 
 def test_every_change_lies_in_its_interval_and_is_the_difference_of_its_arms() -> None:
