@@ -36,6 +36,7 @@ from tcsae.jobs.tracking import JsonLines
 from tcsae.measure.evaluation import ENCODE_CONTEXTS
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
+from tcsae.runs import folder as run_folder
 from tcsae.training.member import Member
 
 
@@ -394,6 +395,17 @@ def test_wandb_gets_the_figures_and_the_table_of_the_report(
     sent = [file.name for file in media.rglob("report/*.plotly.json")]
     for name in run_figures(Contents.of(loaded)):
         assert any(file.startswith(f"{name}_") for file in sent), name
+
+
+def test_a_run_is_read_once_for_all_its_pages(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = count_calls(run_folder, "load_sae", monkeypatch)
+    tensors = count_calls(run_folder, "load_tensors", monkeypatch)
+    run_here(*arguments(tmp_path / "run", tracking="offline"))
+    assert (tmp_path / "run" / "notes.txt").is_file()
+    assert [called[0] for called in saes] == [tmp_path / "run" / "sae"]
+    assert [called[0].name for called in tensors] == ["per_feature.safetensors"]
 
 
 def test_without_tracking_there_is_no_wandb_folder(finished: Path) -> None:

@@ -28,6 +28,7 @@ from tcsae.base.errors import Interrupted, UserError
 from tcsae.base.files import read_json, write_json
 from tcsae.base.log import speaking_of
 from tcsae.base.progress import Progress, listening
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
@@ -39,7 +40,7 @@ from tcsae.measure.evaluation import Evaluation, on_the_model
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
-from tcsae.runs.folder import claim_folder, load_run, owned_folder
+from tcsae.runs.folder import LoadedRun, RunFolder
 from tcsae.runs.state import StateFile
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.formats.saelens import load_saelens, save_saelens
@@ -152,15 +153,15 @@ def _tell(bank: Sequence[_Job], progress: Progress) -> None:
             job.state.stage("waiting for its evaluation")
 
 
-def _check_content(stream: Stream, folder: Path) -> None:
+def _check_content(stream: Stream, files: RunFiles) -> None:
     """Raises UserError if the run was begun with other text or weights under the same paths."""
-    known, content = folder / "content.json", stream.content
-    if (folder / "checkpoint").exists() and known.is_file():
+    known, content = files.content, stream.content
+    if files.checkpoints.exists() and known.is_file():
         before = read_json(known)
         changed = [name for name, value in content.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{folder} was begun with other content ({', '.join(changed)} changed since): "
+                f"{files.path} was begun with other content ({', '.join(changed)} changed since): "
                 "remove it, choose another folder, or restore what was there"
             )
     write_json(known, content)
@@ -210,6 +211,7 @@ class _Job:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self.files = RunFolder(folder)
         self.state = StateFile(folder)
         self.tracker: Tracker | None = None
         self.seat: Seat | None = None
@@ -235,23 +237,22 @@ class _Job:
 
     def claim(self, held: contextlib.ExitStack) -> None:
         """Take the folder for as long as `held` lasts; a finished run has its outcome at once."""
-        held.enter_context(owned_folder(self.folder))
-        claim_folder(self.config, self.folder)
-        finished = self.folder / "final_info.json"
-        if not finished.is_file():
+        held.enter_context(self.files.owned())
+        self.files.claim(self.config)
+        if not self.files.is_finished:
             return
         if not self.config.rerun:
-            if not (self.folder / "notes.txt").is_file():  # the last of the pages
-                write_pages(self.folder)
+            if not self.files.has_pages:
+                write_pages(self.files.load())
             log.info(f"already finished: {self.folder} (rerun=true repeats it)")
-            self.outcome = Outcome(read_json(finished), repeated=False)
+            self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
             return
         # Checkpoints first: a repetition that is interrupted must go on, not start again.
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        finished.unlink()
+        shutil.rmtree(self.files.checkpoints, ignore_errors=True)
+        self.files.final_info.unlink()
 
     def begin(self, stream: Stream) -> None:
-        _check_content(stream, self.folder)
+        _check_content(stream, self.files)
         _check_windows(self.config, stream)
         torch.manual_seed(self.config.seed)
         self.tracker = Tracker(self.config, self.folder)
@@ -278,8 +279,8 @@ class _Job:
         if member.optimizer_steps < 1:
             raise RuntimeError("the optimizer took no step: there is nothing to report")
         metadata = _saelens_metadata(self.config, stream)
-        save_saelens(self.folder / "sae", member.finished_sae(), metadata)
-        sae, sae_cfg = load_saelens(self.folder / "sae")
+        save_saelens(self.files.sae, member.finished_sae(), metadata)
+        sae, sae_cfg = load_saelens(self.files.sae)
         self.trained = _Trained(
             sae,
             sae_cfg,
@@ -302,10 +303,11 @@ class _Job:
             self.config, self.trained, stream, evaluation, time.monotonic() - started
         )
         self.tracker.summary(evaluation.headline)
-        write_json(self.folder / "final_info.json", info)
-        write_pages(self.folder)
-        _send_pages(self.folder, self.tracker)
-        say_results(self.folder, evaluation)
+        write_json(self.files.final_info, info)
+        run = self.files.load()
+        write_pages(run)
+        _send_pages(run, self.tracker)
+        say_results(self.files, evaluation)
         self.outcome = Outcome(info)
         self.close()
 
@@ -331,7 +333,7 @@ class _Job:
     ) -> Evaluation:
         """What was saved, measured: `eval/` and `analysis/`."""
         evaluation, analysis = measure(
-            trained.sae, trained.sae_cfg, behaviour, self.config, stream, self.folder, stop
+            trained.sae, trained.sae_cfg, behaviour, self.config, stream, self.files, stop
         )
         if analysis is not None:
             assert self.tracker is not None
@@ -397,11 +399,9 @@ def _final_info(
     }
 
 
-def _send_pages(folder: Path, tracker: Tracker) -> None:
+def _send_pages(run: LoadedRun, tracker: Tracker) -> None:
     """The report's figures and its table of features, to W&B."""
     if tracker.wandb.failed:
         return
-
-    run = load_run(folder)
     columns = {"feature": list(range(run.config.sae.d_sae)), **run.consistency["per_feature"]}
     tracker.pages(run_figures(Contents.of(run)), columns)

@@ -62,6 +62,7 @@ from torch import Tensor
 
 from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors, write_json
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
@@ -103,23 +104,24 @@ class Analysis:
     correlation: dict[str, Tensor]
 
     def write(self, folder: Path) -> None:
-        make_folder(folder)
-        save_tensors(folder / "top_contexts.safetensors", self.top_contexts, {})
-        save_tensors(folder / "correlation.safetensors", self.correlation, {})
-        write_json(folder / "top_contexts.json", self.top_tokens)
-        write_json(folder / "redundancy.json", self.redundancy)
-        write_json(folder / "specialization.json", self.specialization)
+        files = AnalysisFiles(make_folder(folder))
+        save_tensors(files.top_contexts, self.top_contexts, {})
+        save_tensors(files.correlation, self.correlation, {})
+        write_json(files.top_tokens, self.top_tokens)
+        write_json(files.redundancy, self.redundancy)
+        write_json(files.specialization, self.specialization)
 
     @classmethod
     def read(cls, folder: Path) -> Analysis:
         """Raises UserError for a damaged file, FileNotFoundError for one that is not there."""
+        files = AnalysisFiles(folder)
         advice = "run its command again with rerun=true"
         return cls(
-            redundancy=read_json(folder / "redundancy.json"),
-            specialization=read_json(folder / "specialization.json"),
-            top_contexts=load_tensors(folder / "top_contexts.safetensors", advice)[0],
-            top_tokens=read_json(folder / "top_contexts.json"),
-            correlation=load_tensors(folder / "correlation.safetensors", advice)[0],
+            redundancy=read_json(files.redundancy),
+            specialization=read_json(files.specialization),
+            top_contexts=load_tensors(files.top_contexts, advice)[0],
+            top_tokens=read_json(files.top_tokens),
+            correlation=load_tensors(files.correlation, advice)[0],
         )
 
     @property

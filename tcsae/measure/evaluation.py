@@ -20,6 +20,7 @@ from torch import Tensor
 from tcsae.base.files import make_folder, save_tensors, write_json
 from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import EvalFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured, run_id
 from tcsae.data.language_model import LanguageModel
@@ -64,12 +65,12 @@ class Evaluation:
     """The suite's bootstrap resamples, for the same purpose (draws.safetensors)."""
 
     def write(self, folder: Path) -> None:
-        make_folder(folder)
-        save_tensors(folder / "per_feature.safetensors", self.per_feature, {})
-        save_tensors(folder / "per_context.safetensors", self.per_context, {})
-        save_tensors(folder / "draws.safetensors", self.draws, {})
-        write_json(folder / "consistency.json", self.consistency)
-        write_json(folder / "core.json", self.core)
+        files = EvalFiles(make_folder(folder))
+        save_tensors(files.per_feature, self.per_feature, {})
+        save_tensors(files.per_context, self.per_context, {})
+        save_tensors(files.draws, self.draws, {})
+        write_json(files.consistency, self.consistency)
+        write_json(files.core, self.core)
 
     @property
     def headline(self) -> dict[str, Any]:

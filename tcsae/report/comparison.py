@@ -80,9 +80,10 @@ from tcsae.base.labels import (
     number,
     window_part,
 )
+from tcsae.base.run_files import RunFiles
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
-from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, is_finished, read_run
+from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def compare_runs(
         try:
             run = read_run(folder)
         except UserError as error:
-            record["status"] = "damaged" if is_finished(folder) else "unfinished"
+            record["status"] = "damaged" if RunFiles(folder).is_finished else "unfinished"
             record["reason"] = str(error)
             continue
         used.append(run)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tcsae.base.files import load_tensors
 from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
+from tcsae.base.run_files import RunFiles
 from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
 from tcsae.measure.analysis import Analysis
@@ -65,11 +65,8 @@ class Contents:
     @classmethod
     def of(cls, run: LoadedRun) -> Contents:
         """Raises UserError if a file of the run is damaged."""
-        advice = "run its command again with rerun=true"
-        tensors, _ = load_tensors(run.folder / "eval" / "per_feature.safetensors", advice)
-        folder = run.folder / "analysis"
-        analysis = Analysis.read(folder) if (folder / "specialization.json").is_file() else None
-        return cls(run, {name: value.numpy() for name, value in tensors.items()}, analysis)
+        values = {name: value.numpy() for name, value in run.per_feature.items()}
+        return cls(run, values, run.analysis)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -141,7 +138,7 @@ class Contents:
         return shlex.join(["python", "-m", "tcsae.evaluate", *what, *self._overrides()])
 
     def _overrides(self) -> list[str]:
-        recorded = self.run.folder / ".hydra" / "overrides.yaml"
+        recorded = RunFiles(self.run.folder).overrides
         if recorded.is_file():
             overrides = yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
             # An experiment may be a sweep by itself; of its jobs this is one.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.ahead import read_ahead
@@ -70,7 +71,7 @@ class Seat:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoint"
+        return RunFiles(self.folder).checkpoints
 
     @property
     def last_good(self) -> str:
