@@ -307,7 +307,6 @@ def number(value: Tensor | float) -> float | None:
 
 def _top_contexts(seen: Pass) -> dict[str, Tensor]:
     top = seen.top.compute()
-    assert top.rows is not None
     used, inverse = top.context.unique(return_inverse=True)
     # -1, where there are fewer than k contexts, sorts first if it is there at all.
     missing = int(len(used) > 0 and used[0] < 0)

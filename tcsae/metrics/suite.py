@@ -142,12 +142,6 @@ class ConsistencySuite:
             self._smoothness.update(features, inputs, segments=segments, valid=valid)
         self._draws = None
 
-    def merge(self, other: ConsistencySuite) -> None:
-        """Add the batches of `other`, as if they had come after this one's."""
-        for mine, theirs in zip(self._accumulators(), other._accumulators(), strict=True):
-            mine.merge(theirs)
-        self._draws = None
-
     def reset(self) -> None:
         """Forget every batch."""
         for accumulator in self._accumulators():

@@ -66,9 +66,9 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.labels import (
@@ -108,14 +108,6 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Raises UserError for a document that is no comparison."""
-        try:
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (KeyError, TypeError):
-            raise UserError("not a comparison.json: run python -m tcsae.compare again") from None
 
     def markdown(self) -> str:
         """Two tables, what was measured and what differs from the baseline, and the notices."""
