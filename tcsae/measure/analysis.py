@@ -61,6 +61,7 @@ import torch
 from torch import Tensor
 
 from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors, write_json
+from tcsae.base.json_numbers import plain
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
@@ -88,6 +89,8 @@ log = logging.getLogger(__name__)
 ENCODE_CONTEXTS = 32
 THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_overlap": 0.3}
 PARTNERS = 32
+DIGITS = 6
+"""What float32 carries."""
 
 _DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
 _CLUSTER_MEDIANS = ("density", "rho_1", "tau_int", "omega_squared")
@@ -285,21 +288,15 @@ def _by_position(
     listed = [
         {
             "feature": j,
-            "omega_squared": number(known["omega_squared"][j]),
-            "toeplitz_share": number(share),
+            "omega_squared": plain(known["omega_squared"][j], DIGITS),
+            "toeplitz_share": plain(share, DIGITS),
             "toeplitz_share_reason": None if share.isfinite() else "the entries do not vary",
-            "diagonal_means": [number(x) for x in means],
+            "diagonal_means": plain(means, DIGITS),
         }
         for j, share, means in columns
     ]
     tensors = {"position_features": features, "position_correlation": r_JTT.float()}
     return tensors, {"position_correlation": listed, "position_correlation_reason": None}
-
-
-def number(value: Tensor | float) -> float | None:
-    """A number that JSON can hold, to the digits float32 carries; None for what is none."""
-    plain = float(value)
-    return float(f"{plain:.6g}") if math.isfinite(plain) else None
 
 
 # ---------------------------------------------------------------- top contexts, families, map
@@ -348,7 +345,7 @@ def _specialization(
             "cluster": cluster.tolist(),
             "decoder_cluster": decoder_cluster.tolist(),
             "live": seen.live.tolist(),
-            **{name: [number(v) for v in column] for name, column in columns.items()},
+            **{name: plain(column, DIGITS) for name, column in columns.items()},
             "top_tokens": [[text(token) for token, _ in tokens] for tokens in own],
         },
     }
@@ -368,9 +365,9 @@ def _clusters(
                 "cluster": c,
                 "name": name,
                 "size": len(members),
-                "tokens": [{"text": text(token), "score": number(s)} for token, s in best],
+                "tokens": [{"text": text(token), "score": plain(s, DIGITS)} for token, s in best],
                 "features": strongest[:8].tolist(),
-                **{m: number(known[m][members].nanmedian()) for m in _CLUSTER_MEDIANS},
+                **{m: plain(known[m][members].nanmedian(), DIGITS) for m in _CLUSTER_MEDIANS},
             }
         )
     return clusters

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tcsae.base.json_numbers import plain
 from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
 from tcsae.base.run_files import RunFiles
 from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
 from tcsae.measure.analysis import Analysis
-from tcsae.report.page import packed, rounded
+from tcsae.report.page import packed
 from tcsae.runs.folder import LoadedRun
 
 MAX_ROWS = 4096
@@ -29,6 +30,8 @@ MAX_BINS = 128
 MAX_ACTIVATIONS = 2_000_000
 """Activations in top contexts, 4 bytes each in the page."""
 MISSING = -32768
+DIGITS = 4
+"""Of a number in the table."""
 
 _NUMBER_GROUPS = ("layer", "window", "lambda")
 OLDER = (
@@ -275,7 +278,7 @@ def _scalars(contents: Contents, ids: np.ndarray) -> dict[str, list[float | None
     if contents.analysis is not None:
         of_run["token_entropy"] = contents.analysis.specialization["features"]["token_entropy"]
     names = [*contents.memory_metrics, *_COLUMNS]
-    return {n: rounded(_chosen(list(of_run[n]), ids, None)) for n in names if n in of_run}
+    return {n: plain(_chosen(list(of_run[n]), ids, None), DIGITS) for n in names if n in of_run}
 
 
 def binned(profile: np.ndarray, n_bins: int = MAX_BINS) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +308,7 @@ def _curves(contents: Contents, ids: np.ndarray) -> dict[str, Any]:
     return {
         "rho": packed(coded.clip(-32768, 32767).astype(np.int16)) | {"missing": MISSING},
         "rate": packed((levels * 255).round().astype(np.uint8)) | {"missing": None},
-        "rate_scale": rounded(top_R.tolist()),
+        "rate_scale": plain(top_R, DIGITS),
         "positions": positions,
     }
 
@@ -324,8 +327,8 @@ def _pairs(analysis: Analysis | None) -> list[dict[str, Any]]:
     for name, pairs, prefix, lag in kinds:
         columns = zip(
             tensors[pairs].tolist(),
-            rounded(tensors[f"{prefix}_correlation"].tolist()),
-            rounded(tensors[f"{prefix}_cosine"].tolist()),
+            plain(tensors[f"{prefix}_correlation"], DIGITS),
+            plain(tensors[f"{prefix}_cosine"], DIGITS),
             lag.tolist(),
             strict=True,
         )
