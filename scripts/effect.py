@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import given_folders, markdown_table, with_interval
+from pages import given_folders, with_interval
 
+from tcsae.base.labels import markdown_table
 from tcsae.base.run_files import RunFiles
 from tcsae.report.paired import Estimate, Term, combine
 from tcsae.report.runs import Run, find_runs, read_run, settings_of

@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import given_folders, markdown_table, with_interval
+from pages import given_folders, with_interval
 from study_figures import FIGURES, write_figures
 
 from tcsae.base.files import read_json
+from tcsae.base.labels import markdown_table
 from tcsae.base.run_files import RunFiles
 from tcsae.report.comparison import compare_runs
 from tcsae.report.runs import find_runs

@@ -77,6 +77,7 @@ from tcsae.base.labels import (
     label,
     local_names,
     local_window,
+    markdown_table,
     number,
     window_part,
 )
@@ -299,11 +300,6 @@ def _place_said(place: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------- tables
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _with_interval(entry: dict[str, Any], signed: bool = False, key: str = "value") -> str:
     value = entry[key]
     if value is None:
@@ -322,7 +318,7 @@ def _values_table(comparison: Comparison) -> str:
         ]
         for group in comparison.groups
     ]
-    return _table(["setting", "seeds", *(label(name).name for name in names)], rows)
+    return markdown_table(["setting", "seeds", *(label(name).name for name in names)], rows, "---:")
 
 
 def _differences_table(comparison: Comparison) -> str:
@@ -343,7 +339,7 @@ def _differences_table(comparison: Comparison) -> str:
     header = ["minus the baseline", "at", *(label(name).name for name in names)]
     if window in comparison.metrics:
         header.append(f"{window} at matched density")
-    return _table(header, rows) + "\n\n~ within noise: the 95 % interval holds 0"
+    return markdown_table(header, rows, "---:") + "\n\n~ within noise: the 95 % interval holds 0"
 
 
 def _difference(entry: dict[str, Any], key: str = "value") -> str:

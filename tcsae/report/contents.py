@@ -21,6 +21,7 @@ from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
 from tcsae.measure.analysis import Analysis
 from tcsae.report.page import packed
+from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
 
 MAX_ROWS = 4096
@@ -206,15 +207,6 @@ def _reasons(analysis: Analysis) -> Iterator[tuple[str, str]]:
                 yield name.removesuffix("_reason"), reason
     if analysis.top_tokens["features_reason"]:
         yield "Top contexts", analysis.top_tokens["features_reason"]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 # ---------------------------------------------------------------- the table of features

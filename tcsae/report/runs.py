@@ -236,34 +236,35 @@ def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
     Without a temporal loss its other options mean nothing: they are left out, `consistency` is
     "none" and `lambda` 0, whatever the config says.
     """
-    flat = dict(_flat(identity(config)))
-    for key in list(flat):
+    settings = dict(flat(identity(config)))
+    for key in list(settings):
         if key.startswith(tuple(f"{k}." for k in _NO_RESULT_KEYS)) or key in _NO_RESULT_KEYS:
-            del flat[key]
+            del settings[key]
     if isinstance(config, LoadedConfig):
-        del flat["window"]
-        return flat | {LOADED: config.source.title}
-    scaled = flat["consistency.scale_by_window"]
-    for key in [key for key in flat if key.startswith("consistency.")]:
-        del flat[key]
+        del settings["window"]
+        return settings | {LOADED: config.source.title}
+    scaled = settings["consistency.scale_by_window"]
+    for key in [key for key in settings if key.startswith("consistency.")]:
+        del settings[key]
     consistency = config.consistency
     if consistency.form == "none" or config.lambda_ == 0:
         for key in TEMPORAL_KEYS:
-            flat.pop(key, None)
-        return flat | {"consistency": "none", "lambda": 0.0}
+            settings.pop(key, None)
+        return settings | {"consistency": "none", "lambda": 0.0}
     if consistency.form == "slow":
-        flat["window"] = 2  # neighbours, whatever the window is
+        settings["window"] = 2  # neighbours, whatever the window is
     name = consistency.label + (" / W" if scaled else "")
     if consistency.shuffle_positions:
         is_usual = consistency.form == "scale_free"
         name = name.replace("scale_free", "shuffled", 1) if is_usual else f"shuffled {name}"
-    return flat | {"consistency": name}
+    return settings | {"consistency": name}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
