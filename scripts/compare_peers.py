@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import markdown_table
 from torch import Tensor
 
 from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.files import locked, read_json, write_json
+from tcsae.base.labels import markdown_table
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.config.compose import config_of

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import given_folders, markdown_table, replace_block, with_interval
+from pages import given_folders, replace_block, with_interval
 
+from tcsae.base.labels import markdown_table
+from tcsae.base.run_files import RunFiles
 from tcsae.report.paired import Estimate, Term, combine
-from tcsae.report.runs import Run, find_runs, is_finished, read_run, settings_of
+from tcsae.report.runs import Run, find_runs, read_run, settings_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "docs/effect.json", ROOT / "docs/effect.md", ROOT / "README.md"
@@ -161,7 +163,7 @@ def measured(arms: Mapping[str, list[Run]], wanted: Wanted) -> dict[str, Any]:
 def results(folders: Sequence[Path]) -> dict[str, Any]:
     by_column: dict[str, dict[str, list[Run]]] = {}
     for folder in find_runs(folders):
-        if is_finished(folder):
+        if RunFiles(folder).is_finished:
             run = read_run(folder)
             arms = by_column.setdefault(column_of(run), {})
             arms.setdefault(arm_of(run), []).append(run)

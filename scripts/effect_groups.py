@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from effect import ROOT, at_cost, difference, entry
-from pages import given_folders, markdown_table, replace_block, with_interval
+from pages import given_folders, replace_block, with_interval
 
+from tcsae.base.labels import markdown_table
+from tcsae.base.run_files import RunFiles
 from tcsae.report.paired import Term, combine
-from tcsae.report.runs import Run, find_runs, is_finished, read_run, settings_of
+from tcsae.report.runs import Run, find_runs, read_run, settings_of
 
 RESULTS = ROOT / "docs" / "effect_groups.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "effect.md")
@@ -71,7 +73,7 @@ def results(folders: Sequence[Path]) -> dict[str, Any]:
     """Every row's metrics, and the loss at the Temporal SAE's explained variance."""
     arms: dict[str, list[Run]] = {}
     for folder in find_runs(folders):
-        if is_finished(folder):
+        if RunFiles(folder).is_finished:
             run = read_run(folder)
             arms.setdefault(arm_of(run), []).append(run)
     for runs in arms.values():

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from compare_peers import DOCS, ours, processor
-from pages import markdown_table
 
 from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.files import read_json, write_json
+from tcsae.base.labels import markdown_table
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.config.compose import config_of

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import given_folders, markdown_table, with_interval
+from pages import given_folders, with_interval
 
+from tcsae.base.labels import markdown_table
 from tcsae.report.comparison import compare_runs
 
 DOCS = Path(__file__).parent.parent / "docs"

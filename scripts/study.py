@@ -19,9 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import given_folders, markdown_table, with_interval
+from pages import given_folders, with_interval
 from study_figures import FIGURES, write_figures
 
+from tcsae.base.files import read_json
+from tcsae.base.labels import markdown_table
+from tcsae.base.run_files import RunFiles
 from tcsae.report.comparison import compare_runs
 from tcsae.report.runs import find_runs
 
@@ -120,11 +123,12 @@ def gather(folders: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     sorted_runs: dict[str, list[Path]] = {}
     lines = []
     for folder in find_runs(folders):
-        if not (folder / "final_info.json").is_file():
+        files = RunFiles(folder)
+        if not files.is_finished:
             print(f"left out, not finished: {folder}")
             continue
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        info = json.loads((folder / "final_info.json").read_text(encoding="utf-8"))
+        config = read_json(files.config)
+        info = read_json(files.final_info)
         info["consistency"] = {
             metric: {k: entry[k] for k in ("energy_weighted", "median", "energy_weighted_interval")}
             for metric, entry in info["consistency"]["metrics"].items()

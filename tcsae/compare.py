@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baseline = dict(pair.split("=", 1) for pair in given.baseline)
         comparison = compare_runs(given.folders, baseline)
         output = given.output or default_output(given.folders)
-        write_comparison(comparison, output)
+        page = write_comparison(comparison, output)
     print(comparison.markdown())
-    print(f"page: {output / 'report.html'}")
+    print(f"page: {page}")
 
 
 if __name__ == "__main__":

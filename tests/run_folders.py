@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tcsae.base.files import write_json
+from tcsae.base.json_numbers import plain
 from tcsae.config import parse
-from tcsae.measure.evaluation import Evaluation, _json_list, _per_context
+from tcsae.measure.evaluation import Evaluation, _per_context
 from tcsae.metrics.reconstruction import ForwardScore, ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.saebench_json import (
     Provenance,
@@ -129,7 +130,7 @@ def write_run(
         intervals=reconstruction.compute_intervals(100) | model.compute_intervals(100),
     )
     values = suite.per_feature()
-    scalars = {name: _json_list(v) for name, v in values.items() if v.ndim == 1}
+    scalars = {name: plain(v, 6) for name, v in values.items() if v.ndim == 1}
     folder.mkdir(parents=True)
     write_json(folder / "config.json", cfg.dump())
     save_saelens(folder / "sae", sae, {"model_name": cfg.model.name})

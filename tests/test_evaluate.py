@@ -189,9 +189,9 @@ def test_loaded_runs_can_be_compared_without_trained_ones(loaded: Path, tmp_path
 def test_the_same_command_again_does_nothing_and_rerun_repeats(
     exported: Path, loaded: Path, where: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tcsae.jobs import finish as measuring
+    from tcsae.jobs import measure_foreign
 
-    calls = count_calls(measuring, "measure", monkeypatch)
+    calls = count_calls(measure_foreign, "measure", monkeypatch)
     main([str(exported), *where, "--output", str(loaded)])
     assert calls == []
     metrics = read_json(loaded / "final_info.json")["metrics"]

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import tcsae
 from tcsae.base.errors import Interrupted, UserError
 from tcsae.base.files import locked
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import stop_on_signal
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
@@ -36,6 +37,8 @@ from tcsae.jobs.tracking import JsonLines
 from tcsae.measure.evaluation import ENCODE_CONTEXTS
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
+from tcsae.runs import folder as run_folder
+from tcsae.runs.state import read_state
 from tcsae.training.member import Member
 
 
@@ -125,7 +128,7 @@ def test_a_run_without_a_step_is_an_error(config: Config, tmp_path: Path) -> Non
             self.step += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcsae.jobs.bank.Member", Idle)
+        patch.setattr("tcsae.jobs.job.Member", Idle)
         # No figure of a run without training may ever look like a result.
         with pytest.raises(RuntimeError, match="no step"):
             run(config, tmp_path / "run")
@@ -396,6 +399,17 @@ def test_wandb_gets_the_figures_and_the_table_of_the_report(
         assert any(file.startswith(f"{name}_") for file in sent), name
 
 
+def test_a_run_is_read_once_for_all_its_pages(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = count_calls(run_folder, "load_sae", monkeypatch)
+    tensors = count_calls(run_folder, "load_tensors", monkeypatch)
+    run_here(*arguments(tmp_path / "run", tracking="offline"))
+    assert (tmp_path / "run" / "notes.txt").is_file()
+    assert [called[0] for called in saes] == [tmp_path / "run" / "sae"]
+    assert [called[0].name for called in tensors] == ["per_feature.safetensors"]
+
+
 def test_without_tracking_there_is_no_wandb_folder(finished: Path) -> None:
     assert not (finished / "wandb").exists()
 
@@ -439,3 +453,34 @@ def test_a_bank_measures_each_as_alone_and_the_model_itself_once(
         assert alone["eval_result_metrics"] == beside["eval_result_metrics"]
     losses = [outcome.info["metrics"]["model_performance_preservation"] for outcome in outcomes]
     assert losses[0]["ce_loss_with_sae"] != losses[2]["ce_loss_with_sae"]
+
+
+def test_jobs_of_different_streams_are_no_bank(config: Config, tmp_path: Path) -> None:
+    longer = config.training.model_copy(update={"batch_contexts": 16})
+    other = config.model_copy(update={"layer": 0, "training": longer})
+    jobs = [(config, tmp_path / "one"), (other, tmp_path / "other")]
+    with stop_on_signal() as stop, pytest.raises(ValueError, match="layer, training.batch_cont"):
+        run_bank(jobs, stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_job_says_so_while_the_others_train_on(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, seen = Member.train_step, []
+
+    def fails(self: Member, *args: Any) -> Any:
+        if self.config.lambda_ == 1.0 and self.step == 2:
+            raise MemoryError("no room")
+        seen.append(read_state(tmp_path / "bad"))
+        return train_step(self, *args)
+
+    monkeypatch.setattr(Member, "train_step", fails)
+    bank = [config.model_copy(update={"lambda_": weight}) for weight in (0.0, 1.0)]
+    with stop_on_signal() as stop:
+        good, bad = run_bank([(bank[0], tmp_path / "good"), (bank[1], tmp_path / "bad")], stop)
+    assert good.error is None and isinstance(bad.error, MemoryError)
+    assert [state.state for state in seen if state][-1] == "failed"
+    last = read_state(tmp_path / "bad")
+    assert last and last.state == "failed" and last.message == "no room"
+    assert RunFiles(tmp_path / "good").has_pages and not RunFiles(tmp_path / "bad").is_finished

@@ -1,4 +1,4 @@
-"""What metrics are called, what they mean in a line, and how numbers are written."""
+"""What metrics are called, what they mean in a line, how numbers and tables are written."""
 
 from __future__ import annotations
 
@@ -241,3 +241,9 @@ def listed(names: Sequence[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> str:
+    """`rule`: under every column but the first, "---:" for numbers."""
+    lines = [header, ["---", *[rule] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tcsae.base.progress import ConsoleHandler
+from tcsae.base.run_files import RunFiles
 
 _subject: contextvars.ContextVar[Path | None] = contextvars.ContextVar("subject", default=None)
 
@@ -35,7 +36,7 @@ def run_logs(folders: Sequence[Path]) -> Iterator[None]:
     """Appends to train.log in every folder what is logged about its run, or about no run alone."""
     handlers = []
     for folder in folders:
-        handler = logging.FileHandler(folder / "train.log", delay=True, encoding="utf-8")
+        handler = logging.FileHandler(RunFiles(folder).log, delay=True, encoding="utf-8")
         handler.setFormatter(FORMAT)
         handler.addFilter(partial(_is_about, folder))
         handlers.append(handler)

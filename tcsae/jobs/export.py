@@ -24,13 +24,17 @@ from tcsae.base.files import (
     write_json,
     write_text,
 )
+from tcsae.base.run_files import RunFiles
 from tcsae.jobs.model_card import model_card
-from tcsae.runs.folder import EXPORT_MARK as MARK
 from tcsae.runs.folder import load_run
 
 CARD = "README.md"
-_JSON_FILES = ("config.json", "sae/cfg.json", "eval/core.json", "eval/consistency.json")
-_WEIGHTS = "sae/sae_weights.safetensors"
+_RUN = RunFiles("")
+MARK = _RUN.export_mark.name
+_JSON_FILES = tuple(
+    path.as_posix() for path in (_RUN.config, _RUN.sae_cfg, _RUN.eval.core, _RUN.eval.consistency)
+)
+_WEIGHTS = _RUN.sae_weights.as_posix()
 FILES = (MARK, CARD, _WEIGHTS, *_JSON_FILES)
 """All that an export holds."""
 
@@ -86,7 +90,7 @@ def _built(run: Path, parent: Path, name: str, hub_name: str | None = None) -> I
             write_json(folder / file, without_local_paths(read_json(run / file)))
         with disk_errors(folder):
             shutil.copyfile(run / _WEIGHTS, folder / _WEIGHTS)
-        cfg = read_json(folder / "sae" / "cfg.json")
+        cfg = read_json(RunFiles(folder).sae_cfg)
         write_text(folder / CARD, model_card(loaded, cfg, hub_name))
         write_json(folder / MARK, {"tcsae": __version__, "run": loaded.final_info.get("unique_id")})
         yield folder

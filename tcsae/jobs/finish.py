@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, LoadedConfig, Measured, run_id
 from tcsae.data.stream import Stream
@@ -13,7 +13,8 @@ from tcsae.measure.analysis import Analysis, analyse
 from tcsae.measure.evaluation import Evaluation, evaluate
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.report.notes import write_run_notes
-from tcsae.report.run_page import write_run_report
+from tcsae.report.run_page import write_run_page
+from tcsae.runs.folder import LoadedRun
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -25,21 +26,21 @@ def measure(
     behaviour: ModelMetrics,
     config: Measured,
     stream: Stream,
-    folder: Path,
+    files: RunFiles,
     stop: StopRequest,
 ) -> tuple[Evaluation, Analysis | None]:
-    """Write `eval/` and, if the config asks for it, `analysis/` of the SAE saved in `folder`.
+    """Write `eval/` and, if the config asks for it, `analysis/` of the SAE that is saved there.
 
     `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
     """
     model, held_out = stream.model, stream.evaluation
     evaluation = evaluate(sae, config, model, held_out, stop, sae_cfg, behaviour)
-    evaluation.write(folder / "eval")
+    evaluation.write(files.eval.path)
     if not config.evaluation.analysis:
         return evaluation, None
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
     analysis = analyse(sae, config, model, held_out, per_feature, stop, max_lag)
-    analysis.write(folder / "analysis")
+    analysis.write(files.analysis.path)
     return evaluation, analysis
 
 
@@ -63,17 +64,18 @@ def measured_info(
     }
 
 
-def write_pages(folder: Path) -> None:
-    """report.html and notes.txt of a finished run, from what is in its folder."""
-    write_run_report(folder)
-    write_run_notes(folder)
+def write_pages(run: LoadedRun) -> None:
+    """report.html and notes.txt of a finished run. Whoever needs the run again has it loaded."""
+    files = RunFiles(run.folder)
+    write_run_page(run, files.report)
+    write_run_notes(run, files.notes)
 
 
-def say_results(folder: Path, evaluation: Evaluation) -> None:
+def say_results(files: RunFiles, evaluation: Evaluation) -> None:
     log.info("held-out results:")
     for line in evaluation.lines():
         log.info(f"  {line}")
     if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
         # The run's own number is in doubt, or only what it may be laid beside.
         log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
-    log.info(f"the report: {folder / 'report.html'}")
+    log.info(f"the report: {files.report}")

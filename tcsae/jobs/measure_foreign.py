@@ -20,7 +20,7 @@ from tcsae.data.stream import open_stream
 from tcsae.jobs.finish import measure, measured_info, say_results, write_pages
 from tcsae.jobs.foreign import ForeignSAE, composed, with_cautions
 from tcsae.measure.evaluation import on_the_model
-from tcsae.runs.folder import claim_folder, owned_folder
+from tcsae.runs.folder import RunFolder
 from tcsae.sae.formats.saelens import load_saelens, save_saelens
 
 log = logging.getLogger(__name__)
@@ -46,23 +46,24 @@ def evaluate_sae(
     model = LanguageModel(config.model, config.layer)
     _check_width(found, config, model)
     config = with_cautions(config, found.facts, model.hook_name)
-    folder = output or Path("outputs") / run_name(config)
-    if _holds_it(config, folder):
-        if not (folder / "notes.txt").is_file():  # the last of the pages
-            write_pages(folder)
+    run = RunFolder(output or Path("outputs") / run_name(config))
+    folder = run.path
+    if _holds_it(config, run):
+        if not run.has_pages:
+            write_pages(run.load())
         log.info(f"already finished: {folder} (rerun=true repeats it)")
         return folder
     for text in config.source.cautions:
         log.warning(text)
     # Before the folder is made: what is wrong with text or weights shows here.
     stream = open_stream(config, stop, model)
-    with owned_folder(folder):
-        claim_folder(config, folder)
-        (folder / "final_info.json").unlink(missing_ok=True)
-        write_json(folder / "content.json", stream.content)
-        make_folder(folder / ".hydra")  # where a run's report finds its command
-        write_text(folder / ".hydra" / "overrides.yaml", yaml.safe_dump(list(overrides)))
-        _measure(found, config, stream, folder, stop, started)
+    with run.owned():
+        run.claim(config)
+        run.final_info.unlink(missing_ok=True)
+        write_json(run.content, stream.content)
+        make_folder(run.hydra)  # where a run's report finds its command
+        write_text(run.overrides, yaml.safe_dump(list(overrides)))
+        _measure(found, config, stream, run, stop, started)
     return folder
 
 
@@ -70,23 +71,22 @@ def _measure(
     found: ForeignSAE,
     config: LoadedConfig,
     stream: Any,
-    folder: Path,
+    run: RunFolder,
     stop: StopRequest,
     started: float,
 ) -> None:
-
-    save_saelens(folder / "sae", found.sae, found.metadata(config))
-    sae, sae_cfg = load_saelens(folder / "sae")
+    save_saelens(run.sae, found.sae, found.metadata(config))
+    sae, sae_cfg = load_saelens(run.sae)
     (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
-    evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, folder, stop)
+    evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
     info = {
         "training_steps": None,
         "source": config.source.model_dump(mode="json"),
         **measured_info(config, stream, evaluation, time.monotonic() - started),
     }
-    write_json(folder / "final_info.json", info)
-    write_pages(folder)
-    say_results(folder, evaluation)
+    write_json(run.final_info, info)
+    write_pages(run.load())
+    say_results(run, evaluation)
 
 
 def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) -> None:
@@ -98,16 +98,15 @@ def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) 
         )
 
 
-def _holds_it(config: LoadedConfig, folder: Path) -> bool:
-    """Whether `folder` has the finished result. UserError if it has anything else in it."""
-
+def _holds_it(config: LoadedConfig, run: RunFolder) -> bool:
+    """Whether the folder has the finished result. UserError if it has anything else in it."""
+    folder = run.path
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    own = folder / "config.json"
-    content = read_json(own) if own.is_file() else None
+    content = read_json(run.config) if run.is_begun else None
     if not isinstance(content, dict) or not {"source", "evaluation"} <= content.keys():
         raise UserError(f"{folder} is not empty: choose another folder with --output")
     before = parse_any(content)
     if not isinstance(before, LoadedConfig) or run_id(before) != run_id(config):
         raise UserError(f"{folder} holds another result: choose another folder with --output")
-    return (folder / "final_info.json").is_file() and not config.rerun
+    return run.is_finished and not config.rerun

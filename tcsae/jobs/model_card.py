@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tcsae.base.labels import interval_text, label, number, window_part
+from tcsae.base.labels import interval_text, label, markdown_table, number, window_part
 from tcsae.runs.folder import LoadedRun
 
 _FIGURES = ("explained_variance", "l0", "ce_loss_score", "kl_div_score", "frac_alive")
@@ -29,10 +29,10 @@ def model_card(run: LoadedRun, sae_cfg: Mapping[str, Any], hub_name: str | None 
         "A sparse autoencoder trained with "
         "tcsae (temporal-consistency sparse autoencoders). It takes raw activations and gives "
         "them back in the same units.",
-        _table(("", ""), _settings(run, sae_cfg)),
+        markdown_table(("", ""), _settings(run, sae_cfg)),
         "## Measured on held-out text",
         _measured(run),
-        _table(("metric", "value", "interval", "meaning"), _figures(run)),
+        markdown_table(("metric", "value", "interval", "meaning"), _figures(run)),
         "All figures: `eval/core.json` (SAEBench's format) and `eval/consistency.json`.",
         "## How to load it",
         _loading(hub_name, sae_cfg["architecture"]),
@@ -106,11 +106,6 @@ def _figures(run: LoadedRun) -> Sequence[tuple[str, ...]]:
             value = number(entry["energy_weighted"])
             rows.append((label(name).name, value, interval, label(name).meaning))
     return rows
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
 
 
 def _loading(hub_name: str | None, architecture: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tcsae.base.files import disk_errors, read_json, write_json, write_text
 from tcsae.base.labels import window_part
+from tcsae.base.run_files import NOTES, REPORT, RunFiles
 from tcsae.config import Config, TrackingConfig, run_id, run_name
 from tcsae.report.compare_page import heat_map, stream_figures
 from tcsae.report.comparison import Comparison
@@ -25,8 +26,12 @@ STEP = "training_step"
 """The metric that all others are drawn over."""
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
-_REPORT_FILES = ("report.html", "notes.txt", "config.json", "final_info.json", "eval/*.json")
-_COMPARISON_FILES = ("comparison.*", "report.html", "notes.txt")
+_RUN = RunFiles("")
+_REPORT_FILES = tuple(
+    path.as_posix()
+    for path in (_RUN.report, _RUN.notes, _RUN.config, _RUN.final_info, _RUN.eval.path / "*.json")
+)
+_COMPARISON_FILES = ("comparison.*", REPORT, NOTES)
 
 
 class JsonLines:
@@ -240,7 +245,7 @@ class Tracker:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, Path(folder)
-        self.lines = JsonLines(self.folder / "metrics.jsonl")
+        self.lines = JsonLines(RunFiles(self.folder).metrics)
         self.wandb = training_run(config, self.folder)
 
     def rewind(self, step: int) -> None:
@@ -273,7 +278,7 @@ class Tracker:
             "consistency": self.config.consistency.form,
             "shuffle_positions": self.config.consistency.shuffle_positions,
         }
-        self.wandb.artifact("sae", self.folder / "sae", ["*"], about)
+        self.wandb.artifact("sae", RunFiles(self.folder).sae, ["*"], about)
         self.wandb.artifact("report", self.folder, _REPORT_FILES, about)
 
     def finish(self, exit_code: int) -> None:

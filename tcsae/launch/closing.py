@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
+from tcsae.base.run_files import RunFiles, runs_below
 from tcsae.config import TrackingConfig, parse
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,12 @@ def write_sweep_page(sweep: Path) -> Path | None:
     folder = sweep / FOLDER
     try:
         comparison = compare_runs([sweep])
-        write_comparison(comparison, folder)
+        page = write_comparison(comparison, folder)
         tracking = _tracking(sweep)
     except UserError as error:
         log.warning(f"no comparison page: {error}")
         return None
-    log.info(f"the comparison: {folder / 'report.html'}")
+    log.info(f"the comparison: {page}")
     if tracking.group is not None:
         send_comparison(comparison, folder, tracking, tracking.group)
     return folder
@@ -34,4 +35,5 @@ def write_sweep_page(sweep: Path) -> Path | None:
 
 def _tracking(sweep: Path) -> TrackingConfig:
     """As the sweep's jobs have it; they differ in nothing that matters here."""
-    return parse(read_json(next(sweep.glob("*/config.json")))).tracking
+    configs = (RunFiles(run).config for run in runs_below(sweep))
+    return parse(read_json(next(config for config in configs if config.is_file()))).tracking

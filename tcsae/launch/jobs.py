@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.base.files import read_json, write_json
+from tcsae.base.run_files import RunFiles
 from tcsae.config import Config, parse
 
 
@@ -27,8 +28,12 @@ class GridJob:
     """The content of its `.hydra` folder."""
 
     @property
+    def files(self) -> RunFiles:
+        return RunFiles(self.folder)
+
+    @property
     def is_finished(self) -> bool:
-        return (self.folder / "final_info.json").is_file()
+        return self.files.is_finished
 
 
 def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tcsae.base.errors import UserError
 from tcsae.base.log import console
 from tcsae.base.progress import shown
+from tcsae.base.run_files import OVERRIDES
 from tcsae.config.compose import to_config
 from tcsae.config.launcher import Options
 from tcsae.launch.jobs import GridJob, names_of
@@ -167,5 +168,5 @@ def _hydra_files(composed: DictConfig, overrides: Sequence[str]) -> dict[str, st
     return {
         "config.yaml": OmegaConf.to_yaml(own),
         "hydra.yaml": OmegaConf.to_yaml(hydra_part),
-        "overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(list(overrides))),
+        OVERRIDES: OmegaConf.to_yaml(OmegaConf.create(list(overrides))),
     }

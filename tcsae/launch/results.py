@@ -44,7 +44,7 @@ def results_of(
 def _result(job: GridJob, was_done: bool, said: str) -> JobResult:
     if job.is_finished:
         state = "skipped" if was_done else "done"
-        return JobResult(job, state, "", read_json(job.folder / "final_info.json"))
+        return JobResult(job, state, "", read_json(job.files.final_info))
     known = read_state(job.folder)
     if known is not None and known.state == "failed":
         return JobResult(job, "failed", known.message or said)
@@ -61,7 +61,7 @@ def table(results: Sequence[JobResult]) -> str:
     counted = {state: sum(r.state == state for r in results) for state in STATES}
     lines.append(", ".join(f"{n} {state}" for state, n in counted.items() if n))
     for result in results:
-        if result.state == "failed" and (result.job.folder / "state.json").is_file():
+        if result.state == "failed" and result.job.files.state.is_file():
             lines.append(f"why: python -m tcsae.status --failed {result.job.folder.parent}")
             break
     return "\n".join(lines)

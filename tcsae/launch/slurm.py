@@ -21,6 +21,7 @@ from typing import Any
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, UserError
 from tcsae.base.progress import clock
+from tcsae.base.run_files import SWEEP_FILE
 from tcsae.config.launcher import SlurmOptions, checked
 from tcsae.launch.jobs import write_pack
 from tcsae.launch.launcher import GridLauncher, Packs
@@ -203,7 +204,7 @@ def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[Non
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder)
         only_ours = [path for path in sweep.path.rglob("*") if path.is_file()]
-        if [path.name for path in only_ours] == ["sweep.json"]:
+        if [path.name for path in only_ours] == [SWEEP_FILE]:
             shutil.rmtree(sweep.path)
         text = " ".join(str(error).split())
         reason = re.sub(r"sbatch: (error: )?", "; ", text).strip("; ") or "no reason was given"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
 from tcsae.base.log import console
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import stop_on_signal
 from tcsae.launch.closing import write_sweep_page
 from tcsae.launch.jobs import read_pack
@@ -51,16 +52,20 @@ class ClosingJob:
 def progress_mark(path: Path) -> tuple[int, ...]:
     """Numbers that grow whenever something of the pack's work has been saved."""
     pack = read_pack(path)
-    names = ("sae/cfg.json", "eval/core.json", "analysis", "final_info.json")
-    made = sum((job.folder / name).exists() for job in pack for name in names)
+    made = sum(part.exists() for job in pack for part in _parts(job.files))
     steps = [
         int(file.stem.partition("-")[2])
         for job in pack
-        for file in (job.folder / "checkpoint").glob("step-*.safetensors")
+        for file in job.files.checkpoints.glob("step-*.safetensors")
     ]
     stores = {Path(job.config.store.dir).expanduser() for job in pack}
     shards = sum(1 for store in stores for _ in store.rglob("*.safetensors"))
     return made, sum(steps), shards
+
+
+def _parts(files: RunFiles) -> tuple[Path, ...]:
+    """What a run has made after its training, stage by stage."""
+    return files.sae_cfg, files.eval.core, files.analysis.path, files.final_info
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, read_json, write_json
+from tcsae.base.run_files import SWEEP_FILE
 from tcsae.config import run_id
 from tcsae.launch.jobs import GridJob
 
@@ -28,7 +29,7 @@ class SweepFolder:
 
     def check(self, jobs: Sequence[GridJob]) -> None:
         """Raises UserError if the folder is another grid's. Nothing is written."""
-        file = self.path / "sweep.json"
+        file = self.path / SWEEP_FILE
         if not file.is_file():
             return
         before = {job["run_id"] for job in read_json(file)["jobs"]}
@@ -43,7 +44,7 @@ class SweepFolder:
     def describe(self, jobs: Sequence[GridJob], launcher: str, command: Sequence[str]) -> None:
         """Write `sweep.json`, with the submissions there were before."""
         make_folder(self.path)
-        file = self.path / "sweep.json"
+        file = self.path / SWEEP_FILE
         before = read_json(file) if file.is_file() else {}
         write_json(
             file,
@@ -68,7 +69,7 @@ class SweepFolder:
 
     def submissions(self) -> list[dict[str, Any]]:
         """What was sent so far, the oldest first."""
-        file = self.path / "sweep.json"
+        file = self.path / SWEEP_FILE
         return read_json(file)["submissions"] if file.is_file() else []
 
     def add_submission(
@@ -79,7 +80,7 @@ class SweepFolder:
         folder: Path | None = None,
     ) -> None:
         """`folder`: where the launcher keeps what it needs to find the jobs again."""
-        content: dict[str, Any] = read_json(self.path / "sweep.json")
+        content: dict[str, Any] = read_json(self.path / SWEEP_FILE)
         content["submissions"].append(
             {
                 "time": time.time(),
@@ -91,4 +92,4 @@ class SweepFolder:
                 "folder": str(folder.relative_to(self.path)) if folder else None,
             }
         )
-        write_json(self.path / "sweep.json", content)
+        write_json(self.path / SWEEP_FILE, content)

@@ -49,7 +49,7 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
 
 
 def _write_hydra_files(job: GridJob) -> None:
-    folder = make_folder(job.folder / ".hydra")
+    folder = make_folder(job.files.hydra)
     with disk_errors(folder):
         for name, text in job.hydra_files.items():
             write_text(folder / name, text)

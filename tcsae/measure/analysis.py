@@ -61,7 +61,9 @@ import torch
 from torch import Tensor
 
 from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors, write_json
+from tcsae.base.json_numbers import plain
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.batches import ActivationBatches
@@ -87,6 +89,8 @@ log = logging.getLogger(__name__)
 ENCODE_CONTEXTS = 32
 THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_overlap": 0.3}
 PARTNERS = 32
+DIGITS = 6
+"""What float32 carries."""
 
 _DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
 _CLUSTER_MEDIANS = ("density", "rho_1", "tau_int", "omega_squared")
@@ -103,23 +107,24 @@ class Analysis:
     correlation: dict[str, Tensor]
 
     def write(self, folder: Path) -> None:
-        make_folder(folder)
-        save_tensors(folder / "top_contexts.safetensors", self.top_contexts, {})
-        save_tensors(folder / "correlation.safetensors", self.correlation, {})
-        write_json(folder / "top_contexts.json", self.top_tokens)
-        write_json(folder / "redundancy.json", self.redundancy)
-        write_json(folder / "specialization.json", self.specialization)
+        files = AnalysisFiles(make_folder(folder))
+        save_tensors(files.top_contexts, self.top_contexts, {})
+        save_tensors(files.correlation, self.correlation, {})
+        write_json(files.top_tokens, self.top_tokens)
+        write_json(files.redundancy, self.redundancy)
+        write_json(files.specialization, self.specialization)
 
     @classmethod
     def read(cls, folder: Path) -> Analysis:
         """Raises UserError for a damaged file, FileNotFoundError for one that is not there."""
+        files = AnalysisFiles(folder)
         advice = "run its command again with rerun=true"
         return cls(
-            redundancy=read_json(folder / "redundancy.json"),
-            specialization=read_json(folder / "specialization.json"),
-            top_contexts=load_tensors(folder / "top_contexts.safetensors", advice)[0],
-            top_tokens=read_json(folder / "top_contexts.json"),
-            correlation=load_tensors(folder / "correlation.safetensors", advice)[0],
+            redundancy=read_json(files.redundancy),
+            specialization=read_json(files.specialization),
+            top_contexts=load_tensors(files.top_contexts, advice)[0],
+            top_tokens=read_json(files.top_tokens),
+            correlation=load_tensors(files.correlation, advice)[0],
         )
 
     @property
@@ -283,10 +288,10 @@ def _by_position(
     listed = [
         {
             "feature": j,
-            "omega_squared": number(known["omega_squared"][j]),
-            "toeplitz_share": number(share),
+            "omega_squared": plain(known["omega_squared"][j], DIGITS),
+            "toeplitz_share": plain(share, DIGITS),
             "toeplitz_share_reason": None if share.isfinite() else "the entries do not vary",
-            "diagonal_means": [number(x) for x in means],
+            "diagonal_means": plain(means, DIGITS),
         }
         for j, share, means in columns
     ]
@@ -294,18 +299,11 @@ def _by_position(
     return tensors, {"position_correlation": listed, "position_correlation_reason": None}
 
 
-def number(value: Tensor | float) -> float | None:
-    """A number that JSON can hold, to the digits float32 carries; None for what is none."""
-    plain = float(value)
-    return float(f"{plain:.6g}") if math.isfinite(plain) else None
-
-
 # ---------------------------------------------------------------- top contexts, families, map
 
 
 def _top_contexts(seen: Pass) -> dict[str, Tensor]:
     top = seen.top.compute()
-    assert top.rows is not None
     used, inverse = top.context.unique(return_inverse=True)
     # -1, where there are fewer than k contexts, sorts first if it is there at all.
     missing = int(len(used) > 0 and used[0] < 0)
@@ -347,7 +345,7 @@ def _specialization(
             "cluster": cluster.tolist(),
             "decoder_cluster": decoder_cluster.tolist(),
             "live": seen.live.tolist(),
-            **{name: [number(v) for v in column] for name, column in columns.items()},
+            **{name: plain(column, DIGITS) for name, column in columns.items()},
             "top_tokens": [[text(token) for token, _ in tokens] for tokens in own],
         },
     }
@@ -367,9 +365,9 @@ def _clusters(
                 "cluster": c,
                 "name": name,
                 "size": len(members),
-                "tokens": [{"text": text(token), "score": number(s)} for token, s in best],
+                "tokens": [{"text": text(token), "score": plain(s, DIGITS)} for token, s in best],
                 "features": strongest[:8].tolist(),
-                **{m: number(known[m][members].nanmedian()) for m in _CLUSTER_MEDIANS},
+                **{m: plain(known[m][members].nanmedian(), DIGITS) for m in _CLUSTER_MEDIANS},
             }
         )
     return clusters

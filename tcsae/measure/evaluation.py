@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from tcsae.base.files import make_folder, save_tensors, write_json
+from tcsae.base.json_numbers import plain
 from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import EvalFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured, run_id
 from tcsae.data.batches import ActivationBatches, Batch
@@ -44,6 +46,8 @@ log = logging.getLogger(__name__)
 
 # SAEBench's batch, on which explained_variance_legacy and mse_sae_bench depend.
 ENCODE_CONTEXTS = 16
+DIGITS = 6
+"""What float32 carries, in the lists of consistency.json."""
 # Elements of one logits tensor; two are held at a time.
 _LOGITS = 2**27
 
@@ -64,12 +68,12 @@ class Evaluation:
     """The suite's bootstrap resamples, for the same purpose (draws.safetensors)."""
 
     def write(self, folder: Path) -> None:
-        make_folder(folder)
-        save_tensors(folder / "per_feature.safetensors", self.per_feature, {})
-        save_tensors(folder / "per_context.safetensors", self.per_context, {})
-        save_tensors(folder / "draws.safetensors", self.draws, {})
-        write_json(folder / "consistency.json", self.consistency)
-        write_json(folder / "core.json", self.core)
+        files = EvalFiles(make_folder(folder))
+        save_tensors(files.per_feature, self.per_feature, {})
+        save_tensors(files.per_context, self.per_context, {})
+        save_tensors(files.draws, self.draws, {})
+        write_json(files.consistency, self.consistency)
+        write_json(files.core, self.core)
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def evaluate(
         },
     )
     per_feature = suite.per_feature()
-    scalars = {k: _json_list(v) for k, v in per_feature.items() if v.ndim == 1}
+    scalars = {k: plain(v, DIGITS) for k, v in per_feature.items() if v.ndim == 1}
     return Evaluation(
         core=core,
         consistency={"summary": suite.summary(), "per_feature": scalars},
@@ -194,13 +198,6 @@ def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dic
         n_eval_reconstruction_batches=-(-n_model // ENCODE_CONTEXTS),
         n_eval_sparsity_variance_batches=-(-n_contexts // ENCODE_CONTEXTS),
     ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
-
-
-def _json_list(values: Tensor) -> Any:
-    """A list with None for NaN, rounded to what float32 carries."""
-    if not values.is_floating_point():
-        return values.tolist()
-    return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
 
 
 def on_activations(

@@ -62,7 +62,7 @@ class Activity(Accumulator):
     ) -> None:
         self.n_features = n_features
         self.n_positions = n_positions
-        super().__init__(n_features=n_features, n_blocks=n_blocks)
+        super().__init__(n_blocks)
 
     @torch.no_grad()
     def update(
@@ -183,7 +183,7 @@ class Smoothness(Accumulator):
             )
         self.n_features = n_features
         self.n_first = n_first
-        super().__init__(n_features=n_features, n_blocks=n_blocks, n_first=n_first)
+        super().__init__(n_blocks)
 
     @torch.no_grad()
     def update(

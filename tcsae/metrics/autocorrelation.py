@@ -6,7 +6,7 @@ Shapes: B contexts of a batch, T positions, F features, K = max_lag, G bootstrap
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,9 +97,7 @@ class Autocorrelation(Accumulator):
         self.n_features = n_features
         self.n_positions = n_positions
         self.max_lag = max_lag
-        super().__init__(
-            n_features=n_features, n_positions=n_positions, max_lag=max_lag, n_blocks=n_blocks
-        )
+        super().__init__(n_blocks)
 
     @torch.no_grad()
     def update(
@@ -171,23 +169,6 @@ class Autocorrelation(Accumulator):
         share_GK = pairs_GK / pairs_GK.sum(0).clamp(min=1.0)
         return sums_GKF + (share_GK[..., None] * rest_KF).float(), pairs_GK
 
-    def _relative_to(self, first: Self) -> dict[str, Tensor]:
-        state = self._state
-        shift_TF = first._state["origin"] - state["origin"]
-        moved = {
-            "products": self._products_about(shift_TF),
-            "ends": state["ends"] - shift_TF[:, None] * self._pair_ends()[..., None],
-            "pairs": state["pairs"],
-        }
-        if self.n_blocks:
-            valid_GT = state["block_pairs"][:, 0]
-            moved |= {
-                "block_products": self._block_products_about(shift_TF),
-                "block_sums": state["block_sums"] - valid_GT[..., None] * shift_TF.float(),
-                "block_pairs": state["block_pairs"],
-            }
-        return moved
-
     def _start(self, features: Tensor, valid: Tensor) -> None:
         t, f, lags = self.n_positions, self.n_features, self.max_lag + 1
         device = features.device
@@ -213,14 +194,6 @@ class Autocorrelation(Accumulator):
         """mu_j(t) relative to the origin, [T, F]."""
         counts_T = self._state["pairs"][0].clamp(min=1.0)
         return self._state["ends"][:, 0] / counts_T[:, None]
-
-    def _pair_ends(self) -> Tensor:
-        """How many counted pairs start and end at each position, [T, 2 (K + 1)]."""
-        early_KT = self._state["pairs"]
-        late_KT = torch.zeros_like(early_KT)
-        for lag in range(self.max_lag + 1):
-            late_KT[lag, lag:] = early_KT[lag, : self.n_positions - lag]
-        return torch.cat([early_KT, late_KT]).T
 
     def _products_about(self, shift_TF: Tensor) -> Tensor:
         """Sums over counted pairs of (d[t] - shift[t]) (d[t + k] - shift[t + k]), [K + 1, F]."""

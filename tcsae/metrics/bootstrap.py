@@ -9,8 +9,6 @@ Shapes: F features, G blocks, R resamples.
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -25,8 +23,7 @@ class Accumulator:
     i % n_blocks. A state named `origin` is what was subtracted from the features before summing.
     """
 
-    def __init__(self, *, n_blocks: int, **sizes: int) -> None:
-        self._sizes = {**sizes, "n_blocks": n_blocks}
+    def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
         self.reset()
 
@@ -34,28 +31,6 @@ class Accumulator:
         """Forget every batch."""
         self.n_contexts = 0
         self._state: dict[str, Tensor] = {}
-
-    def merge(self, other: Self) -> None:
-        """Add the batches of `other`, as if they had come after this one's.
-
-        Raises:
-            ValueError: the two were made for different sizes.
-        """
-        if self._sizes != other._sizes:
-            raise ValueError(
-                f"cannot merge accumulators of different sizes: {self._sizes} and {other._sizes}"
-            )
-        if other._state and not self._state:
-            self._state = {name: value.clone() for name, value in other._state.items()}
-        elif other._state:
-            for name, value in other._relative_to(self).items():
-                blocks = name.startswith("block_")
-                self._state[name] += value.roll(self.n_contexts, 0) if blocks else value
-        self.n_contexts += other.n_contexts
-
-    def _relative_to(self, first: Self) -> dict[str, Tensor]:
-        """Every sum (all but `origin`) as if the origin of `first` had been subtracted."""
-        return self._state
 
     def _blocks_of(self, n_contexts: int, device: torch.device) -> Tensor:
         """Block of each of the next contexts; one block for all if none are kept apart."""

@@ -211,14 +211,6 @@ class FeatureCorrelation:
             else:
                 moments.add_dense(rows_NF[heads], rows_NF[tails])
 
-    def merge(self, other: FeatureCorrelation) -> None:
-        """Take in what another accumulator of the same size and lags has seen."""
-        for lag, moments in self._moments.items():
-            theirs = other._moments[lag]
-            if theirs.n > 0:
-                moments.absorb(theirs.n, theirs.head, theirs.tail)
-                moments.product_FF += theirs.product_FF
-
     def compute(self, max_lag: int | None = None) -> LaggedCorrelation:
         """Largest coefficient over the lags up to `max_lag` (default: all), with its lag.
 
@@ -363,10 +355,6 @@ class SparseFeatureCorrelation:
         segments, valid = checked_masks(features, segments, valid)
         codes = to_csr(features.flatten(0, 1), valid.flatten())
         self._batches.append((codes, segments.cpu(), valid.cpu()))
-
-    def merge(self, other: SparseFeatureCorrelation) -> None:
-        """Take in what another accumulator of the same size and lags has seen."""
-        self._batches += other._batches
 
     def _ends(self, lag: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """Codes at the heads and at the tails of the counted pairs, [P, F] each."""

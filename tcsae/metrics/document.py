@@ -7,8 +7,6 @@ resamples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -111,8 +109,7 @@ class LongLags(Accumulator):
         self.n_features = n_features
         self.n_positions = n_positions
         self.bands = tuple(bands)
-        lags = {f"lag_{i}": lag for i, lag in enumerate(chain.from_iterable(bands))}
-        super().__init__(n_features=n_features, n_positions=n_positions, n_blocks=n_blocks, **lags)
+        super().__init__(n_blocks)
 
     @torch.no_grad()
     def update(
@@ -256,24 +253,6 @@ class LongLags(Accumulator):
             )
         ]
         return torch.stack(changes)
-
-    def _relative_to(self, first: Self) -> dict[str, Tensor]:
-        state = self._state
-        shift_TF = first._state["origin"] - state["origin"]
-        moved = state | {
-            "sums": state["sums"] - state["counts"][:, None] * shift_TF,
-            "squares": self._squares_about(shift_TF),
-            "products": self._products_about(shift_TF),
-            "partners": state["partners"] - state["pairs"] @ shift_TF,
-        }
-        if self.n_blocks:
-            by, counts = shift_TF.float(), state["block_counts"][..., None]
-            sums = state["block_sums"]
-            moved["block_sums"] = sums - counts * by
-            moved["block_squares"] = state["block_squares"] - _cross(2 * sums - counts * by, by)
-            moved["block_products"] = state["block_products"] + self._block_change(shift_TF)
-        del moved["origin"]
-        return moved
 
 
 def resampled(block_sums: Tensor, block_counts: Tensor, weights_RG: Tensor) -> Tensor:

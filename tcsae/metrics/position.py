@@ -7,7 +7,7 @@ G bootstrap blocks, R resamples.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class PositionDependence(Accumulator):
     def __init__(self, n_features: int, n_positions: int, *, n_blocks: int = 0) -> None:
         self.n_features = n_features
         self.n_positions = n_positions
-        super().__init__(n_features=n_features, n_positions=n_positions, n_blocks=n_blocks)
+        super().__init__(n_blocks)
 
     @torch.no_grad()
     def update(
@@ -233,11 +233,6 @@ class PositionDependence(Accumulator):
             state["origin"] = state["origin"] + shift_F
             self._n_centred = self.n_contexts
         return state
-
-    def _relative_to(self, first: Self) -> dict[str, Tensor]:
-        state = self._state
-        moved = self._moved(first._state["origin"] - state["origin"])
-        return {name: value for name, value in (state | moved).items() if name != "origin"}
 
     def _moved(self, shift_F: Tensor) -> dict[str, Tensor]:
         """Every sum that changes when `shift_F` is subtracted from the features."""

@@ -195,23 +195,6 @@ class ReconstructionMetrics(_ContextAccumulator):
         variance2 = sums.pop("shifted2") - 2 * cross_N + sums["n_tokens"] * mean_D.square().sum()
         return {**sums, "variance2": variance2}
 
-    def merge(self, other: ReconstructionMetrics) -> None:
-        """Add what `other` has seen after this. ValueError if its SAE has another shape."""
-        mine, theirs = (self.d_in, self.d_sae), (other.d_in, other.d_sae)
-        if mine != theirs:
-            raise ValueError(f"cannot merge metrics of SAEs of two shapes, {mine} and {theirs}")
-        if self._n_tokens == 0:
-            self._shift_D = other._shift_D
-        offset_D = other._shift_D - self._shift_D
-        for sums in list(other._batches):
-            n_B, shifted_BD = sums["n_tokens"], sums["shifted"]
-            moved_BD = shifted_BD + n_B[:, None] * offset_D
-            moved2_B = sums["shifted2"] + (shifted_BD + moved_BD) @ offset_D
-            self._append({**sums, "shifted": moved_BD, "shifted2": moved2_B})
-        self._n_tokens += other._n_tokens
-        self._tokens_fired_F += other._tokens_fired_F
-        self._contexts_fired_F += other._contexts_fired_F
-
     def _ratios(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         n = sums["n_tokens"]
         shifted_mean_D = sums["shifted"] / n[..., None]
@@ -327,8 +310,8 @@ class ModelMetrics(_ContextAccumulator):
     - `n_tokens`: kept positions; `n_predictions`: those with a next token in the context.
 
     NaN where nothing was kept, and for a score whose denominator is 0.
-    `update` takes the logits of three passes at once. To hold only two in memory, and to score the
-    clean and ablated passes once for several SAEs, score them one by one:
+    The passes are scored one by one, so that the logits of only two are in memory, and the clean
+    and ablated ones are scored once for several SAEs:
 
         clean = next_token_ce(logits_clean, tokens, keep)
         ablated = score_forward(logits_clean, forward_ablated(), tokens, keep)
@@ -336,25 +319,6 @@ class ModelMetrics(_ContextAccumulator):
             changed = score_forward(logits_clean, forward(sae), tokens, keep)
             metrics.add(clean, changed, ablated, keep=keep)
     """
-
-    def update(
-        self,
-        logits_clean: Tensor,
-        logits_sae: Tensor,
-        logits_ablated: Tensor,
-        tokens: Tensor,
-        *,
-        masked: Tensor,
-    ) -> None:
-        """Add a batch: [B, T, V] logits of three passes, [B, T] token ids, [B, T] bool mask.
-
-        `masked` marks the sites that kept their original activation (special and massive tokens);
-        nothing predicted from them counts.
-        """
-        keep = ~masked
-        clean = next_token_ce(logits_clean, tokens, keep)
-        sae = score_forward(logits_clean, logits_sae, tokens, keep)
-        self.add(clean, sae, score_forward(logits_clean, logits_ablated, tokens, keep), keep=keep)
 
     def add(self, clean: Tensor, sae: ForwardScore, ablated: ForwardScore, *, keep: Tensor) -> None:
         """Add a batch whose passes were scored one by one, all with this `keep`."""
@@ -375,10 +339,6 @@ class ModelMetrics(_ContextAccumulator):
         totals = self._totals()
         counts = {name: totals[name] for name in ("n_tokens", "n_predictions")}
         return {name: _as_float(value) for name, value in (self._ratios(totals) | counts).items()}
-
-    def merge(self, other: ModelMetrics) -> None:
-        """Add what `other` has seen after this."""
-        self._batches += other._batches
 
     def _ratios(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {

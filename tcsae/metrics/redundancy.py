@@ -270,11 +270,6 @@ class PositionCorrelation:
         self._sums[1] += f_JRT.square().transpose(1, 2) @ here_RT
         self._sums[2] += f_JRT.transpose(1, 2) @ f_JRT
 
-    def merge(self, other: PositionCorrelation) -> None:
-        """Take in what another accumulator of the same features has seen."""
-        self._n_TT += other._n_TT
-        self._sums += other._sums
-
     def compute(self) -> Tensor:
         """Coefficients [J, T, T] float64; NaN where fewer than two contexts count, or f_j is
         constant at one of the two positions."""

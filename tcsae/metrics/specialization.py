@@ -36,19 +36,6 @@ _ROUNDING = 1e-6
 _BLOCK_ROWS = 1024
 
 
-def phi_coefficient(both: Tensor, first: Tensor, second: Tensor, n: int) -> Tensor:
-    """phi of two events from counts: Pearson's coefficient of two 0/1 variables, in [-1, 1].
-
-    (n n11 - n1 n2) / sqrt(n1 (n - n1) n2 (n - n2)); NaN if an event never or always happens.
-
-    Args:
-        both: positions at which both fire; first, second: at which each fires (broadcast).
-        n: counted positions.
-    """
-    both, first, second = both.double(), first.double(), second.double()
-    return (n * both - first * second) / (first * (n - first) * second * (n - second)).sqrt()
-
-
 class FeatureGraph(NamedTuple):
     """Undirected neighbour graph over some of the features."""
 
@@ -130,14 +117,6 @@ def _communities(network: igraph.Graph, resolution: float, seed: int) -> np.ndar
         seed=seed,
     )
     return np.asarray(partition.membership, dtype=np.int64)
-
-
-def leiden(graph: FeatureGraph, resolution: float = 1.0, seed: int = 0) -> Tensor:
-    """Communities of the graph, [V] int64, by weighted modularity (Reichardt-Bornholdt).
-
-    The largest is 0; a vertex alone in its community gets -1.
-    """
-    return _by_size(_communities(_to_igraph(graph), resolution, seed))
 
 
 def _by_size(membership: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.base.json_numbers import plain
 from tcsae.metrics.activity import Activity, Smoothness
 from tcsae.metrics.autocorrelation import (
     Autocorrelation,
@@ -29,7 +30,7 @@ from tcsae.metrics.bootstrap import (
 )
 from tcsae.metrics.document import LongLags, long_lags, resampled
 from tcsae.metrics.position import EDGE, PositionDependence
-from tcsae.metrics.summarise import curve, numbers, over_features, single
+from tcsae.metrics.summarise import curve, over_features, single
 from tcsae.metrics.windows import (
     SPARSE,
     document_left_out,
@@ -142,12 +143,6 @@ class ConsistencySuite:
             self._smoothness.update(features, inputs, segments=segments, valid=valid)
         self._draws = None
 
-    def merge(self, other: ConsistencySuite) -> None:
-        """Add the batches of `other`, as if they had come after this one's."""
-        for mine, theirs in zip(self._accumulators(), other._accumulators(), strict=True):
-            mine.merge(theirs)
-        self._draws = None
-
     def reset(self) -> None:
         """Forget every batch."""
         for accumulator in self._accumulators():
@@ -240,7 +235,7 @@ class ConsistencySuite:
                 for name in self._metric_names()
             },
             "autocorrelation": self._curve(values, live_F, draws, level),
-            "energy_by_position": numbers(*self._position.energy_by_position()),
+            "energy_by_position": plain(self._position.energy_by_position()),
             "edge_energy": single(
                 self._position.edge_energy(),
                 draws.get("edge_energy"),

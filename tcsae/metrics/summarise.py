@@ -5,18 +5,13 @@ Shapes: F features, K lags, R resamples.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tcsae.base.json_numbers import plain
 from tcsae.metrics.bootstrap import interval, median, weighted_mean
-
-
-def numbers(*values: Tensor | float) -> list[float | None]:
-    """Numbers that JSON can hold: None for what is not finite."""
-    return [number if math.isfinite(number) else None for number in map(float, values)]
 
 
 def over_features(
@@ -33,15 +28,15 @@ def over_features(
     """
     known_F = values_F.isfinite()
     x, weights = values_F[known_F], weights_F[known_F]
-    found = numbers(*[torch.nan] * 6)
-    weighted = middle = numbers(torch.nan, torch.nan)
+    found = plain([torch.nan] * 6)
+    weighted = middle = plain([torch.nan, torch.nan])
     if len(x):
         quantiles = x.quantile(x.new_tensor([0.25, 0.75, 0.99]))
         estimate = torch.stack([weighted_mean(x, weights), median(x)])
-        found = numbers(estimate[1], *quantiles, x.mean(), estimate[0])
+        found = plain([estimate[1], *quantiles, x.mean(), estimate[0]])
         if draws_R2 is not None:
             low, high = interval(draws_R2, estimate, level)
-            weighted, middle = numbers(low[0], high[0]), numbers(low[1], high[1])
+            weighted, middle = plain([low[0], high[0]]), plain([low[1], high[1]])
     names = ("median", "q25", "q75", "q99", "mean", "energy_weighted")
     return {
         **dict(zip(names, found, strict=True)),
@@ -55,9 +50,9 @@ def single(value: Tensor, draws_R: Tensor | None, level: float, reason: str) -> 
     """One number for all features: its value, interval, and, if it is NaN, the reason."""
     if not value.isfinite():
         return {"value": None, "interval": [None, None], "reason": reason}
-    ends = numbers(torch.nan, torch.nan)
+    ends = plain([torch.nan, torch.nan])
     if draws_R is not None:
-        ends = numbers(*interval(draws_R, value, level))
+        ends = plain(interval(draws_R, value, level))
     return {"value": float(value), "interval": ends, "reason": None}
 
 
@@ -73,7 +68,7 @@ def curve(
         low_K, high_K = interval(draws_RK, curve_K, level)
     return {
         "lags": list(range(len(curve_K))),
-        "rho": numbers(*curve_K),
-        "low": numbers(*low_K),
-        "high": numbers(*high_K),
+        "rho": plain(curve_K),
+        "low": plain(low_K),
+        "high": plain(high_K),
     }

@@ -31,7 +31,7 @@ class TopContext(NamedTuple):
     """[F, k] int64, position of the maximum in that context (the first, if several)."""
     value: Tensor
     """[F, k], activation there."""
-    rows: Tensor | None
+    rows: Tensor
     """[F, k, T], activations over that context, 0 at positions that do not count."""
 
 
@@ -39,19 +39,18 @@ class TopContexts:
     """Keeps the k contexts with the largest activation of each feature, one batch at a time.
 
     A context enters once, with its largest activation at a valid position. Equal activations: the
-    earlier context. Contexts are numbered in the order of the updates; `merge` numbers those of
-    the other accumulator on from here. With `n_positions` the activations over each context are
-    kept for highlighting: 9.4 MB for 2304 features, k = 8, T = 128 in float32.
+    earlier context. Contexts are numbered in the order of the updates. The activations over each
+    context are kept for highlighting: 9.4 MB for 2304 features, k = 8, T = 128 in float32.
     """
 
-    def __init__(self, n_features: int, k: int = 8, n_positions: int | None = None) -> None:
+    def __init__(self, n_features: int, k: int, n_positions: int) -> None:
         self.n_features, self.k, self.n_positions = n_features, k, n_positions
         self.reset()
 
     def reset(self) -> None:
         shape = (self.n_features, self.k)
         self.n_contexts = 0
-        rows = None if self.n_positions is None else torch.zeros(*shape, self.n_positions)
+        rows = torch.zeros(*shape, self.n_positions)
         nowhere = torch.full(shape, -1)
         self._top = TopContext(nowhere, nowhere.clone(), torch.zeros(shape), rows)
 
@@ -69,7 +68,7 @@ class TopContexts:
         value = best.values[:, : self.k].cpu()
         position = position.T.gather(1, context).cpu()
         feature = torch.arange(self.n_features, device=f_BTF.device)[:, None]
-        rows = None if self.n_positions is None else f_BTF[context, :, feature].cpu()
+        rows = f_BTF[context, :, feature].cpu()
         self._take(TopContext(context.cpu() + self.n_contexts, position, value, rows))
         self.n_contexts += len(features)
 
@@ -83,44 +82,15 @@ class TopContexts:
         def chosen(old: Tensor, add: Tensor) -> Tensor:
             return torch.cat([old, add], dim=1).gather(1, order).masked_fill(~fires, -1)
 
-        rows = None
-        if self._top.rows is not None and new.rows is not None:
-            both = torch.cat([self._top.rows.to(dtype), new.rows.to(dtype)], dim=1)
-            rows = both[torch.arange(self.n_features)[:, None], order] * fires[..., None]
+        both = torch.cat([self._top.rows.to(dtype), new.rows.to(dtype)], dim=1)
+        rows = both[torch.arange(self.n_features)[:, None], order] * fires[..., None]
         context = chosen(self._top.context, new.context)
         position = chosen(self._top.position, new.position)
         self._top = TopContext(context, position, value.clamp(min=0), rows)
 
-    def merge(self, other: TopContexts) -> None:
-        """Take in another accumulator of the same size, whose contexts follow on from these."""
-        theirs = other._top
-        self._take(theirs._replace(context=theirs.context + self.n_contexts))
-        self.n_contexts += other.n_contexts
-
     def compute(self) -> TopContext:
         """The k strongest contexts of every feature so far."""
         return self._top
-
-
-def activation_rows(
-    features: Tensor, feature_ids: Tensor, context_ids: Tensor, first_context: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Activations over the context for those (feature, context) pairs that this batch holds.
-
-    For a second pass over the data in place of `n_positions`: contexts of the batch are numbered
-    from `first_context`.
-
-    Args:
-        features: [B, T, F].
-        feature_ids, context_ids: [P] each.
-
-    Returns:
-        Numbers of the pairs found [Q] and their activations [Q, T].
-    """
-    inside = (context_ids >= first_context) & (context_ids < first_context + len(features))
-    found = inside.nonzero().flatten()
-    at = (context_ids[found] - first_context).to(features.device)
-    return found, features.detach()[at, :, feature_ids[found].to(features.device)].cpu()
 
 
 class Firings(NamedTuple):
@@ -160,11 +130,6 @@ class FiringPatterns:
         self._batches.append(Firings(pattern, context + self.n_contexts, position))
         self.n_contexts += len(features)
 
-    def merge(self, other: FiringPatterns) -> None:
-        """Take in another accumulator of the same size, whose contexts follow on from these."""
-        self._batches += [b._replace(context=b.context + self.n_contexts) for b in other._batches]
-        self.n_contexts += other.n_contexts
-
     def compute(self) -> Firings:
         """All firings so far."""
         empty = sparse.csr_matrix((0, self.n_features))
@@ -188,21 +153,12 @@ class TokenStatistics:
     """[F] int64, counted positions with f > 0."""
     total: Tensor
     """[F] float64, sum of f."""
-    total_squares: Tensor
-    """[F] float64, sum of f^2."""
 
     @property
     def log_density(self) -> Tensor:
         """log10 of the share of counted positions at which the feature fires, [F]; NaN: never."""
         density = self.firings.double() / self.token_counts.sum()
         return torch.where(density > 0, density.log10(), torch.nan)
-
-    @property
-    def amplitude_cv(self) -> Tensor:
-        """Standard deviation over mean of f where the feature fires, [F] >= 0; NaN: never."""
-        n = self.firings.double()
-        mean = self.total / n
-        return (self.total_squares / n - mean.square()).clamp(min=0).sqrt() / mean
 
     @property
     def token_entropy(self) -> Tensor:
@@ -228,7 +184,6 @@ class FeatureTokens:
         self._weight = sparse.csr_matrix((self.vocab_size, self.n_features))
         self._token_counts = torch.zeros(self.vocab_size, dtype=torch.long)
         self._firings = torch.zeros(self.n_features, dtype=torch.long)
-        self._squares = torch.zeros(self.n_features, dtype=torch.float64)
 
     def update(
         self,
@@ -249,22 +204,12 @@ class FeatureTokens:
         counts = np.bincount(token_N[valid_N], minlength=self.vocab_size)
         self._token_counts += torch.from_numpy(counts)
         self._firings += torch.from_numpy(np.bincount(codes.indices, minlength=self.n_features))
-        self._squares += torch.from_numpy(np.ravel(codes.power(2).sum(axis=0)))
-
-    def merge(self, other: FeatureTokens) -> None:
-        """Take in what another accumulator of the same size has seen."""
-        self._weight = self._weight + other._weight
-        self._token_counts += other._token_counts
-        self._firings += other._firings
-        self._squares += other._squares
 
     def compute(self) -> TokenStatistics:
         """The sums so far."""
         total = torch.from_numpy(np.ravel(self._weight.sum(axis=0)))
-        counts, firings, squares = self._token_counts, self._firings, self._squares
-        return TokenStatistics(
-            self._weight, counts.clone(), firings.clone(), total, squares.clone()
-        )
+        counts, firings = self._token_counts.clone(), self._firings.clone()
+        return TokenStatistics(self._weight, counts, firings, total)
 
 
 def characteristic_tokens(

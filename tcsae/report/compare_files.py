@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcsae.base.files import make_folder, write_json, write_text
+from tcsae.base.run_files import NOTES, REPORT, RunFiles
 from tcsae.report.compare_page import write_compare_report
 from tcsae.report.comparison import Comparison
 from tcsae.report.notes import comparison_notes
@@ -17,17 +18,16 @@ FOLDER = "comparison"
 def default_output(folders: Sequence[Path]) -> Path:
     """`comparison/` in the folder that all have in common: the sweep's own, if it is one sweep."""
     common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    if (common / "config.json").is_file():
+    if RunFiles(common).is_begun:
         common = common.parent
     return common / FOLDER
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """All five files. Raises UserError where `folder` cannot be written."""
-
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """All five files; the path of the page. Raises UserError where `folder` cannot be written."""
     make_folder(folder)
     write_json(folder / "comparison.json", comparison.to_json())
     write_text(folder / "comparison.csv", comparison.csv())
     write_text(folder / "comparison.md", comparison.markdown())
-    write_text(folder / "notes.txt", comparison_notes(comparison))
-    write_compare_report(comparison, folder / "report.html")
+    write_text(folder / NOTES, comparison_notes(comparison))
+    return write_compare_report(comparison, folder / REPORT)

@@ -66,9 +66,9 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.labels import (
@@ -77,12 +77,14 @@ from tcsae.base.labels import (
     label,
     local_names,
     local_window,
+    markdown_table,
     number,
     window_part,
 )
+from tcsae.base.run_files import RunFiles
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
-from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, is_finished, read_run
+from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +109,6 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Raises UserError for a document that is no comparison."""
-        try:
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (KeyError, TypeError):
-            raise UserError("not a comparison.json: run python -m tcsae.compare again") from None
 
     def markdown(self) -> str:
         """Two tables, what was measured and what differs from the baseline, and the notices."""
@@ -155,7 +149,7 @@ def compare_runs(
         try:
             run = read_run(folder)
         except UserError as error:
-            record["status"] = "damaged" if is_finished(folder) else "unfinished"
+            record["status"] = "damaged" if RunFiles(folder).is_finished else "unfinished"
             record["reason"] = str(error)
             continue
         used.append(run)
@@ -306,11 +300,6 @@ def _place_said(place: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------- tables
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _with_interval(entry: dict[str, Any], signed: bool = False, key: str = "value") -> str:
     value = entry[key]
     if value is None:
@@ -329,7 +318,7 @@ def _values_table(comparison: Comparison) -> str:
         ]
         for group in comparison.groups
     ]
-    return _table(["setting", "seeds", *(label(name).name for name in names)], rows)
+    return markdown_table(["setting", "seeds", *(label(name).name for name in names)], rows, "---:")
 
 
 def _differences_table(comparison: Comparison) -> str:
@@ -350,7 +339,7 @@ def _differences_table(comparison: Comparison) -> str:
     header = ["minus the baseline", "at", *(label(name).name for name in names)]
     if window in comparison.metrics:
         header.append(f"{window} at matched density")
-    return _table(header, rows) + "\n\n~ within noise: the 95 % interval holds 0"
+    return markdown_table(header, rows, "---:") + "\n\n~ within noise: the 95 % interval holds 0"
 
 
 def _difference(entry: dict[str, Any], key: str = "value") -> str:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tcsae.base.files import load_tensors
+from tcsae.base.json_numbers import plain
 from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
+from tcsae.base.run_files import RunFiles
 from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
 from tcsae.measure.analysis import Analysis
-from tcsae.report.page import packed, rounded
+from tcsae.report.page import packed
+from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
 
 MAX_ROWS = 4096
@@ -29,6 +31,8 @@ MAX_BINS = 128
 MAX_ACTIVATIONS = 2_000_000
 """Activations in top contexts, 4 bytes each in the page."""
 MISSING = -32768
+DIGITS = 4
+"""Of a number in the table."""
 
 _NUMBER_GROUPS = ("layer", "window", "lambda")
 OLDER = (
@@ -65,11 +69,8 @@ class Contents:
     @classmethod
     def of(cls, run: LoadedRun) -> Contents:
         """Raises UserError if a file of the run is damaged."""
-        advice = "run its command again with rerun=true"
-        tensors, _ = load_tensors(run.folder / "eval" / "per_feature.safetensors", advice)
-        folder = run.folder / "analysis"
-        analysis = Analysis.read(folder) if (folder / "specialization.json").is_file() else None
-        return cls(run, {name: value.numpy() for name, value in tensors.items()}, analysis)
+        values = {name: value.numpy() for name, value in run.per_feature.items()}
+        return cls(run, values, run.analysis)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class Contents:
         return shlex.join(["python", "-m", "tcsae.evaluate", *what, *self._overrides()])
 
     def _overrides(self) -> list[str]:
-        recorded = self.run.folder / ".hydra" / "overrides.yaml"
+        recorded = RunFiles(self.run.folder).overrides
         if recorded.is_file():
             overrides = yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
             # An experiment may be a sweep by itself; of its jobs this is one.
@@ -208,15 +209,6 @@ def _reasons(analysis: Analysis) -> Iterator[tuple[str, str]]:
         yield "Top contexts", analysis.top_tokens["features_reason"]
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 # ---------------------------------------------------------------- the table of features
 
 
@@ -278,7 +270,7 @@ def _scalars(contents: Contents, ids: np.ndarray) -> dict[str, list[float | None
     if contents.analysis is not None:
         of_run["token_entropy"] = contents.analysis.specialization["features"]["token_entropy"]
     names = [*contents.memory_metrics, *_COLUMNS]
-    return {n: rounded(_chosen(list(of_run[n]), ids, None)) for n in names if n in of_run}
+    return {n: plain(_chosen(list(of_run[n]), ids, None), DIGITS) for n in names if n in of_run}
 
 
 def binned(profile: np.ndarray, n_bins: int = MAX_BINS) -> tuple[np.ndarray, np.ndarray]:
@@ -308,7 +300,7 @@ def _curves(contents: Contents, ids: np.ndarray) -> dict[str, Any]:
     return {
         "rho": packed(coded.clip(-32768, 32767).astype(np.int16)) | {"missing": MISSING},
         "rate": packed((levels * 255).round().astype(np.uint8)) | {"missing": None},
-        "rate_scale": rounded(top_R.tolist()),
+        "rate_scale": plain(top_R, DIGITS),
         "positions": positions,
     }
 
@@ -327,8 +319,8 @@ def _pairs(analysis: Analysis | None) -> list[dict[str, Any]]:
     for name, pairs, prefix, lag in kinds:
         columns = zip(
             tensors[pairs].tolist(),
-            rounded(tensors[f"{prefix}_correlation"].tolist()),
-            rounded(tensors[f"{prefix}_cosine"].tolist()),
+            plain(tensors[f"{prefix}_correlation"], DIGITS),
+            plain(tensors[f"{prefix}_cosine"], DIGITS),
             lag.tolist(),
             strict=True,
         )

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from tcsae.base.json_numbers import plain
 from tcsae.report.matching import (
     Match,
     Point,
@@ -187,18 +187,9 @@ def _in_words(value: Any) -> str:
 # ---------------------------------------------------------------------------------- entries
 
 
-def numbers(value: Tensor | None) -> Any:
-    """Plain numbers, None for what is none."""
-    if value is None:
-        return None
-    if value.ndim:
-        return [numbers(x) for x in value]
-    return float(value) if value.isfinite() else None
-
-
 def _entry(estimate: Estimate) -> dict[str, Any]:
     named = ("value", "low", "high")
-    return {n: numbers(getattr(estimate, n)) for n in named} | {"reason": estimate.reason}
+    return {n: plain(getattr(estimate, n)) for n in named} | {"reason": estimate.reason}
 
 
 class Entries:
@@ -280,7 +271,7 @@ class Entries:
         found = {}
         for name in self.metrics:
             entry = _entry(combine(name, [group.term(), *minus]))
-            entry |= {"baseline": numbers(combine(name, baseline).value), "within_noise": None}
+            entry |= {"baseline": plain(combine(name, baseline).value), "within_noise": None}
             if entry["low"] is not None:
                 ends = entry["low"], entry["high"]
                 entry["within_noise"] = holds_zero(*ends, scale=entry["baseline"])
@@ -303,8 +294,8 @@ class Entries:
 
     def _curve(self, group: Group) -> dict[str, Any]:
         estimate = combine("autocorrelation", [group.term()])
-        rho = numbers(estimate.value)
-        bands = {k: numbers(getattr(estimate, k)) for k in ("low", "high")}
+        rho = plain(estimate.value)
+        bands = {k: plain(getattr(estimate, k)) for k in ("low", "high")}
         lags = list(range(len(rho))) if rho else []
         return {"lags": lags, "rho": rho or [], **bands, "reason": estimate.reason}
 
@@ -393,7 +384,7 @@ def _profile(runs: Sequence[Run]) -> dict[str, Any]:
         rate_TF = run.features["profile_rate"][:, run.features["density"] > 0]
         curves.append((rate_TF / rate_TF.nanmean(0)).nanmean(1))
     rate = torch.stack(curves).mean(0)
-    return {"positions": list(range(len(rate))), "rate": numbers(rate)}
+    return {"positions": list(range(len(rate))), "rate": plain(rate)}
 
 
 def _seed_means(
@@ -417,4 +408,4 @@ def _energy(runs: Sequence[Run]) -> dict[str, Any]:
         return {"positions": [], "energy": []}
     nan = float("nan")
     known = torch.tensor([[nan if v is None else v for v in c] for c in curves]).double()
-    return {"positions": list(range(known.shape[1])), "energy": numbers(known.mean(0))}
+    return {"positions": list(range(known.shape[1])), "energy": plain(known.mean(0))}

@@ -27,17 +27,16 @@ from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
-from tcsae.runs.folder import LoadedRun, load_run
+from tcsae.runs.folder import LoadedRun
 
 _WIDTH = 96
 _LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def write_run_notes(folder: Path) -> Path:
-    """Write `<run>/notes.txt`. Raises UserError for what is not a finished run."""
-    folder = Path(folder)
-    write_text(folder / "notes.txt", run_notes(load_run(folder)))
-    return folder / "notes.txt"
+def write_run_notes(run: LoadedRun, path: Path) -> Path:
+    """The notes of a loaded run, into a file."""
+    write_text(path, run_notes(run))
+    return path
 
 
 def _heading(text: str, rule: str = "-") -> list[str]:
@@ -402,9 +401,3 @@ def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         "Intervals are over features."
     )
     return [*_heading("The same at equal density"), *_paragraph(said), *lines]
-
-
-def write_comparison_notes(comparison: Comparison, path: Path) -> Path:
-    """Write the notes of a comparison into a file."""
-    write_text(path, comparison_notes(comparison))
-    return path

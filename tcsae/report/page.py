@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tcsae.base.files import write_text
+from tcsae.base.json_numbers import plain
 from tcsae.base.labels import interval_text, label, number
 
 if TYPE_CHECKING:
@@ -33,26 +33,6 @@ def packed(values: np.ndarray) -> dict[str, Any]:
     little = array.astype(array.dtype.newbyteorder("<"))
     data = base64.b64encode(little.tobytes()).decode("ascii")
     return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
-
-
-def plain(value: Any) -> Any:
-    """The same with None for NaN and infinity, and lists for arrays and tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def rounded(values: Any, digits: int = 4) -> list[float | None]:
-    """Numbers with so many significant digits, None for NaN."""
-    return [None if v is None or v != v else float(f"{v:.{digits}g}") for v in values]
 
 
 def script_json(content: Any) -> str:

@@ -19,7 +19,7 @@ from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve
-from tcsae.runs.folder import LoadedRun, load_run
+from tcsae.runs.folder import LoadedRun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -35,17 +35,8 @@ _DISTRIBUTIONS = ("rho_1", "tau_int", "omega_squared", "run_length", "density")
 _POSITION_BOUND = 30
 
 
-def write_run_report(folder: Path) -> Path:
-    """Write `<run>/report.html` from what is in the folder; the path of the page.
-
-    Raises UserError for a folder that is no run, or of a run that has not finished.
-    """
-    folder = Path(folder)
-    return write_run_page(load_run(folder), folder / "report.html")
-
-
 def write_run_page(run: LoadedRun, path: Path) -> Path:
-    """The page of a loaded run."""
+    """The page of a loaded run, into a file."""
     contents = Contents.of(run)
     return write_page(
         path,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError
-from tcsae.base.files import load_tensors, read_json
+from tcsae.base.files import read_json
 from tcsae.base.labels import HEADLINE, SINGLES
+from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
 from tcsae.config import Config, LoadedConfig, identity
 from tcsae.report.draws import core_draws
-from tcsae.runs.folder import load_run
+from tcsae.runs.folder import LoadedRun, load_run
 
 CORE = (
     *HEADLINE,
@@ -88,7 +89,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Path]:
-    """Run folders (those with a config.json) in the order given, those of a sweep by name.
+    """Folders of runs that were begun, in the order given, those of a sweep by name.
 
     Raises UserError for a folder that is not there, or holds no run.
     """
@@ -96,25 +97,12 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-        runs = list(_below(folder))
+        runs = [run for run in runs_below(folder) if RunFiles(run).is_begun]
         if not runs:
             raise UserError(f"{folder} is neither a run nor a sweep (no config.json in it)")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    if (folder / "config.json").is_file():
-        yield folder
-        return
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir() and not inner.is_symlink():
-            yield from _below(inner)
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / "final_info.json").is_file()
 
 
 # ------------------------------------------------------------------------------------- read
@@ -130,12 +118,12 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is damaged ({said}); {_ADVICE}") from None
 
 
-def _run_of(loaded: Any, folder: Path) -> Run:
-    config: Config | LoadedConfig = loaded.config
+def _run_of(loaded: LoadedRun, folder: Path) -> Run:
+    config = loaded.config
     summary = loaded.consistency["summary"]
-    sums, _ = load_tensors(folder / "eval" / "per_context.safetensors", _ADVICE)
+    sums = loaded.per_context.items()
     kinds = {
-        kind: {k.split(".")[1]: v for k, v in sums.items() if k.startswith(f"{kind}.")}
+        kind: {k.split(".")[1]: v for k, v in sums if k.startswith(f"{kind}.")}
         for kind in ("reconstruction", "model")
     }
     values, reasons = _core_values(loaded.core)
@@ -148,12 +136,12 @@ def _run_of(loaded: Any, folder: Path) -> Run:
         if entry["reason"]:
             reasons[name] = entry["reason"]
     values["autocorrelation"] = torch.stack([_number(x) for x in summary["autocorrelation"]["rho"]])
-    for name, (value, reason) in _analysis_values(folder / "analysis").items():
+    for name, (value, reason) in _analysis_values(RunFiles(folder).analysis).items():
         values[name] = _number(value)
         reasons |= {name: reason} if reason else {}
     d_in, n_boot = loaded.sae.d_in, config.evaluation.bootstrap
     core = core_draws(kinds["reconstruction"], kinds["model"], d_in, n_boot)
-    suite = _suite_draws(folder)
+    suite = _suite_draws(loaded.draws)
     why = summary["interval_reason"] or "evaluated by a version that kept no resamples"
     return Run(
         name=folder.resolve().name,
@@ -166,7 +154,7 @@ def _run_of(loaded: Any, folder: Path) -> Run:
         reasons=reasons,
         interval_reason="" if suite else why,
         medians=medians,
-        features=_features(folder),
+        features=_features(loaded.per_feature),
         top=top,
         energy_by_position=summary.get("energy_by_position", []),
         paired_positions="energy_by_position" in summary,
@@ -192,38 +180,37 @@ def _consistency_entries(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict
             yield name, {"energy_weighted": entry["value"], "reason": entry["reason"]}
 
 
-def _analysis_values(folder: Path) -> dict[str, tuple[float | None, str | None]]:
-    if not (folder / "redundancy.json").is_file():
+def _analysis_values(files: AnalysisFiles) -> dict[str, tuple[float | None, str | None]]:
+    # Not `LoadedRun.analysis`, which reads the large tensors too.
+    if not files.redundancy.is_file():
         return {}
-    files = {name: read_json(folder / f"{name}.json") for name in ("redundancy", "specialization")}
+    content = {
+        "redundancy": read_json(files.redundancy),
+        "specialization": read_json(files.specialization),
+    }
     found = {}
     for name, (file, *path) in FROM_ANALYSIS.items():
-        entry = files[file]
+        entry = content[file]
         for key in path:
             entry = entry[key]
         found[name] = (entry[name], entry.get(f"{name}_reason"))
     return found
 
 
-def _suite_draws(folder: Path) -> dict[str, Tensor]:
-    path = folder / "eval" / "draws.safetensors"
-    if not path.is_file():
-        return {}
-    draws, _ = load_tensors(path, _ADVICE)
+def _suite_draws(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         k: (v if v.ndim == 1 or k == "autocorrelation" else v[:, 0]).double()
         for k, v in draws.items()
     }
 
 
-def _features(folder: Path) -> dict[str, Tensor]:
-    columns, _ = load_tensors(folder / "eval" / "per_feature.safetensors", _ADVICE)
+def _features(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = ("density", "c0", "rho_1", "omega_squared", "profile_rate")
     kept = [name for name in columns if name in plain or name.startswith("C_")]
     return {name: columns[name].double() for name in kept}
 
 
-def _place(loaded: Any, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+def _place(loaded: LoadedRun, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     config, core = loaded.config, loaded.core
     path = config.dataset.path
     return {
@@ -249,34 +236,35 @@ def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
     Without a temporal loss its other options mean nothing: they are left out, `consistency` is
     "none" and `lambda` 0, whatever the config says.
     """
-    flat = dict(_flat(identity(config)))
-    for key in list(flat):
+    settings = dict(flat(identity(config)))
+    for key in list(settings):
         if key.startswith(tuple(f"{k}." for k in _NO_RESULT_KEYS)) or key in _NO_RESULT_KEYS:
-            del flat[key]
+            del settings[key]
     if isinstance(config, LoadedConfig):
-        del flat["window"]
-        return flat | {LOADED: config.source.title}
-    scaled = flat["consistency.scale_by_window"]
-    for key in [key for key in flat if key.startswith("consistency.")]:
-        del flat[key]
+        del settings["window"]
+        return settings | {LOADED: config.source.title}
+    scaled = settings["consistency.scale_by_window"]
+    for key in [key for key in settings if key.startswith("consistency.")]:
+        del settings[key]
     consistency = config.consistency
     if consistency.form == "none" or config.lambda_ == 0:
         for key in TEMPORAL_KEYS:
-            flat.pop(key, None)
-        return flat | {"consistency": "none", "lambda": 0.0}
+            settings.pop(key, None)
+        return settings | {"consistency": "none", "lambda": 0.0}
     if consistency.form == "slow":
-        flat["window"] = 2  # neighbours, whatever the window is
+        settings["window"] = 2  # neighbours, whatever the window is
     name = consistency.label + (" / W" if scaled else "")
     if consistency.shuffle_positions:
         is_usual = consistency.form == "scale_free"
         name = name.replace("scale_free", "shuffled", 1) if is_usual else f"shuffled {name}"
-    return flat | {"consistency": name}
+    return settings | {"consistency": name}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -6,18 +6,30 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tcsae.base.errors import UserError
-from tcsae.base.files import Lock, locked, make_folder, read_json, remove_temporaries, write_json
+from tcsae.base.files import (
+    Lock,
+    load_tensors,
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
+from tcsae.base.run_files import RunFiles
 from tcsae.config import Config, LoadedConfig, Measured, parse_any, run_id
+from tcsae.measure.analysis import Analysis
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.formats.dictionary_learning import AE_NAME, load_dictionary_learning
 from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, load_saelens
 
-EXPORT_MARK = "export.json"
-"""The file that only an export has."""
+_ADVICE = "run its command again with rerun=true"
 
 
 @dataclass(frozen=True)
@@ -44,37 +56,85 @@ class LoadedRun:
             )
         return self.config
 
+    # Large, and not wanted by everybody: read when first asked for, once. Each raises UserError
+    # for a damaged file.
 
-# ------------------------------------------------------------------------------- working in it
+    @cached_property
+    def per_feature(self) -> dict[str, Tensor]:
+        """The suite's values, [F] each, and its curves."""
+        return load_tensors(RunFiles(self.folder).eval.per_feature, _ADVICE)[0]
+
+    @cached_property
+    def per_context(self) -> dict[str, Tensor]:
+        """Sums of each held-out context."""
+        return load_tensors(RunFiles(self.folder).eval.per_context, _ADVICE)[0]
+
+    @cached_property
+    def draws(self) -> dict[str, Tensor]:
+        """The suite's resamples; {} in a run of a version that kept none."""
+        path = RunFiles(self.folder).eval.draws
+        return load_tensors(path, _ADVICE)[0] if path.is_file() else {}
+
+    @cached_property
+    def analysis(self) -> Analysis | None:
+        """None where it was not asked for."""
+        files = RunFiles(self.folder).analysis
+        return Analysis.read(files.path) if files.is_there else None
 
 
-@contextlib.contextmanager
-def owned_folder(folder: Path) -> Iterator[None]:
-    """Only one process works in a run folder."""
-    with locked(make_folder(folder) / ".lock") as lock:
-        if lock is Lock.BUSY:
-            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
-        yield
+class RunFolder(RunFiles):
+    """The folder of one run: who works in it, whose it is, and what it holds in the end."""
 
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Only one process works in a run folder. Makes the folder."""
+        make_folder(self.path)
+        with locked(self.lock) as lock:
+            if lock is Lock.BUSY:
+                raise UserError(
+                    f"{self.path} is in use by another process: wait for it, or stop it"
+                )
+            yield
 
-def claim_folder(config: Measured, folder: Path) -> None:
-    """The folder is this run's, new or begun before. Raises UserError if it is another's."""
-    own = folder / "config.json"
-    # A run that was refused before its first checkpoint has nothing to lose.
-    has_results = any((folder / name).exists() for name in ("checkpoint", "sae", "final_info.json"))
-    if own.is_file() and has_results:
-        other = run_id(parse_any(read_json(own)))
-        if other != run_id(config):
+    def claim(self, config: Measured) -> None:
+        """The folder is this run's, new or begun before. Raises UserError if it is another's."""
+        if self.is_begun and self.has_results:
+            other = run_id(parse_any(read_json(self.config)))
+            if other != run_id(config):
+                raise UserError(
+                    f"{self.path} holds another run ({other}, this is {run_id(config)}): choose "
+                    "another folder or remove it"
+                )
+        for part in (self.path, *(inner for inner in self.path.iterdir() if inner.is_dir())):
+            remove_temporaries(part)
+        write_json(self.config, config.dump())
+
+    def load(self) -> LoadedRun:
+        """Read a finished run back. Raises UserError for anything else."""
+        if self.export_mark.is_file():
             raise UserError(
-                f"{folder} holds another run ({other}, this is {run_id(config)}): choose another "
-                "folder or remove it"
+                f"{self.path} is an export, not a run: tcsae.load_sae reads its SAE, and "
+                f"`python -m tcsae.evaluate {self.path}` makes a run of it"
             )
-    for part in (folder, *(inner for inner in folder.iterdir() if inner.is_dir())):
-        remove_temporaries(part)
-    write_json(own, config.dump())
-
-
-# -------------------------------------------------------------------------------- reading it
+        if not self.is_begun:
+            raise UserError(f"{self.path} is not a run folder (no {self.config.name} there)")
+        if not self.is_finished:
+            raise UserError(
+                f"the run in {self.path} has not finished: run its command again to go on"
+            )
+        config = parse_any(read_json(self.config))
+        lines: list[str] = []
+        if isinstance(config, Config):
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return LoadedRun(
+            folder=self.path,
+            config=config,
+            sae=load_sae(self.sae),
+            final_info=read_json(self.final_info),
+            core=read_json(self.eval.core),
+            consistency=read_json(self.eval.consistency),
+            metrics=[json.loads(line) for line in lines],
+        )
 
 
 def load_run(folder: str | Path) -> LoadedRun:
@@ -82,29 +142,7 @@ def load_run(folder: str | Path) -> LoadedRun:
 
     Raises UserError for a folder that is no run, or of a run that has not finished.
     """
-    folder = Path(folder)
-    if (folder / EXPORT_MARK).is_file():
-        raise UserError(
-            f"{folder} is an export, not a run: tcsae.load_sae reads its SAE, and "
-            f"`python -m tcsae.evaluate {folder}` makes a run of it"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run folder (no config.json there)")
-    if not (folder / "final_info.json").is_file():
-        raise UserError(f"the run in {folder} has not finished: run its command again to go on")
-    config = parse_any(read_json(folder / "config.json"))
-    lines: list[str] = []
-    if isinstance(config, Config):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return LoadedRun(
-        folder=folder,
-        config=config,
-        sae=load_sae(folder / "sae"),
-        final_info=read_json(folder / "final_info.json"),
-        core=read_json(folder / "eval" / "core.json"),
-        consistency=read_json(folder / "eval" / "consistency.json"),
-        metrics=[json.loads(line) for line in lines],
-    )
+    return RunFolder(folder).load()
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
@@ -119,8 +157,8 @@ def load_sae_and_cfg(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, A
     """As `load_sae`, with the content of the SAE's own JSON file, and the file of its weights."""
     folder = Path(folder)
     try:
-        if (folder / "sae" / CFG_NAME).is_file():
-            folder = folder / "sae"
+        if RunFiles(folder).sae_cfg.is_file():
+            folder = RunFiles(folder).sae
         elif (folder / AE_NAME).is_file() and not (folder / CFG_NAME).is_file():
             return *load_dictionary_learning(folder), folder / AE_NAME
         return *load_saelens(folder), folder / WEIGHTS_NAME

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, write_json
+from tcsae.base.run_files import RunFiles
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
 WRITE_EVERY = 5.0
 """Seconds between two writes of the same stage."""
 LARGEST = 1e15
@@ -67,7 +67,7 @@ _HINTS = typing.get_type_hints(RunState)
 
 def read_state(folder: Path) -> RunState | None:
     """The run's own word; None if there is none, or it is damaged."""
-    return _state_of(read_object(Path(folder) / STATE_FILE))
+    return _state_of(read_object(RunFiles(folder).state))
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -188,7 +188,7 @@ class StateFile:
         self._written = time.monotonic()
         self.state = replace(self.state, updated=time.time())
         try:
-            write_json(self.folder / STATE_FILE, asdict(self.state))
+            write_json(RunFiles(self.folder).state, asdict(self.state))
         except (OSError, UserError) as error:
             if not self._warned:
                 log.warning(f"the state of the run is not shown from here on ({error})")

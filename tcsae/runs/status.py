@@ -12,18 +12,16 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
-from tcsae.runs.state import LARGEST, STATE_FILE, WRITE_EVERY, RunState, read_object, read_state
+from tcsae.base.run_files import SWEEP_FILE, RunFiles, is_sweep, runs_below
+from tcsae.runs.state import LARGEST, WRITE_EVERY, RunState, read_object, read_state
 
-SWEEP_FILE = "sweep.json"
-RUN_FILES = ("config.json", STATE_FILE, "metrics.jsonl", "final_info.json")
-"""A folder with one of them is a run's."""
 STATE_ORDER = (
     "done",
     "failed",
@@ -134,21 +132,21 @@ class RunStatus:
 
 def run_status(folder: Path, now: float | None = None) -> RunStatus:
     """What the run in `folder` is doing. A finished run is done, whatever its state.json says."""
-    folder = Path(folder)
+    files = RunFiles(folder)
     now = time.time() if now is None else now
-    said = read_state(folder)
-    is_done = (folder / "final_info.json").is_file()
-    heard = said.updated if said else _newest_change(folder)
+    said = read_state(files.path)
+    is_done = files.is_finished
+    heard = said.updated if said else _newest_change(files)
     return RunStatus(
-        folder=folder,
+        folder=files.path,
         now=now,
         state="done" if is_done else _judge(said, heard, now),
         said=said,
         heard=heard,
-        metrics=_last_line(folder / "metrics.jsonl"),
-        info=(read_object(folder / "final_info.json") or {}) if is_done else {},
-        planned_steps=_planned_steps(read_object(folder / "config.json")),
-        checkpoint=_newest_checkpoint(folder / "checkpoint"),
+        metrics=_last_line(files.metrics),
+        info=(read_object(files.final_info) or {}) if is_done else {},
+        planned_steps=_planned_steps(read_object(files.config)),
+        checkpoint=_newest_checkpoint(files.checkpoints),
     )
 
 
@@ -173,12 +171,12 @@ def number_in(content: dict[str, Any], key: str) -> float | None:
     return value if isinstance(value, int | float) and abs(value) < LARGEST else None
 
 
-def _newest_change(folder: Path) -> float | None:
+def _newest_change(files: RunFiles) -> float | None:
     """When the run last wrote one of its files; None: no run was ever here."""
     times = []
-    for name in RUN_FILES:
+    for file in files.marks:
         try:
-            times.append((folder / name).stat().st_mtime)
+            times.append(file.stat().st_mtime)
         except OSError:
             continue
     return max(times, default=None)
@@ -291,26 +289,14 @@ def find_groups(folders: Sequence[Path], now: float | None = None) -> list[Group
     for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-        found = list(_below(folder, now))
-        runs = [item for item in found if isinstance(item, Path)]
-        groups += [item for item in found if isinstance(item, Group)]
+        found = list(runs_below(folder, sweeps=True))
+        runs = [path for path in found if not is_sweep(path)]
+        groups += [_read_sweep(path, now) for path in found if is_sweep(path)]
         if runs:
             groups.append(Group(folder, str(folder), _jobs(runs, now)))
         elif not found:
             raise UserError(f"{folder} is neither a run nor a sweep, and there is none in it")
     return groups
-
-
-def _below(folder: Path, now: float | None) -> Iterator[Path | Group]:
-    """Run folders, and sweeps as a whole."""
-    if (folder / SWEEP_FILE).is_file():
-        yield _read_sweep(folder, now)
-    elif any((folder / name).is_file() for name in RUN_FILES):
-        yield folder
-    else:
-        for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-                yield from _below(inner, now)
 
 
 def _jobs(runs: Sequence[Path], now: float | None) -> list[Job]:
@@ -341,8 +327,7 @@ def _read_sweep(folder: Path, now: float | None) -> Group:
         title = f"sweep {content['name']} ({launcher}): {folder}"
         return Group(folder, title, jobs, launcher, command, is_sweep=True)
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-        runs = [run for path in inner for run in _below(path, now) if isinstance(run, Path)]
+        runs = list(runs_below(folder))
         warning = f"{folder / SWEEP_FILE} is damaged: jobs that have no folder yet are not shown"
         return Group(folder, f"sweep: {folder}", _jobs(runs, now), is_sweep=True, warning=warning)
 

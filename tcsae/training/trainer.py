@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.batches import ActivationBatches, Batch, read_ahead, shuffled_indices
@@ -69,7 +70,7 @@ class Seat:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoint"
+        return RunFiles(self.folder).checkpoints
 
     @property
     def last_good(self) -> str:

@@ -140,23 +140,15 @@ def test_any_split_into_batches_and_any_merge_equals_all_at_once(
     expected = measured(f, *masks)
     smooth = smoothness(f, x, segments=masks[0], valid=masks[1])
     sizes = synthetic.random_splits(10, n_parts, g)
-    whole, merged = (Activity(3, n_blocks=n_blocks) for _ in range(2))
-    smooth_whole, smooth_merged = (Smoothness(3, n_blocks=n_blocks) for _ in range(2))
+    split, smooth_split = Activity(3, n_blocks=n_blocks), Smoothness(3, n_blocks=n_blocks)
     for part_f, part_x, segments, valid in zip(
         *(tensor.split(sizes) for tensor in (f, x, *masks)), strict=True
     ):
-        part, smooth_part = Activity(3, n_blocks=n_blocks), Smoothness(3, n_blocks=n_blocks)
-        for accumulator in (part, whole):
-            accumulator.update(part_f, segments=segments, valid=valid)
-        for accumulator in (smooth_part, smooth_whole):
-            accumulator.update(part_f, part_x, segments=segments, valid=valid)
-        merged.merge(part)
-        smooth_merged.merge(smooth_part)
+        split.update(part_f, segments=segments, valid=valid)
+        smooth_split.update(part_f, part_x, segments=segments, valid=valid)
     for name in ActivityResult._fields:
-        for accumulator in (whole, merged):
-            assert same(getattr(accumulator.compute(), name), getattr(expected, name), 1e-6), name
-    for accumulator in (smooth_whole, smooth_merged):
-        assert all(map(same, accumulator.compute(), smooth))
+        assert same(getattr(split.compute(), name), getattr(expected, name), 1e-6), name
+    assert all(map(same, smooth_split.compute(), smooth))
 
 
 def test_values_at_invalid_positions_change_nothing() -> None:

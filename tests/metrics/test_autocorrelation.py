@@ -111,34 +111,23 @@ def test_agrees_with_statsmodels_on_missing_values_and_segments() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 12), offset=st.sampled_from([0, 1e4]))
-def test_any_split_into_batches_and_any_merge_equals_all_at_once(
-    seed: int, n_parts: int, offset: float
-) -> None:
+def test_any_split_into_batches_equals_all_at_once(seed: int, n_parts: int, offset: float) -> None:
     g = seeded(seed)
     f = synthetic.ar1(12, 10, 3, 0.5, g) + offset
     segments, valid = synthetic.random_masks(12, 10, g)
     expected = autocorrelation(f, 6, segments=segments, valid=valid)
     sizes = synthetic.random_splits(12, n_parts, g)
-    whole, merged = Autocorrelation(3, 10, 6), Autocorrelation(3, 10, 6)
+    split = Autocorrelation(3, 10, 6)
     for batch in zip(f.split(sizes), segments.split(sizes), valid.split(sizes), strict=True):
-        part = Autocorrelation(3, 10, 6)
-        for accumulator in (whole, part):
-            accumulator.update(batch[0], segments=batch[1], valid=batch[2])
-        merged.merge(part)
-    assert same(whole.compute(), expected, 1e-6)
-    assert same(merged.compute(), expected, 1e-6)
-    assert merged.n_contexts == 12
+        split.update(batch[0], segments=batch[1], valid=batch[2])
+    assert same(split.compute(), expected, 1e-6)
+    assert split.n_contexts == 12
 
 
-def test_merging_with_an_empty_accumulator_changes_nothing_either_way() -> None:
+def test_a_reset_forgets_every_batch() -> None:
     f = synthetic.ar1(10, 8, 2, 0.5, seeded())
-    full, empty = Autocorrelation(2, 8, 4, n_blocks=3), Autocorrelation(2, 8, 4, n_blocks=3)
+    full = Autocorrelation(2, 8, 4, n_blocks=3)
     full.update(f)
-    before = full.compute()
-    full.merge(empty)
-    empty.merge(full)
-    assert same(full.compute(), before)
-    assert same(empty.compute(), before)
     full.reset()
     full.update(f[:5])
     assert same(full.compute(), autocorrelation(f[:5], 4))
@@ -292,15 +281,14 @@ def test_block_sums_are_exact_without_masks_and_add_up_with_them() -> None:
     assert torch.allclose(covariance, masked.covariance(), rtol=1e-4, atol=1e-4)
 
 
-def test_merged_blocks_are_those_of_one_accumulator() -> None:
+def test_blocks_do_not_hang_on_the_batches() -> None:
     g = seeded(14)
     f = synthetic.ar1(23, 16, 3, 0.6, g)
-    whole, first, second = (Autocorrelation(3, 16, 5, n_blocks=4) for _ in range(3))
+    whole, split = (Autocorrelation(3, 16, 5, n_blocks=4) for _ in range(2))
     whole.update(f)
-    first.update(f[:10])
-    second.update(f[10:])
-    first.merge(second)
-    for mine, theirs in zip(first.block_sums(), whole.block_sums(), strict=True):
+    split.update(f[:10])
+    split.update(f[10:])
+    for mine, theirs in zip(split.block_sums(), whole.block_sums(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -314,8 +302,6 @@ def test_mistakes_are_refused_in_words() -> None:
         autocorrelation(f, 2, valid=torch.ones(2, 7))
     with pytest.raises(ValueError, match="window 6 needs lags"):
         window_consistency(torch.ones(5, 3), 6)
-    with pytest.raises(ValueError, match="different sizes"):
-        Autocorrelation(3, 8, 2).merge(Autocorrelation(3, 8, 3))
     with pytest.raises(ValueError, match="takes features"):
         Autocorrelation(3, 8, 2).update(torch.zeros(2, 9, 3))
     with pytest.raises(ValueError, match="no batch"):

@@ -158,29 +158,27 @@ def test_masked_tokens_enter_nothing_whatever_they_hold(garbage: float) -> None:
 @given(
     seed=st.integers(0, 1000),
     cuts=st.sets(st.integers(1, 14), max_size=5),
-    merged_from=st.integers(0, 5),
     mean=st.sampled_from([0.0, 5.0, 1000.0]),
 )
-def test_any_split_into_batches_and_any_merge_give_the_same_numbers(
-    seed: int, cuts: set[int], merged_from: int, mean: float
+def test_any_split_into_batches_gives_the_same_numbers(
+    seed: int, cuts: set[int], mean: float
 ) -> None:
     batch = activations(seed=seed, mean=mean, contexts=15)
     whole = measured(*batch)
     edges = [0, *sorted(cuts), 15]
-    first, second = ReconstructionMetrics(D, F), ReconstructionMetrics(D, F)
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    split = ReconstructionMetrics(D, F)
+    for start, stop in zip(edges, edges[1:], strict=False):
         x, x_hat, features, valid = (tensor[start:stop] for tensor in batch)
-        (first if number < merged_from else second).update(x, x_hat, features, valid=valid)
-    first.merge(second)
+        split.update(x, x_hat, features, valid=valid)
     expected = {k: v for k, v in whole.compute().items() if k not in BATCH_DEPENDENT}
-    got = first.compute()
+    got = split.compute()
     assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     for name, values in whole.compute_features().items():
-        torch.testing.assert_close(first.compute_features()[name], values)
+        torch.testing.assert_close(split.compute_features()[name], values)
     intervals = whole.compute_intervals(20)
     for name in expected.keys() & intervals.keys():
-        assert first.compute_intervals(20)[name] == pytest.approx(intervals[name], rel=1e-6)
-    torch.testing.assert_close(first.context_sums()["variance2"], whole.context_sums()["variance2"])
+        assert split.compute_intervals(20)[name] == pytest.approx(intervals[name], rel=1e-6)
+    torch.testing.assert_close(split.context_sums()["variance2"], whole.context_sums()["variance2"])
 
 
 def test_sae_benchs_mse_and_legacy_variance_follow_their_batches() -> None:
@@ -276,11 +274,6 @@ def test_a_batch_of_the_wrong_shape_is_refused_by_name() -> None:
         metrics.update(x, x_hat, features[:, 1:], valid=valid)
 
 
-def test_metrics_of_two_shapes_do_not_merge() -> None:
-    with pytest.raises(ValueError, match=r"two shapes, \(7, 12\) and \(7, 13\)"):
-        ReconstructionMetrics(D, F).merge(ReconstructionMetrics(D, F + 1))
-
-
 def test_context_sums_give_explained_variance_and_the_other_means() -> None:
     metrics = measured(*activations(mean=30.0))
     sums = metrics.context_sums()
@@ -367,8 +360,24 @@ def compared(
     clean: Tensor, sae: Tensor, ablated: Tensor, tokens: Tensor, masked: Tensor
 ) -> ModelMetrics:
     metrics = ModelMetrics()
-    metrics.update(clean, sae, ablated, tokens, masked=masked)
+    add_passes(metrics, clean, sae, ablated, tokens, masked)
     return metrics
+
+
+def add_passes(
+    metrics: ModelMetrics,
+    clean: Tensor,
+    sae: Tensor,
+    ablated: Tensor,
+    tokens: Tensor,
+    masked: Tensor,
+) -> None:
+    metrics.add(
+        next_token_ce(clean, tokens, ~masked),
+        score_forward(clean, sae, tokens, ~masked),
+        score_forward(clean, ablated, tokens, ~masked),
+        keep=~masked,
+    )
 
 
 def test_cross_entropy_and_divergence_equal_torchs_and_scipys() -> None:
@@ -469,35 +478,17 @@ def test_bfloat16_logits_are_worked_in_float32() -> None:
 @given(
     seed=st.integers(0, 1000),
     cuts=st.sets(st.integers(1, 11), max_size=4),
-    merged_from=st.integers(0, 4),
 )
-def test_any_split_of_the_predictions_and_any_merge_give_the_same_numbers(
-    seed: int, cuts: set[int], merged_from: int
-) -> None:
+def test_any_split_of_the_predictions_gives_the_same_numbers(seed: int, cuts: set[int]) -> None:
     batch = predictions(seed=seed, contexts=12)
     whole = compared(*batch)
     edges = [0, *sorted(cuts), 12]
-    first, second = ModelMetrics(), ModelMetrics()
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-        clean, sae, ablated, tokens, masked = (tensor[start:stop] for tensor in batch)
-        target = first if number < merged_from else second
-        target.update(clean, sae, ablated, tokens, masked=masked)
-    first.merge(second)
-    assert first.compute() == pytest.approx(whole.compute(), rel=1e-9)
+    split = ModelMetrics()
+    for start, stop in zip(edges, edges[1:], strict=False):
+        add_passes(split, *(tensor[start:stop] for tensor in batch))
+    assert split.compute() == pytest.approx(whole.compute(), rel=1e-9)
     for name, ends in whole.compute_intervals(20).items():
-        assert first.compute_intervals(20)[name] == pytest.approx(ends, rel=1e-9)
-
-
-def test_passes_scored_one_by_one_equal_all_three_at_once() -> None:
-    clean, sae, ablated, tokens, masked = predictions()
-    metrics = ModelMetrics()
-    metrics.add(
-        next_token_ce(clean, tokens, ~masked),
-        score_forward(clean, sae, tokens, ~masked),
-        score_forward(clean, ablated, tokens, ~masked),
-        keep=~masked,
-    )
-    assert metrics.compute() == compared(clean, sae, ablated, tokens, masked).compute()
+        assert split.compute_intervals(20)[name] == pytest.approx(ends, rel=1e-9)
 
 
 def test_a_context_that_is_masked_throughout_changes_no_mean() -> None:

@@ -44,29 +44,22 @@ def by_hand(f: Tensor, segments: Tensor, valid: Tensor, first: int, last: int) -
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 9), offset=st.sampled_from([0, 1e3]))
-def test_it_is_the_mean_over_all_pairs_in_any_batches_and_merges(
+def test_it_is_the_mean_over_all_pairs_in_any_batches(
     seed: int, n_parts: int, offset: float
 ) -> None:
     g = seeded(seed)
     f = synthetic.ar1(20, 16, 3, 0.9, g) + white_noise(20, 1, 3, generator=g) + offset
     segments, valid = synthetic.random_masks(20, 16, g, boundary=0.05)
     bands = [(2, 12), (5, 12)]
-    whole, merged = LongLags(3, 16, bands), LongLags(3, 16, bands)
+    split = LongLags(3, 16, bands)
     sizes = synthetic.random_splits(20, n_parts, g)
     parts = (x.split(sizes) for x in (f, segments, valid))
     for features, part_segments, mask in zip(*parts, strict=True):
-        part = LongLags(3, 16, bands)
-        for accumulator in (whole, part):
-            accumulator.update(
-                torch.where(mask[..., None], features, torch.nan),
-                segments=part_segments,
-                valid=mask,
-            )
-        merged.merge(part)
+        known = torch.where(mask[..., None], features, torch.nan)
+        split.update(known, segments=part_segments, valid=mask)
     for index, (first, last) in enumerate(bands):
         expected = by_hand(f, segments, valid, first, last)
-        assert torch.allclose(whole.compute()[index], expected, atol=1e-6), (first, last)
-        assert torch.allclose(merged.compute()[index], expected, atol=1e-6), (first, last)
+        assert torch.allclose(split.compute()[index], expected, atol=1e-6), (first, last)
 
 
 def test_without_masks_it_is_the_mean_of_rho_over_the_lags_by_number_of_pairs() -> None:
@@ -169,20 +162,18 @@ def test_resampling_every_block_once_gives_the_estimate_and_blocks_are_exact() -
     assert torch.allclose(sums[:, 2].double(), squares, rtol=1e-4, atol=1e-3)
 
 
-def test_with_masks_blocks_add_up_to_the_estimate_and_follow_a_merge() -> None:
+def test_with_masks_blocks_add_up_to_the_estimate_in_any_batches() -> None:
     g = seeded(5)
     f = synthetic.ar1(48, 16, 3, 0.9, g) + white_noise(48, 1, 3, generator=g) + 3
     segments, valid = synthetic.random_masks(48, 16, g, boundary=0.03)
-    whole, merged = (LongLags(3, 16, [(4, 12)], n_blocks=8) for _ in range(2))
+    whole, split = (LongLags(3, 16, [(4, 12)], n_blocks=8) for _ in range(2))
     whole.update(f, segments=segments, valid=valid)
     for part in (slice(0, 20), slice(20, 48)):
-        other = LongLags(3, 16, [(4, 12)], n_blocks=8)
-        other.update(f[part], segments=segments[part], valid=valid[part])
-        merged.merge(other)
+        split.update(f[part], segments=segments[part], valid=valid[part])
     sums, counts = whole.block_sums()
     drawn = resampled(sums, counts, torch.ones(1, 8))
     assert torch.allclose(drawn[0].double(), whole.compute(), atol=1e-5)
-    theirs, _ = merged.block_sums()
+    theirs, _ = split.block_sums()
     assert torch.allclose(theirs, sums, rtol=0.1, atol=0.05 * float(sums.abs().max()))
 
 
@@ -258,5 +249,3 @@ def test_unknown_parts_leave_no_share() -> None:
 def test_bands_that_do_not_fit_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="bands of lags"):
         LongLags(3, 16, [(8, 16)])
-    with pytest.raises(ValueError, match="different sizes"):
-        LongLags(3, 16, [(4, 12)]).merge(LongLags(3, 16, [(5, 12)]))

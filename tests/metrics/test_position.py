@@ -188,23 +188,17 @@ def test_unbiased_twin_is_zero_on_average_where_the_plain_share_is_not() -> None
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 12), offset=st.sampled_from([0, 1e3]))
-def test_any_split_into_batches_and_any_merge_equals_all_at_once(
-    seed: int, n_parts: int, offset: float
-) -> None:
+def test_any_split_into_batches_equals_all_at_once(seed: int, n_parts: int, offset: float) -> None:
     g = seeded(seed)
     f = synthetic.token_local(12, 7, 3, 0.4, g) + offset
     _, valid = synthetic.random_masks(12, 7, g)
     expected = position_dependence(f, valid=valid)
     sizes = synthetic.random_splits(12, n_parts, g)
-    whole, merged = PositionDependence(3, 7), PositionDependence(3, 7)
+    split = PositionDependence(3, 7)
     for features, mask in zip(f.split(sizes), valid.split(sizes), strict=True):
-        part = PositionDependence(3, 7)
-        part.update(features, valid=mask)
-        whole.update(features, valid=mask)
-        merged.merge(part)
+        split.update(features, valid=mask)
     for name, value in expected._asdict().items():
-        assert same(getattr(whole.compute(), name), value, 1e-6), name
-        assert same(getattr(merged.compute(), name), value, 1e-6), name
+        assert same(getattr(split.compute(), name), value, 1e-6), name
 
 
 def test_values_at_invalid_positions_change_nothing() -> None:
@@ -251,8 +245,6 @@ def test_resampling_every_block_once_gives_the_estimate() -> None:
 def test_sizes_that_do_not_fit_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="takes features"):
         PositionDependence(3, 8).update(torch.zeros(2, 8, 4))
-    with pytest.raises(ValueError, match="different sizes"):
-        PositionDependence(3, 8).merge(PositionDependence(3, 9))
 
 
 def test_energy_by_position_is_the_sum_over_features_of_the_mean_square() -> None:

@@ -219,11 +219,10 @@ def position_correlation_by_loops(f: Tensor, segments: Tensor, valid: Tensor) ->
 def test_position_by_position_correlation_equals_loops_in_any_split(seed: int, cut: int) -> None:
     f_BTF, segments, valid = masked_batch(seed)
     chosen = [3, 1]
-    whole, split, other = (PositionCorrelation(chosen, 7) for _ in range(3))
+    whole, split = (PositionCorrelation(chosen, 7) for _ in range(2))
     whole.update(f_BTF, segments=segments, valid=valid)
     split.update(f_BTF[:cut], segments=segments[:cut], valid=valid[:cut])
-    other.update(f_BTF[cut:], segments=segments[cut:], valid=valid[cut:])
-    split.merge(other)
+    split.update(f_BTF[cut:], segments=segments[cut:], valid=valid[cut:])
     expected = position_correlation_by_loops(f_BTF[..., chosen], segments, valid)
     np.testing.assert_allclose(whole.compute(), expected, atol=1e-9)
     np.testing.assert_allclose(split.compute(), expected, atol=1e-9)

@@ -16,7 +16,12 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 from tcsae.metrics import saebench_json
-from tcsae.metrics.reconstruction import ModelMetrics, ReconstructionMetrics
+from tcsae.metrics.reconstruction import (
+    ModelMetrics,
+    ReconstructionMetrics,
+    next_token_ce,
+    score_forward,
+)
 from tcsae.metrics.saebench_json import (
     Provenance,
     WeightStatistics,
@@ -138,7 +143,11 @@ def document(
     clean = torch.randn(contexts, T, V, generator=rng)
     model = ModelMetrics()
     tokens = torch.randint(V, (contexts, T), generator=rng)
-    model.update(clean, 0.8 * clean, torch.zeros_like(clean), tokens, masked=~counted)
+    sae, ablated = (
+        score_forward(clean, changed, tokens, counted)
+        for changed in (0.8 * clean, torch.zeros_like(clean))
+    )
+    model.add(next_token_ce(clean, tokens, counted), sae, ablated, keep=counted)
     W_enc, W_dec = torch.randn(D, F, generator=rng), torch.randn(F, D, generator=rng)
     return saebench_core_json(
         reconstruction.compute(),
@@ -305,7 +314,8 @@ def measurements_of_zeros() -> tuple[
     reconstruction.update(zeros, zeros, torch.zeros(1, T, 2), valid=every)
     model = ModelMetrics()
     logits, tokens = torch.zeros(1, T, V), torch.zeros(1, T, dtype=torch.long)
-    model.update(logits, logits, logits, tokens, masked=~every)
+    same = score_forward(logits, logits, tokens, every)
+    model.add(next_token_ce(logits, tokens, every), same, same, keep=every)
     weights = weight_statistics(torch.eye(D, 2), torch.eye(2, D), torch.zeros(2))
     return reconstruction.compute(), model.compute(), reconstruction.compute_features(), weights
 

@@ -19,8 +19,6 @@ from tcsae.metrics.specialization import (
     direction_graph,
     firing_graph,
     layout,
-    leiden,
-    phi_coefficient,
     shuffle_contexts,
 )
 from tcsae.metrics.top_contexts import FiringPatterns, Firings
@@ -121,28 +119,6 @@ def test_one_seed_gives_one_answer_whatever_the_global_generator(clusters: Speci
     again = cluster_features(firings_of(planted()), decoder())
     assert torch.equal(again.labels, clusters.labels)
     assert again.summary == clusters.summary
-
-
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
-def test_phi_from_counts_is_pearson_of_the_indicators(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    on = rng.random((50, 4)) < rng.uniform(0.1, 0.9, 4)
-    counts = torch.from_numpy(on.sum(axis=0))
-    both = torch.from_numpy(on.T.astype(int) @ on.astype(int))
-    phi = phi_coefficient(both, counts[:, None], counts, 50)
-    np.testing.assert_allclose(phi, np.corrcoef(on.T.astype(float)), atol=1e-12)
-
-
-def test_phi_of_a_feature_that_never_or_always_fires_is_undefined() -> None:
-    counts = torch.tensor([0, 10, 4])
-    assert phi_coefficient(
-        torch.tensor([0, 4, 4]), counts, torch.tensor(4), 10
-    ).isnan().tolist() == [
-        True,
-        True,
-        False,
-    ]
 
 
 @given(seed=st.integers(0, 10**6), density=st.sampled_from([0.02, 0.3]), k=st.integers(1, 12))
@@ -272,14 +248,6 @@ def test_direction_graph_joins_rows_by_cosine_in_blocks(monkeypatch: pytest.Monk
     np.testing.assert_allclose(graph.weights, cosine[tuple(graph.edges.T)], atol=1e-6)
 
 
-def test_a_higher_resolution_gives_more_clusters_numbered_by_size() -> None:
-    graph = firing_graph(firings_of(noise()).pattern)
-    fine = leiden(graph, resolution=3.0)
-    assert fine.max() > leiden(graph, resolution=1.0).max() > leiden(graph, resolution=0.8).max()
-    sizes = torch.bincount(fine[fine >= 0])
-    assert (sizes.diff() <= 0).all() and sizes.min() >= 2
-
-
 def test_the_picture_keeps_families_together_and_does_not_move(clusters: Specialization) -> None:
     features, points = layout(clusters.graph)
     assert points.shape == (120, 2) and points.isfinite().all()
@@ -288,3 +256,12 @@ def test_the_picture_keeps_families_together_and_does_not_move(clusters: Special
     assert (FAMILY[nearest] == FAMILY[features]).mean() > 0.95
     random.seed(1)
     assert torch.equal(layout(clusters.graph)[1], points)
+
+
+def test_a_higher_resolution_gives_more_clusters_numbered_by_size() -> None:
+    firings = firings_of(noise())
+    coarse, fine = (cluster_features(firings, resolution=value) for value in (1.0, 3.0))
+    assert fine.summary["n_clusters"] > coarse.summary["n_clusters"] > 0
+    sizes = torch.bincount(fine.labels[fine.labels >= 0])
+    assert sizes.tolist() == fine.summary["cluster_sizes"]
+    assert (sizes.diff() <= 0).all() and sizes.min() >= 2

@@ -115,25 +115,23 @@ def test_resamples_scatter_about_the_estimates() -> None:
     assert (draws["autocorrelation"].mean(0) - curve).abs().max() < 0.01
 
 
-def test_batches_and_merges_give_the_same_summary_as_all_at_once() -> None:
+def test_batches_give_the_same_summary_as_all_at_once() -> None:
     g = seeded(4)
     f, x = mixed_features(50, g), synthetic.white_noise(50, 32, 3, generator=g)
     segments, valid = synthetic.random_masks(50, 32, g, boundary=0.03)
-    whole, merged = (ConsistencySuite(5, 32, windows=(2, 8), n_boot=100) for _ in range(2))
+    whole, split = (ConsistencySuite(5, 32, windows=(2, 8), n_boot=100) for _ in range(2))
     whole.update(f, segments=segments, valid=valid, inputs=x)
     parts = (tensor.split([13, 30, 7]) for tensor in (f, segments, valid, x))
     for part_f, part_segments, part_valid, part_x in zip(*parts, strict=True):
-        part = ConsistencySuite(5, 32, windows=(2, 8), n_boot=100)
-        part.update(part_f, segments=part_segments, valid=part_valid, inputs=part_x)
-        merged.merge(part)
+        split.update(part_f, segments=part_segments, valid=part_valid, inputs=part_x)
     for name, value in whole.per_feature().items():
-        theirs = merged.per_feature()[name]
+        theirs = split.per_feature()[name]
         assert torch.allclose(theirs.double(), value.double(), atol=1e-9, equal_nan=True), name
     for name, value in whole.draws().items():
-        assert torch.allclose(merged.draws()[name], value, atol=2e-3, equal_nan=True), name
-    merged.reset()
-    merged.update(f, segments=segments, valid=valid, inputs=x)
-    assert merged.summary() == whole.summary()
+        assert torch.allclose(split.draws()[name], value, atol=2e-3, equal_nan=True), name
+    split.reset()
+    split.update(f, segments=segments, valid=valid, inputs=x)
+    assert split.summary() == whole.summary()
 
 
 def test_values_at_invalid_positions_change_nothing() -> None:

@@ -14,7 +14,6 @@ from tcsae.metrics.top_contexts import (
     FiringPatterns,
     TokenStatistics,
     TopContexts,
-    activation_rows,
     characteristic_tokens,
     cluster_names,
 )
@@ -48,53 +47,24 @@ def top_by_sorting(f: Tensor, valid: Tensor, k: int) -> list[list[tuple[float, i
     k=st.integers(1, 11),
 )
 @settings(max_examples=40, deadline=None)
-def test_top_contexts_equal_sorting_in_any_split_and_merge(
+def test_top_contexts_equal_sorting_in_any_split(
     seed: int, ties: bool, cuts: list[int], k: int
 ) -> None:
     f_BTF, valid = random_batch(seed, ties)
     bounds = sorted({0, *cuts, 9})
-    split, merged = TopContexts(5, k, 6), TopContexts(5, k, 6)
+    split = TopContexts(5, k, 6)
     for a, b in zip(bounds, bounds[1:], strict=False):
         split.update(f_BTF[a:b], valid=valid[a:b])
-        other = TopContexts(5, k, 6)
-        other.update(f_BTF[a:b], valid=valid[a:b])
-        merged.merge(other)
-    expected = top_by_sorting(f_BTF, valid, k)
-    for top in (split.compute(), merged.compute()):
-        assert top.rows is not None
-        for j in range(5):
-            found = [
-                entry
-                for entry in zip(
-                    top.value[j].tolist(),
-                    top.context[j].tolist(),
-                    top.position[j].tolist(),
-                    strict=True,
-                )
-            ]
-            missing = [(0.0, -1, -1)] * (k - len(expected[j]))
-            assert found == expected[j] + missing
-            for place, (_, n, _) in enumerate(expected[j]):
-                shown = torch.where(valid[n], f_BTF[n, :, j], 0)
-                assert torch.equal(top.rows[j, place], shown)
-            assert top.rows[j, len(expected[j]) :].count_nonzero() == 0
-
-
-def test_rows_of_a_second_pass_equal_the_rows_kept() -> None:
-    f_BTF, valid = random_batch(0)
-    f_BTF = f_BTF * valid[..., None]
-    kept, lean = TopContexts(5, 3, 6), TopContexts(5, 3)
-    kept.update(f_BTF)
-    lean.update(f_BTF)
-    assert lean.compute().rows is None
-    feature, place = (lean.compute().context >= 0).nonzero(as_tuple=True)
-    context = lean.compute().context[feature, place]
-    rows = torch.zeros(len(feature), 6, dtype=f_BTF.dtype)
-    for start in (0, 4):
-        batch = f_BTF[start : start + 4] if start == 0 else f_BTF[start:]
-        found, activations = activation_rows(batch, feature, context, first_context=start)
-        rows[found] = activations
-    assert torch.equal(rows, kept.compute().rows[feature, place])
+    expected, top = top_by_sorting(f_BTF, valid, k), split.compute()
+    for j in range(5):
+        columns = (top.value[j], top.context[j], top.position[j])
+        found = list(zip(*(column.tolist() for column in columns), strict=True))
+        missing = [(0.0, -1, -1)] * (k - len(expected[j]))
+        assert found == expected[j] + missing
+        for place, (_, n, _) in enumerate(expected[j]):
+            shown = torch.where(valid[n], f_BTF[n, :, j], 0)
+            assert torch.equal(top.rows[j, place], shown)
+        assert top.rows[j, len(expected[j]) :].count_nonzero() == 0
 
 
 def test_reset_forgets_the_contexts() -> None:
@@ -116,11 +86,10 @@ def test_another_number_of_features_or_positions_is_refused() -> None:
 @settings(max_examples=20, deadline=None)
 def test_firing_patterns_list_every_counted_position(seed: int, cut: int) -> None:
     f_BTF, valid = random_batch(seed)
-    whole, split, other = (FiringPatterns(5) for _ in range(3))
+    whole, split = (FiringPatterns(5) for _ in range(2))
     whole.update(f_BTF, valid=valid)
     split.update(f_BTF[:cut], valid=valid[:cut])
-    other.update(f_BTF[cut:], valid=valid[cut:])
-    split.merge(other)
+    split.update(f_BTF[cut:], valid=valid[cut:])
     context, position = valid.nonzero(as_tuple=True)
     for firings in (whole.compute(), split.compute()):
         assert np.array_equal(firings.pattern.toarray(), (f_BTF[valid] > 0).numpy())
@@ -142,10 +111,9 @@ def token_sums(f_BTF: Tensor, tokens: Tensor, valid: Tensor, vocab_size: int) ->
 def test_token_statistics_equal_counting_in_any_split(seed: int, cut: int) -> None:
     f_BTF, valid = random_batch(seed)
     tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, 7, (9, 6)))
-    split, other = FeatureTokens(5, 7), FeatureTokens(5, 7)
+    split = FeatureTokens(5, 7)
     split.update(f_BTF[:cut], tokens[:cut], valid=valid[:cut])
-    other.update(f_BTF[cut:], tokens[cut:], valid=valid[cut:])
-    split.merge(other)
+    split.update(f_BTF[cut:], tokens[cut:], valid=valid[cut:])
     for found in (token_sums(f_BTF, tokens, valid, 7), split.compute()):
         f, v = f_BTF[valid], tokens[valid]
         weight = np.stack([f[v == token].sum(dim=0) for token in range(7)])
@@ -153,18 +121,12 @@ def test_token_statistics_equal_counting_in_any_split(seed: int, cut: int) -> No
         assert torch.equal(found.token_counts, torch.bincount(v, minlength=7))
         for j in range(5):
             active = f[:, j][f[:, j] > 0].numpy()
-            values = [
-                x[j].item() for x in (found.log_density, found.amplitude_cv, found.token_entropy)
-            ]
+            values = [x[j].item() for x in (found.log_density, found.token_entropy)]
             if len(active) == 0:
                 assert np.isnan(values).all()
                 continue
             share = weight[:, j][weight[:, j] > 0] / weight[:, j].sum()
-            expected = [
-                np.log10(len(active) / len(f)),
-                active.std() / active.mean(),
-                -(share * np.log(share)).sum(),
-            ]
+            expected = [np.log10(len(active) / len(f)), -(share * np.log(share)).sum()]
             np.testing.assert_allclose(values, expected, atol=1e-7)
 
 
@@ -214,5 +176,4 @@ def test_token_entropy_runs_from_one_token_to_all() -> None:
     f_BTF = torch.stack([(tokens == 3) * 2.0, torch.ones(5, 8)], dim=2)
     statistics = token_sums(f_BTF, tokens, torch.ones(5, 8).bool(), 8)
     np.testing.assert_allclose(statistics.token_entropy, [0, np.log(8)], atol=1e-12)
-    np.testing.assert_allclose(statistics.amplitude_cv, [0, 0], atol=1e-7)
     np.testing.assert_allclose(statistics.log_density, [np.log10(1 / 8), 0])

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
+from tcsae.base.run_files import RunFiles
+from tcsae.report.run_page import write_run_page
+from tcsae.runs.folder import load_run
+
 EVIL = "</script><img src=x onerror=alert(1)><b>"
 """Text that a page must show as it is."""
 
@@ -29,6 +33,11 @@ _FLAGS = (
     "--virtual-time-budget=20000",
     "--dump-dom",
 )
+
+
+def page_of(folder: Path) -> Path:
+    """The page of the run in `folder`, written there."""
+    return write_run_page(load_run(folder), RunFiles(folder).report)
 
 
 @dataclass

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tcsae.report import contents as module
-from tcsae.report.contents import Contents, binned, feature_data, flat
+from tcsae.report.contents import Contents, binned, feature_data
+from tcsae.report.runs import flat
 from tcsae.runs.folder import load_run
 
 

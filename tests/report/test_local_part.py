@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import page_of
 from run_folders import changed, codes, write_run
 
 from tcsae.base.files import load_tensors, save_tensors
@@ -22,7 +23,7 @@ from tcsae.report.comparison import compare_runs
 from tcsae.report.contents import OLDER, Contents
 from tcsae.report.memory_figures import SHARES, share_rows, stacked_shares
 from tcsae.report.notes import comparison_notes, run_notes
-from tcsae.report.run_page import run_figures, write_run_report
+from tcsae.report.run_page import run_figures
 from tcsae.runs.folder import load_run
 
 NEW = ("energy_by_position", "edge_energy", "shares_window")
@@ -106,7 +107,7 @@ def test_a_run_s_page_and_notes_show_them(run_folder: Path, tmp_path: Path) -> N
     assert {"shares", "energy", f"distribution-{local}"} <= set(run_figures(contents))
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
-    page = write_run_report(folder).read_text(encoding="utf-8")
+    page = page_of(folder).read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     entry = contents.summary["metrics"][local]
     for words in (label(local).name, "Edge energy", spread_text(entry), "99 %"):
@@ -125,7 +126,7 @@ def test_an_older_run_has_a_page_that_says_what_is_missing(
     contents = Contents.of(load_run(folder))
     assert contents.local_window is None and OLDER in contents.missing()
     assert not {"shares", "energy"} & set(run_figures(contents))
-    page = write_run_report(folder).read_text(encoding="utf-8")
+    page = page_of(folder).read_text(encoding="utf-8")
     assert "Nested shares were not measured" in page
     assert OLDER.split(":")[0] in " ".join(run_notes(load_run(folder)).split())
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tcsae.base.labels import interval_text, number
+from tcsae.base.run_files import NOTES, RunFiles
 from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
 from tcsae.runs.folder import LoadedRun, load_run
 
@@ -98,8 +99,8 @@ def test_notes_are_written_beside_the_run(run_folder: Path, tmp_path: Path) -> N
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     shutil.rmtree(folder / "analysis")
-    text = write_run_notes(folder).read_text(encoding="utf-8")
-    assert (folder / "notes.txt").is_file()
+    text = write_run_notes(load_run(folder), folder / NOTES).read_text(encoding="utf-8")
+    assert RunFiles(folder).has_pages
     assert "Redundancy, clusters and top contexts: not there" in text
 
 

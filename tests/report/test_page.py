@@ -7,9 +7,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from browser import EVIL
 
-from tcsae.report.page import packed, plain, rounded, script_json
+from tcsae.base.json_numbers import plain
+from tcsae.report.page import packed, script_json
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "float32"])
@@ -26,7 +28,10 @@ def test_what_json_cannot_hold_becomes_null() -> None:
 
 
 def test_numbers_keep_four_digits() -> None:
-    assert rounded([1.23456, float("nan"), None, 1234567.0]) == [1.235, None, None, 1235000.0]
+    given = [1.23456, float("nan"), None, 1234567.0, 12345]
+    assert plain(given, 4) == [1.235, None, None, 1235000.0, 12345]
+    assert plain(torch.tensor([0.1, torch.nan], dtype=torch.float32), 6) == [0.1, None]
+    assert plain(torch.tensor([True, False])) == [True, False]
 
 
 def test_data_cannot_end_its_script_element() -> None:

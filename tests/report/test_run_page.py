@@ -7,19 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browser import EVIL, Tags, show
+from browser import EVIL, Tags, page_of, show
 from run_folders import codes, inputs, write_run
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json, write_json
 from tcsae.report.notes import run_notes
-from tcsae.report.run_page import write_run_report
 from tcsae.runs.folder import load_run
 
 
 @pytest.fixture(scope="module")
 def page(run_folder: Path) -> Path:
-    return write_run_report(run_folder)
+    return page_of(run_folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_explained_variance_by_norm_limit_and_its_caution_are_shown(
         "text": "Explained variance depends on the norm limit: told",
     }
     write_json(copy / "eval" / "core.json", core)
-    told = Tags(write_run_report(copy).read_text(encoding="utf-8"))
+    told = Tags(page_of(copy).read_text(encoding="utf-8"))
     assert "depends on the norm limit: told" in told.text
     assert "depends on the norm limit" not in tags.text
 
@@ -82,7 +81,7 @@ def test_a_run_that_was_measured_before_the_limits_has_a_page(
     for key in ("explained_variance_by_norm_limit", "norm_limit_caution"):
         del core["eval_result_unstructured"][key]
     write_json(copy / "eval" / "core.json", core)
-    page = Tags(write_run_report(copy).read_text(encoding="utf-8"))
+    page = Tags(page_of(copy).read_text(encoding="utf-8"))
     assert "norm limit" not in page.text and "Explained variance" in page.text
 
 
@@ -99,21 +98,21 @@ def test_a_run_without_analysis_says_so(run_folder: Path, tmp_path: Path) -> Non
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     shutil.rmtree(folder / "analysis")
-    text = Tags(write_run_report(folder).read_text(encoding="utf-8")).text
+    text = Tags(page_of(folder).read_text(encoding="utf-8")).text
     assert "Clusters: not there: this run has no analysis/ folder" in text
 
 
 def test_what_is_no_finished_run_is_refused_in_a_line(tmp_path: Path, run_folder: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
-        write_run_report(tmp_path)
+        page_of(tmp_path)
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run" / "final_info.json").unlink()
     with pytest.raises(UserError, match="has not finished"):
-        write_run_report(tmp_path / "run")
+        page_of(tmp_path / "run")
 
 
 def test_tokens_are_text_whatever_they_contain(evil_folder: Path) -> None:
-    tags = Tags(write_run_report(evil_folder).read_text(encoding="utf-8"))
+    tags = Tags(page_of(evil_folder).read_text(encoding="utf-8"))
     assert not tags.named("img")
     assert len(tags.named("script")) == 3
 
@@ -159,7 +158,7 @@ def test_a_feature_opens_with_its_contexts(page: Path, run_folder: Path) -> None
 
 @pytest.mark.slow
 def test_a_browser_runs_no_token(evil_folder: Path) -> None:
-    page = write_run_report(evil_folder)
+    page = page_of(evil_folder)
     shown = show(page, "#feature-0")
     html = shown.tags if shown else Tags(page.read_text(encoding="utf-8"))
     assert not html.named("img")
@@ -207,7 +206,7 @@ def test_a_run_with_hardly_anything_to_show_has_a_page(
     features = codes(n_contexts=n_contexts) * (kind != "dead")
     folder = write_run(tmp_path / "run", features=features, x=inputs(n_contexts=n_contexts))
     shutil.copy(run_folder / "final_info.json", folder)
-    html = write_run_report(folder).read_text(encoding="utf-8")
+    html = page_of(folder).read_text(encoding="utf-8")
     data = html.partition('id="content">')[2].partition("</script>")[0]
     assert "NaN" not in data and "Infinity" not in data
     text = Tags(html).text

@@ -1,0 +1,317 @@
+"""One job: its folder, how it ends, and the phases it goes through in a bank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcsae.base.errors import Interrupted, UserError
+from tcsae.base.files import read_json, write_json
+from tcsae.base.log import speaking_of
+from tcsae.base.run_files import RunFiles
+from tcsae.base.signals import StopRequest
+from tcsae.config import Config
+from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.stream import Stream
+from tcsae.jobs.finish import measure, measured_info, say_results, write_pages
+from tcsae.jobs.tracking import Tracker
+from tcsae.losses.laplacian import share_in_windows
+from tcsae.measure.evaluation import Evaluation
+from tcsae.metrics.reconstruction import ModelMetrics
+from tcsae.report.contents import Contents
+from tcsae.report.run_page import run_figures
+from tcsae.runs.folder import LoadedRun, RunFolder
+from tcsae.runs.state import StateFile
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats.saelens import load_saelens, save_saelens
+from tcsae.training.member import Member
+from tcsae.training.trainer import Seat
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job of a bank ended: with the content of final_info.json, or with an error."""
+
+    info: dict[str, Any] | None = None
+    error: Exception | None = None
+    repeated: bool = True
+    """False: the folder showed it as finished, and nothing was done."""
+
+
+class Job:
+    """One run: its folder, its state file, and how it ends. What it is at is one of the phases."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.files = config, RunFolder(folder)
+        self.state = StateFile(folder)
+        self.tracker: Tracker | None = None
+        """Kept here to be ended whatever happens."""
+        self.outcome: Outcome | None = None
+        self.is_closed = False
+
+    @property
+    def title(self) -> str:
+        return self.config.name or self.files.path.name
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """An error in the block is this job's outcome, and stops nobody else."""
+        with speaking_of(self.files.path):
+            try:
+                yield
+            except Interrupted:
+                raise
+            except Exception as error:
+                self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        if self.outcome is None:
+            self.outcome = Outcome(error=error)
+
+    def claim(self, held: contextlib.ExitStack) -> None:
+        """Take the folder for as long as `held` lasts; a finished run has its outcome at once."""
+        held.enter_context(self.files.owned())
+        self.files.claim(self.config)
+        if not self.files.is_finished:
+            return
+        if not self.config.rerun:
+            if not self.files.has_pages:
+                write_pages(self.files.load())
+            log.info(f"already finished: {self.files.path} (rerun=true repeats it)")
+            self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
+            return
+        # Checkpoints first: a repetition that is interrupted must go on, not start again.
+        shutil.rmtree(self.files.checkpoints, ignore_errors=True)
+        self.files.final_info.unlink()
+
+    def say_failed(self, error: Exception) -> None:
+        """Into the state file, once."""
+        if self.state.state.state != "failed":
+            text = "".join(traceback.format_exception(error))
+            self.state.end("failed", _first_line(error), text)
+
+    def close(self) -> None:
+        """The last word of the state file and of W&B; a second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        error = self.outcome.error if self.outcome else None
+        if self.outcome is None:
+            self.state.end("interrupted")
+        elif error is None:
+            self.state.end("done")
+        else:
+            self.say_failed(error)
+        if self.tracker is not None:
+            self.tracker.finish(int(self.outcome is None or error is not None))
+            self.tracker = None
+
+
+# ------------------------------------------------------------------------------------- phases
+# Claimed -> Training -> Trained -> Measured. Each holds what the next step needs, and no more.
+
+
+@dataclass(frozen=True)
+class Claimed:
+    job: Job
+
+
+@dataclass(frozen=True)
+class Training:
+    job: Job
+    tracker: Tracker
+    seat: Seat
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a seat when its training is over."""
+
+    job: Job
+    tracker: Tracker
+    sae: SparseAutoencoder
+    """As saved: on raw activations."""
+    sae_cfg: dict[str, Any]
+    steps: int
+    """That the optimizer took."""
+    tokens: int
+    seconds: float
+    final_loss: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    job: Job
+    trained: Trained
+    behaviour: ModelMetrics
+    """What the language model does with the SAE in it."""
+
+
+def begin(stream: Stream, claimed: Claimed) -> Training:
+    job = claimed.job
+    _check_content(stream, job.files)
+    _check_windows(job.config, stream)
+    torch.manual_seed(job.config.seed)
+    tracker = job.tracker = Tracker(job.config, job.files.path)
+    member = Member(
+        job.config,
+        stream.model.d_in,
+        stream.train.calibration,
+        stream.model.device,
+        autocast=_bfloat16_products(job.config, stream.model.device),
+    )
+    return Training(job, tracker, Seat(member, job.files.path, tracker))
+
+
+def keep(stream: Stream, training: Training) -> Trained:
+    """Save the trained SAE; its optimizer is let go.
+
+    Raises RuntimeError for a run without an optimizer step: there is no result to report.
+    """
+    job, seat, member = training.job, training.seat, training.seat.member
+    if member.optimizer_steps < 1:
+        raise RuntimeError("the optimizer took no step: there is nothing to report")
+    metadata = _saelens_metadata(job.config, stream)
+    save_saelens(job.files.sae, member.finished_sae(), metadata)
+    sae, sae_cfg = load_saelens(job.files.sae)
+    return Trained(
+        job,
+        training.tracker,
+        sae,
+        sae_cfg,
+        steps=member.optimizer_steps,
+        tokens=int(member.tokens_seen),
+        seconds=seat.seconds,
+        final_loss=member.last_loss.item(),
+    )
+
+
+def complete(stream: Stream, stop: StopRequest, started: float, measured: Measured) -> None:
+    """From the trained SAE to the pages."""
+    stop.check()
+    job, trained, tracker = measured.job, measured.trained, measured.trained.tracker
+    evaluation, analysis = measure(
+        trained.sae, trained.sae_cfg, measured.behaviour, job.config, stream, job.files, stop
+    )
+    if analysis is not None:
+        tracker.summary(analysis.headline)
+    info = _final_info(job.config, trained, stream, evaluation, time.monotonic() - started)
+    tracker.summary(evaluation.headline)
+    write_json(job.files.final_info, info)
+    run = job.files.load()
+    write_pages(run)
+    _send_pages(run, tracker)
+    say_results(job.files, evaluation)
+    job.outcome = Outcome(info)
+
+
+def _check_content(stream: Stream, files: RunFiles) -> None:
+    """Raises UserError if the run was begun with other text or weights under the same paths."""
+    known, content = files.content, stream.content
+    if files.checkpoints.exists() and known.is_file():
+        before = read_json(known)
+        changed = [name for name, value in content.items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{files.path} was begun with other content ({', '.join(changed)} changed since): "
+                "remove it, choose another folder, or restore what was there"
+            )
+    write_json(known, content)
+
+
+FEW_IN_WINDOWS = 0.1
+"""Below this share of tokens in windows the temporal loss says little of the text."""
+
+
+def _check_windows(config: Config, stream: Stream) -> None:
+    """Raises UserError if no window of the training text could ever have a loss."""
+    if not config.has_temporal_loss:
+        return
+    window = 2 if config.consistency.form == "slow" else config.window
+    contexts = stream.train.source.contexts
+    share = share_in_windows(window, contexts.segments, contexts.valid)
+    wanted = "two valid tokens" if window == "document" else f"{window} valid tokens in a row"
+    if share == 0:
+        raise UserError(
+            f"window = {window}: no document of the training text has {wanted}, so that the "
+            "temporal loss would be 0 at every step: take a smaller window, longer documents, or "
+            "consistency=none"
+        )
+    if share < FEW_IN_WINDOWS:
+        log.warning(
+            f"window = {window}: only {100 * share:.1f} % of the training tokens lie where a "
+            f"document has {wanted}; the temporal loss sees no others"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _bfloat16_products(config: Config, device: str) -> bool:
+    wanted = config.training.precision
+    return bfloat16_is_native(device) if wanted == "auto" else wanted == "bfloat16"
+
+
+def _saelens_metadata(config: Config, stream: Stream) -> dict[str, Any]:
+    return {
+        "model_name": config.model.name,
+        "hook_name": stream.model.hook_name,
+        "hook_head_index": None,
+        "context_size": config.dataset.context_size,
+        "prepend_bos": True,
+        "model_from_pretrained_kwargs": {},
+        "seqpos_slice": [None],
+        "exclude_special_tokens": sorted(stream.model.special_ids.masked),
+        "dataset_path": config.dataset.path,
+        "training_architecture": config.sae.architecture,
+        "window": config.window,
+        "lambda": config.lambda_,
+        "norm_limit": stream.train.calibration.norm_limit,
+        "tcsae": config.dump(),
+    }
+
+
+def _final_info(
+    config: Config,
+    trained: Trained,
+    stream: Stream,
+    evaluation: Evaluation,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """The keys the experiment's first runs wrote, filled with what happened."""
+    return {
+        "training_steps": trained.steps,
+        "final_loss": trained.final_loss,
+        "learning_rate": config.training.lr,
+        "sparsity_penalty": getattr(config.sae, "l1_coefficient", None),
+        "window_size": config.window,
+        "lambda": config.lambda_,
+        "seed": config.seed,
+        "tokens": trained.tokens,
+        "training_seconds": trained.seconds,
+        "tokens_per_second": trained.steps
+        * config.training.batch_contexts
+        * config.dataset.context_size
+        / trained.seconds,
+        **measured_info(config, stream, evaluation, wall_seconds),
+    }
+
+
+def _send_pages(run: LoadedRun, tracker: Tracker) -> None:
+    """The report's figures and its table of features, to W&B."""
+    if tracker.wandb.failed:
+        return
+    columns = {"feature": list(range(run.config.sae.d_sae)), **run.consistency["per_feature"]}
+    tracker.pages(run_figures(Contents.of(run)), columns)
