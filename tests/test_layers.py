@@ -55,7 +55,7 @@ def _top_imports(path: Path, known: set[str]) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             found |= set(house._targets(node, dict.fromkeys(known, path)))
     # A package's __init__ is a page of names, not something its modules stand on.
-    return {name for name in found & known if not (path.parent.name in name.split(".")[-1:])}
+    return {name for name in found & known if path.parent.name not in name.split(".")[-1:]}
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,6 @@ class Member:
             segments=batch.segments,
             valid=batch.valid,
             generator=generator,
-            sums_TF=codes.sums_TF,
-            parts=codes.parts,
         )
 
     def _update(self, total: Tensor, lr: float) -> None:
