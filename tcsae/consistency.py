@@ -371,11 +371,7 @@ class Consistency(nn.Module):
         """
         if self.form == "none":
             return torch.zeros((), device=valid.device)
-        if self.n_features is not None:
-            if isinstance(features, Tensor):
-                features = features[..., : self.n_features]
-            else:
-                features = features.first(self.n_features)
+        features = self._chosen(features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
         order_BT = None
@@ -391,22 +387,41 @@ class Consistency(nn.Module):
             order_BT=order_BT,
         )
 
+    @torch.no_grad()
+    def after_step(self, features: Tensor | SparseCodes, *, valid: Tensor) -> None:
+        """Once after every optimizer step with a penalty: its batch joins batch_history's."""
+        if self.form != "batch_history" or not len(self.history):
+            return
+        mean_F = _batch_mean(self._chosen(features), valid)
+        self.history = torch.cat([self.history[1:], mean_F[None]])
+        self.n_older = min(self.n_older + 1, len(self.history))
+        self.filled.fill_(self.n_older)
+
+    def _chosen(self, features: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        """Those of the features that the penalty is on."""
+        if self.n_features is None:
+            return features
+        if isinstance(features, Tensor):
+            return features[..., : self.n_features]
+        return features.first(self.n_features)
+
     def _batch_history(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""
-        if isinstance(features, Tensor):
-            sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
-        else:
-            sums_F = features.sums()
-        mean_F = sums_F / valid.sum().clamp(min=1)
+        mean_F = _batch_mean(features, valid)
         older = self.history[len(self.history) - self.n_older :]
         penalty = mean_F.new_zeros(())
         if self.n_older:
             penalty = torch.cat([older, mean_F[None]]).var(0, correction=1).mean()
-        if len(self.history):
-            self.history = torch.cat([self.history[1:], mean_F.detach()[None]])
-            self.n_older = min(self.n_older + 1, len(self.history))
-            self.filled.fill_(self.n_older)
         return penalty / int(self.window) if self.scale_by_window else penalty
+
+
+def _batch_mean(features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
+    """[F] over the valid tokens."""
+    if isinstance(features, Tensor):
+        sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
+    else:
+        sums_F = features.sums()
+    return sums_F / valid.sum().clamp(min=1)
 
 
 def _read_filled(module: Any, _keys: object) -> None:
