@@ -41,7 +41,6 @@ from tcsae.losses.laplacian import Laplacian, Window, window_laplacian
 from tcsae.losses.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
 from tcsae.tensors.positions import permute_within_segments
 from tcsae.tensors.sparse import SparseCodes
-from tcsae.tensors.sums import GradientPart, PositionSums
 
 VarianceOver = Literal["windows", "positions"]
 
@@ -300,24 +299,18 @@ def _window_penalty(
     valid: Tensor,
     options: _Options,
     *,
-    sums_TF: Tensor | None = None,
     order_BT: Tensor | None = None,
-    parts: list[GradientPart] | None = None,
 ) -> Tensor:
     """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
 
-    `sums_TF` and `parts` as of `Consistency.forward`, `order_BT` as of `_batch_weights`.
+    `order_BT` as of `_batch_weights`.
     """
     dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
     wide = torch.promote_types(dtype, torch.float32)
     weights = _batch_weights(window, segments, valid, options, order_BT, wide)
     if not isinstance(features, Tensor):
         return SparseWindowPenalty.apply(features.values_M, features, weights, options.form)
-    if not options.position_weight:
-        sums_TF = None
-    elif sums_TF is None or order_BT is not None:
-        sums_TF = PositionSums.apply(features, weights.place_BT)
-    return WindowPenalty.apply(features, sums_TF, weights, options.form, parts)
+    return WindowPenalty.apply(features, weights, options.form)
 
 
 class Consistency(nn.Module):
@@ -367,29 +360,18 @@ class Consistency(nn.Module):
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
-        sums_TF: Tensor | None = None,
-        parts: list[GradientPart] | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
         `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
-        them; `sums_TF` are their sums over contexts with a gradient of their own, if there are any.
-        If whoever made the features takes `parts` of their gradient (`Codes.parts`), the backward
-        pass may put its own there and give the features none.
+        them.
 
         Raises:
             ValueError: a position term of a single context.
         """
         if self.form == "none":
             return torch.zeros((), device=valid.device)
-        if self.n_features is not None:
-            # A part of the features has no place in their gradient's factors.
-            parts = None
-            sums_TF = None if sums_TF is None else sums_TF[:, : self.n_features]
-            if isinstance(features, Tensor):
-                features = features[..., : self.n_features]
-            else:
-                features = features.first(self.n_features)
+        features = self._chosen(features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
         order_BT = None
@@ -402,27 +384,44 @@ class Consistency(nn.Module):
             segments,
             valid,
             self.options,
-            sums_TF=sums_TF,
             order_BT=order_BT,
-            parts=parts,
         )
+
+    @torch.no_grad()
+    def after_step(self, features: Tensor | SparseCodes, *, valid: Tensor) -> None:
+        """Once after every optimizer step with a penalty: its batch joins batch_history's."""
+        if self.form != "batch_history" or not len(self.history):
+            return
+        mean_F = _batch_mean(self._chosen(features), valid)
+        self.history = torch.cat([self.history[1:], mean_F[None]])
+        self.n_older = min(self.n_older + 1, len(self.history))
+        self.filled.fill_(self.n_older)
+
+    def _chosen(self, features: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        """Those of the features that the penalty is on."""
+        if self.n_features is None:
+            return features
+        if isinstance(features, Tensor):
+            return features[..., : self.n_features]
+        return features.first(self.n_features)
 
     def _batch_history(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""
-        if isinstance(features, Tensor):
-            sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
-        else:
-            sums_F = features.sums()
-        mean_F = sums_F / valid.sum().clamp(min=1)
+        mean_F = _batch_mean(features, valid)
         older = self.history[len(self.history) - self.n_older :]
         penalty = mean_F.new_zeros(())
         if self.n_older:
             penalty = torch.cat([older, mean_F[None]]).var(0, correction=1).mean()
-        if len(self.history):
-            self.history = torch.cat([self.history[1:], mean_F.detach()[None]])
-            self.n_older = min(self.n_older + 1, len(self.history))
-            self.filled.fill_(self.n_older)
         return penalty / int(self.window) if self.scale_by_window else penalty
+
+
+def _batch_mean(features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
+    """[F] over the valid tokens."""
+    if isinstance(features, Tensor):
+        sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
+    else:
+        sums_F = features.sums()
+    return sums_F / valid.sum().clamp(min=1)
 
 
 def _read_filled(module: Any, _keys: object) -> None:

@@ -437,6 +437,8 @@ def test_batch_history_is_the_variance_over_the_last_batch_means() -> None:
         mask = {"segments": torch.zeros(2, 6), "valid": valid}
         got.append(penalty(features, **mask))
         assert scaled(features, **mask).item() == pytest.approx(got[-1].item() / window)
+        penalty.after_step(features, valid=valid)
+        scaled.after_step(features, valid=valid)
     assert got[0].item() == 0
     for step in range(1, 5):
         buffer = torch.stack(means[max(0, step - window + 1) : step + 1])
@@ -449,6 +451,7 @@ def test_batch_history_sends_gradient_to_the_current_batch_alone() -> None:
     first = torch.rand(1, 5, 2, requires_grad=True)
     second = torch.rand(1, 5, 2, requires_grad=True)
     penalty(first, **mask)
+    penalty.after_step(first, valid=mask["valid"])
     penalty(second, **mask).backward()
     assert first.grad is None
     assert second.grad is not None and second.grad.abs().min() > 0
@@ -461,11 +464,13 @@ def test_batch_history_goes_on_with_the_same_bits_from_its_saved_state(steps: in
     whole, resumed = (Consistency("batch_history", window, d_sae=d_sae) for _ in range(2))
     features = torch.rand(steps + window + 1, 1, 6, d_sae)
     for step in range(steps):
-        whole(features[step], **mask)
+        whole.after_step(features[step], valid=mask["valid"])
     resumed.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
     for step in range(steps, len(features)):
         wanted = whole(features[step], **mask)
         assert torch.equal(resumed(features[step], **mask), wanted)
+        for penalty in (whole, resumed):
+            penalty.after_step(features[step], valid=mask["valid"])
         assert (wanted > 0) == (step > 0)
     assert whole.filled == resumed.filled == window - 1
 

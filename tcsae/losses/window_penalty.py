@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from tcsae.tensors.sparse import SparseCodes
-from tcsae.tensors.sums import GradientPart, column_sums
+from tcsae.tensors.sums import column_sums, position_sums
 
 Form = Literal["window_variance", "scale_free", "slow"]
 """docs/method.md has the formulas."""
@@ -78,74 +78,81 @@ class WindowPenalty(torch.autograd.Function):
     lowered by shrinking a feature. Slow: the same, a feature at a time times mean(v) / v_j, so that
     all weigh alike. Features without variance get neither value nor gradient.
 
-    `sums_TF`, the features' sums over contexts (None without a position term), carries its own part
-    of the gradient, one row a position. The product runs in the features' own dtype (bfloat16 where
-    the SAE's products do), sums in float32. What the forward pass makes of a few contexts is still
-    in the cache when it is summed. Where there is a list `parts`, the gradient to the features is
-    put there in its factors, for whoever made them (as of `Consistency.forward`).
+    The product runs in the features' own dtype (bfloat16 where the SAE's products do), sums in
+    float32. What either pass makes of a few contexts is still in the cache when it is used again:
+    beside f, M f and the gradient no tensor of their size is made.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features_BTF: Tensor,
-        sums_TF: Tensor | None,
-        weights: Weights,
-        form: Form,
-        parts: list[GradientPart] | None = None,
-    ) -> Tensor:
+    def forward(ctx: Any, features_BTF: Tensor, weights: Weights, form: Form) -> Tensor:
         measure_BT = weights.measure_BT.to(features_BTF.dtype)  # rounded once, for all it is in
         measured = None if form == "window_variance" else measure_BT
         smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.within_BTT, measured)
         # The number of windows comes in afterwards: in bfloat16 it would round all alike.
         e_F = e_F / weights.n_windows
         half_TF = None
-        if sums_TF is not None:
-            between_F, half_TF = weights.between(sums_TF)
+        if weights.spread_T is not None:
+            between_F, half_TF = weights.between(position_sums(features_BTF, weights.place_BT))
             e_F = e_F + between_F
-        ctx.form, ctx.parts = form, parts
+        kept = (smooth_BTF, weights.n_windows, half_TF, weights.place_BT)
         if form == "window_variance":
-            ctx.save_for_backward(smooth_BTF, weights.n_windows, half_TF)
+            ctx.save_for_backward(*kept)
             return e_F.sum()
         total = measure_BT.sum(dtype=square_F.dtype).clamp(min=1)
         mean_F = mean_F / total
         share_F, ratio_F = _normalised(form, e_F, mean_F, square_F / total - mean_F.square())
         pull_F = 2 * share_F * ratio_F / total
-        ctx.save_for_backward(
-            smooth_BTF,
-            weights.n_windows,
-            half_TF,
-            features_BTF,
-            mean_F,
-            pull_F,
-            share_F,
-            measure_BT,
-        )
+        ctx.save_for_backward(*kept, features_BTF, measure_BT, mean_F, pull_F, share_F)
         return (share_F * e_F).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        smooth_BTF, n_windows, half_TF, *rest = ctx.saved_tensors
+        smooth_BTF, n_windows, half_TF, place_BT, *rest = ctx.saved_tensors
         scale, dtype = 2 * grad / n_windows, smooth_BTF.dtype
-        grad_TF = None if half_TF is None else half_TF * (2 * grad)
-        if ctx.form == "window_variance":
-            return smooth_BTF * scale.to(dtype), grad_TF, *[None] * 3
-        features_BTF, mean_F, pull_F, share_F, measure_BT = rest
-        grad_TF = None if grad_TF is None else grad_TF * share_F
-        part = GradientPart(
-            smooth_BTF.flatten(0, 1),
-            (scale * share_F).to(dtype),
-            (grad * pull_F).to(dtype),
-            mean_F.to(dtype),
-            measure_BT.reshape(-1, 1),
-        )
-        if ctx.parts is not None:
-            ctx.parts.append(part)
-            return None, grad_TF, *[None] * 3
-        gradient_NF = part.row_F.expand_as(part.smooth_NF).clone()
-        part.add_to(gradient_NF, features_BTF.flatten(0, 1), 0)
-        return gradient_NF.view(features_BTF.shape), grad_TF, *[None] * 3
+        rows_TF = None if half_TF is None else half_TF * (2 * grad)
+        if not rest:
+            gradient_BTF = smooth_BTF * scale.to(dtype)
+        else:
+            features_BTF, measure_BT, mean_F, pull_F, share_F = rest
+            rows_TF = None if rows_TF is None else rows_TF * share_F
+            factors_F = (scale * share_F, grad * pull_F, mean_F)
+            gradient_BTF = _scale_free_gradient(
+                smooth_BTF, features_BTF, measure_BT, *(of_F.to(dtype) for of_F in factors_F)
+            )
+        if rows_TF is not None:
+            _add_by_position(gradient_BTF, rows_TF.to(dtype), place_BT)
+        return gradient_BTF, None, None
+
+
+def _scale_free_gradient(
+    smooth_BTF: Tensor,
+    features_BTF: Tensor,
+    measure_BT: Tensor,
+    share_F: Tensor,
+    pull_F: Tensor,
+    mean_F: Tensor,
+) -> Tensor:
+    """smooth * share - measure * (f - mean) * pull."""
+    gradient_BTF = torch.empty_like(smooth_BTF)
+    row_F = pull_F * mean_F
+    for smooth_CTF, f_CTF, measure_CT1, gradient_CTF in _in_cache(
+        smooth_BTF, features_BTF, measure_BT[..., None], gradient_BTF
+    ):
+        torch.addcmul(row_F, smooth_CTF, share_F, out=gradient_CTF)
+        # mean + measure * (f - mean), in one pass; `row_F` gives the mean's part back.
+        drawn_CTF = torch.lerp(mean_F, f_CTF, measure_CT1)
+        gradient_CTF.addcmul_(drawn_CTF, pull_F, value=-1)
+    return gradient_BTF
+
+
+def _add_by_position(gradient_BTF: Tensor, rows_TF: Tensor, place_BT: Tensor | None) -> None:
+    """In place: to each position its row, that of `place_BT` where there is one."""
+    if place_BT is None:
+        gradient_BTF.add_(rows_TF)
+        return
+    for gradient_CTF, place_CT in _in_cache(gradient_BTF, place_BT):
+        gradient_CTF.add_(rows_TF[place_CT])
 
 
 def _in_cache(*tensors_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:

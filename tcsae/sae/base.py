@@ -109,6 +109,13 @@ class SparseAutoencoder(nn.Module, ABC):
         """What holds after every optimizer step: decoder rows of norm 1."""
         self.normalise_decoder()
 
+    def after_step(self, codes: Codes, *, progress: float) -> None:
+        """Once after every optimizer step: take its batch into what is no parameter.
+
+        Here and nowhere else: the passes and losses change nothing, and called again say the same.
+        `codes` are those of the step, `progress` as of `training_forward`.
+        """
+
     def reset_encoder_vectors(self, dead_J: Tensor) -> None:
         """Give the encoder vectors of the features with indices `dead_J` their first values."""
         self.b_enc[dead_J] = 0.0

@@ -48,32 +48,35 @@ class BatchTopKSAE(SparseAutoencoder):
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         if not is_sparse(self.cfg.k, self.d_sae, centred_ND.device):
             pre_NF = self.training_pre_activations(centred_ND, places)
-            features_NF = self.batch_activation(pre_NF, places)
-            return Codes(features_NF, features_NF @ self.W_dec, pre_NF)
+            features_NF, least = self.batch_activation(pre_NF, places)
+            return Codes(features_NF, features_NF @ self.W_dec, pre_NF, least=least)
 
         def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             n_kept = self.cfg.k * int(places.valid_BT.sum())
-            values_M, feature_M, token_M = largest_of_batch(pre_NF, places.valid_N1, n_kept)
-            if len(values_M):
-                self._count_batch(values_M.min())
-            return values_M, feature_M, token_M
+            return largest_of_batch(pre_NF, places.valid_N1, n_kept)
 
         bias_F = self.b_enc + self.b_dec_gradient_path()
-        return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
+        codes = sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
+        assert codes.sparse is not None
+        values_M = codes.sparse.values_M.detach()
+        codes.least = values_M.min() if len(values_M) else values_M.new_full((), torch.inf)
+        return codes
 
-    def batch_activation(self, pre_NF: Tensor, places: Places) -> Tensor:
-        """The k * (valid tokens) largest entries above 0; counts the batch for the threshold."""
+    def batch_activation(self, pre_NF: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """The k * (valid tokens) largest entries above 0, and the least of them (inf: none)."""
         with torch.no_grad():
             if values_at_hand(pre_NF.device):
                 smallest = self._smallest_kept(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
             else:
                 smallest = smallest_kept(pre_NF, places.valid_BT, self.cfg.k)
-            self._count_batch(smallest)
         # In this order a NaN is kept, and is noticed.
-        return torch.where(pre_NF < smallest, 0, pre_NF)
+        return torch.where(pre_NF < smallest, 0, pre_NF), smallest
 
-    def _count_batch(self, smallest: Tensor) -> None:
-        """Take the least activation that a batch kept into the threshold; inf: it kept none."""
+    @torch.no_grad()
+    def after_step(self, codes: Codes, *, progress: float) -> None:
+        """Take the least activation that the batch kept into the threshold."""
+        assert codes.least is not None
+        smallest = codes.least
         kept_any = smallest < torch.inf
         self.n_batches += kept_any
         rate = (1 / self.n_batches).clamp(min=self.cfg.threshold_rate)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tcsae.tensors.sparse import SparseCodes
-from tcsae.tensors.sums import GradientPart
 
 
 class Places(NamedTuple):
@@ -52,9 +51,7 @@ class Codes:
         sparse: the same features by their entries, where the architecture has them at hand.
         sums_F: the features' sums over tokens, float32, with a gradient of their own to the
             encoder, where the architecture has them at hand.
-        sums_TF: the same by position, summed over contexts.
-        parts: where a loss may leave its gradient to `features_NF` in factors; the backward pass
-            through the codes takes them from there.
+        least: the least activation that a selection over the batch kept, inf if none; a scalar.
         input_ND: what the encoder saw, where that is not x - b_dec; without gradient.
         extra: what else the architecture's own losses need.
     """
@@ -67,15 +64,14 @@ class Codes:
         *,
         sparse: SparseCodes | None = None,
         sums_F: Tensor | None = None,
-        sums_TF: Tensor | None = None,
-        parts: list[GradientPart] | None = None,
+        least: Tensor | None = None,
         input_ND: Tensor | None = None,
         extra: tuple[Tensor, ...] = (),
     ) -> None:
         self._features_NF = features_NF
         self.decoded_ND, self.pre_NF, self.extra = decoded_ND, pre_NF, extra
-        self.sparse, self.sums_F, self.sums_TF = sparse, sums_F, sums_TF
-        self.parts, self.input_ND = parts, input_ND
+        self.sparse, self.sums_F = sparse, sums_F
+        self.least, self.input_ND = least, input_ND
 
     @property
     def features_NF(self) -> Tensor:

@@ -4,16 +4,15 @@ Same numbers as the plain pass (`SparseAutoencoder.training_codes`; tests hold t
 fewer and smaller passes over memory. c = x - b_dec, zero at tokens that do not count; W, V the
 encoder's and decoder's weights, b the encoder's bias, m the mask of the tokens that count.
 
-Dense codes (`DenseCodes`), f = m relu(c W + b), decoded = f V, sums = sum over tokens of f,
-all of them and position by position. With e, g_f, g_s, g_t the loss's gradients to the outputs,
+Dense codes (`DenseCodes`), f = m relu(c W + b), decoded = f V, sums = sum over tokens of f.
+With e, g_f, g_s the loss's gradients to the outputs,
 
-    g = (f > 0) (e V^T + g_s + g_t + g_f)     dV = f^T e     dW = (g^T c)^T     db = sum of g
+    g = (f > 0) (e V^T + g_s + g_f)     dV = f^T e     dW = (g^T c)^T     db = sum of g
 
 are five products of 2 N D F in all. Whatever is linear in f summed over tokens (L1) comes in
-through g_s, one row that the product adds as its bias; what is linear in the sums over contexts
-(the position term) through g_t, a row a position: no [N, F] tensor is made for them. The temporal
-loss leaves its g_f in factors (`GradientPart`), which are added while a piece of g is in the cache.
-The tokens that do not count need no mask: their f is zero.
+through g_s, one row that the product adds as its bias: no [N, F] tensor is made for it. The product
+adds g_f, the temporal loss's, on its way too. The tokens that do not count need no mask: their f is
+zero.
 
 Sparse codes (`SparseEncode`, `SparseDecode`): only c W + b is dense. With M entries (token n,
 feature j, value f), all that follows costs M D instead of N F D:
@@ -48,7 +47,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from tcsae.sae.codes import Codes
 from tcsae.tensors.sparse import SparseCodes
-from tcsae.tensors.sums import GradientPart, column_sums, position_sums
+from tcsae.tensors.sums import column_sums
 
 Selection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Pre-activations [N, F] -> (values, features, tokens) of the chosen, in the order of tokens."""
@@ -117,17 +116,8 @@ def _masked(rows_NF: Tensor, valid_N1: Tensor) -> Tensor:
     return rows_NF.index_fill_(0, (~valid_N1[:, 0].bool()).nonzero()[:, 0], 0)
 
 
-def gradient_parts(device: torch.device) -> list[GradientPart] | None:
-    """For `DenseCodes`; None where pieces would gain nothing, or the compiler looks on."""
-    return [] if values_at_hand(device) and not torch.compiler.is_compiling() else None
-
-
 class DenseCodes(torch.autograd.Function):
-    """(features [N, F], features @ W_dec [N, D], column sums [F], the same by position [T, F]) of a
-    ReLU encoder. The tokens are contexts of `n_positions` one after another.
-
-    What is in `parts` at the backward pass is added to the features' gradient, and taken out.
-    """
+    """(features [N, F], features @ W_dec [N, D], column sums [F]) of a ReLU encoder."""
 
     @staticmethod
     def forward(
@@ -137,27 +127,19 @@ class DenseCodes(torch.autograd.Function):
         bias_F: Tensor,
         W_dec: Tensor,
         valid_N1: Tensor,
-        parts: list[GradientPart] | None = None,
-        n_positions: int = 1,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = products_dtype(centred_ND)
         centred_ND, decoder_FD = centred_ND.to(dtype), W_dec.to(dtype)
         f_NF = _linear(centred_ND, W_enc.T.to(dtype), bias_F.to(dtype), relu=True)
         _masked(f_NF, valid_N1)
         ctx.save_for_backward(centred_ND, decoder_FD, f_NF)
         ctx.set_materialize_grads(False)
-        ctx.parts, ctx.n_positions = [] if parts is None else parts, n_positions
-        sums_TF = position_sums(f_NF, n_positions)
-        return f_NF, f_NF @ decoder_FD, sums_TF.sum(0), sums_TF
+        return f_NF, f_NF @ decoder_FD, column_sums(f_NF)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
-        grad_f_NF: Tensor | None,
-        error_ND: Tensor | None,
-        grad_sums_F: Tensor | None,
-        grad_sums_TF: Tensor | None,
+        ctx: Any, grad_f_NF: Tensor | None, error_ND: Tensor | None, grad_sums_F: Tensor | None
     ) -> Any:
         centred_ND, decoder_FD, f_NF = ctx.saved_tensors
         dtype, wide = f_NF.dtype, torch.promote_types(f_NF.dtype, torch.float32)
@@ -165,26 +147,14 @@ class DenseCodes(torch.autograd.Function):
             error_ND = f_NF.new_zeros(centred_ND.shape)
         error_ND = error_ND.to(dtype)
         row_F = f_NF.new_zeros(f_NF.shape[1]) if grad_sums_F is None else grad_sums_F.to(dtype)
-        row_F = sum((part.row_F for part in ctx.parts), start=row_F)
-        if grad_sums_TF is not None:
-            grad_sums_TF = grad_sums_TF.to(dtype)
         g_NF = _linear(error_ND, decoder_FD, row_F, plus_NF=grad_f_NF)
         sums_F: Tensor | float = 0.0
-        rows = max(len(g_NF), 1)
-        if values_at_hand(g_NF.device):  # whole contexts
-            rows = max(ROWS // ctx.n_positions, 1) * ctx.n_positions
-        for first, g_RF, f_RF in zip(
-            range(0, len(g_NF), rows), g_NF.split(rows), f_NF.split(rows), strict=True
-        ):
-            for part in ctx.parts:
-                part.add_to(g_RF, f_RF, first)
-            if grad_sums_TF is not None:
-                g_RF.view(-1, *grad_sums_TF.shape).add_(grad_sums_TF)
+        rows = ROWS if values_at_hand(g_NF.device) else max(len(g_NF), 1)
+        for g_RF, f_RF in zip(g_NF.split(rows), f_NF.split(rows), strict=True):
             torch.ops.aten.threshold_backward.grad_input(g_RF, f_RF, 0, grad_input=g_RF)
             sums_F = sums_F + column_sums(g_RF)
         grad_W_enc = (g_NF.T @ centred_ND).to(wide).T
-        ctx.parts.clear()
-        return None, grad_W_enc, sums_F, (f_NF.T @ error_ND).to(wide), None, None, None
+        return None, grad_W_enc, sums_F, (f_NF.T @ error_ND).to(wide), None
 
 
 # ------------------------------------------------------------------------------ sparse codes

@@ -30,11 +30,11 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         pre_NF = self.training_pre_activations(centred_ND, places)
-        features_NF = self.batch_activation(pre_NF, places)
+        features_NF, least = self.batch_activation(pre_NF, places)
         sizes = self.cfg.group_sizes
         groups = zip(features_NF.split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
         *inner, decoded_ND = accumulate((f @ W_dec).float() for f, W_dec in groups)
-        return Codes(features_NF, decoded_ND, pre_NF, extra=tuple(inner))
+        return Codes(features_NF, decoded_ND, pre_NF, least=least, extra=tuple(inner))
 
     def architecture_losses(
         self,

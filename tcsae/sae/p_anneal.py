@@ -6,10 +6,10 @@ L1 shrinks all activations alike; as p falls towards 0 the penalty counts featur
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +68,34 @@ class PAnnealSAE(SparseAutoencoder):
         sparsity_warmup: float | Tensor,
         progress: float,
     ) -> dict[str, Tensor]:
-        before, exponent = self.exponent_now, self.scheduled_exponent(progress)
-        penalty = self._penalty(codes.features_NF, exponent)
-        if not math.isclose(before, exponent, rel_tol=1e-6):
-            self._change_exponent(codes.features_NF, before, exponent)
+        penalty = self._penalty(codes.features_NF, self.scheduled_exponent(progress))
         weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
-        return {"sparsity": weight * self.strength * penalty / places.n_valid}
+        strength = self._strength_at(codes.features_NF, progress)
+        return {"sparsity": weight * strength * penalty / places.n_valid}
+
+    @torch.no_grad()
+    def after_step(self, codes: Codes, *, progress: float) -> None:
+        """Go on with this step's exponent and strength."""
+        exponent = self.scheduled_exponent(progress)
+        if self._falls(exponent):
+            self.strength.copy_(self._strength_at(codes.features_NF, progress))
+            self.exponent.fill_(exponent)
+            self.exponent_now = float(np.float32(exponent))  # as a checkpoint would have it
+
+    def _falls(self, exponent: float) -> bool:
+        """Whether it is another than that of the step before."""
+        return not math.isclose(self.exponent_now, exponent, rel_tol=1e-6)
+
+    @torch.no_grad()
+    def _strength_at(self, features_NF: Tensor, progress: float) -> Tensor:
+        """`strength`, or where the exponent falls what makes up for it in this batch."""
+        exponent = self.scheduled_exponent(progress)
+        if not self._falls(exponent):
+            return self.strength.clone()  # the graph keeps it, and `after_step` changes it
+        old = self._penalty(features_NF, self.exponent_now)
+        new = self._penalty(features_NF, exponent)
+        # A batch in which nothing fires says nothing about the ratio.
+        return self.strength * torch.where((old > 0) & (new > 0), old / new, 1)
 
     def _penalty(self, features_NF: Tensor, exponent: float) -> Tensor:
         """Sum over tokens and features, float32."""
@@ -86,14 +108,6 @@ class PAnnealSAE(SparseAutoencoder):
             return ((on_M + smoothing).pow(exponent) - smoothing**exponent).sum()
         terms_NF = (features_NF.float() + smoothing).pow(exponent) - smoothing**exponent
         return torch.where(features_NF > 0, terms_NF, 0).sum()
-
-    @torch.no_grad()
-    def _change_exponent(self, features_NF: Tensor, before: float, after: float) -> None:
-        old, new = self._penalty(features_NF, before), self._penalty(features_NF, after)
-        # A batch in which nothing fires says nothing about the ratio.
-        self.strength.mul_(torch.where((old > 0) & (new > 0), old / new, 1))
-        self.exponent.fill_(after)
-        self.exponent_now = ctypes.c_float(after).value  # float32, as a checkpoint would have it
 
     def saelens_state(self) -> SAELensState:
         return super().saelens_state()._replace(architecture="standard")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tcsae.config.sae import SAEConfig, StandardConfig
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import Codes, Places
-from tcsae.sae.fast import DenseCodes, gradient_parts
+from tcsae.sae.fast import DenseCodes
 from tcsae.tensors.sums import RowNorms
 
 
@@ -36,12 +36,10 @@ class StandardSAE(SparseAutoencoder):
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         bias_F = self.b_enc + self.b_dec_gradient_path()
-        parts = gradient_parts(centred_ND.device)
-        n_positions = places.valid_BT.shape[1]
-        features_NF, decoded_ND, sums_F, sums_TF = DenseCodes.apply(
-            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1, parts, n_positions
+        features_NF, decoded_ND, sums_F = DenseCodes.apply(
+            centred_ND, self.W_enc, bias_F, self.W_dec, places.valid_N1
         )
-        return Codes(features_NF, decoded_ND, sums_F=sums_F, sums_TF=sums_TF, parts=parts)
+        return Codes(features_NF, decoded_ND, sums_F=sums_F)
 
     def architecture_losses(
         self,

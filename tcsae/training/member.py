@@ -19,6 +19,7 @@ from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.fast import values_at_hand
 from tcsae.sae.registry import sae_class
+from tcsae.tensors.sparse import SparseCodes
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.optimizer import (
@@ -40,6 +41,11 @@ def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 def hash_int(text: str) -> int:
     """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _features(output: TrainingOutput) -> Tensor | SparseCodes:
+    """As the temporal loss takes them: by their entries where those are at hand."""
+    return output.features if output.codes.sparse is None else output.codes.sparse
 
 
 class Member:
@@ -97,12 +103,14 @@ class Member:
                 generator=generator_for(self.config.seed, "pairs", step),
             )
         losses = dict(output.losses)
-        if weight > 0 and self.config.consistency.form != "none":
+        is_temporal = weight > 0 and self.config.consistency.form != "none"
+        if is_temporal:
             losses["consistency"] = weight * self._penalty(output, batch)
         total = torch.stack(list(losses.values())).sum()
         self._watch(losses)
         lr = learning_rate(step, steps, cfg)
         self._update(total, lr)
+        self._after_step(output, batch, step / steps, is_temporal)
         self._count(output, batch.valid)
         if self.controller is not None:
             l0 = output.codes.n_active() / batch.valid.sum().clamp(min=1)
@@ -134,18 +142,14 @@ class Member:
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
-        codes = output.codes
         return self.consistency(
-            output.features if codes.sparse is None else codes.sparse,
+            _features(output),
             segments=batch.segments,
             valid=batch.valid,
             generator=generator,
-            sums_TF=codes.sums_TF,
-            parts=codes.parts,
         )
 
     def _update(self, total: Tensor, lr: float) -> None:
-        cfg = self.config.training
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.sae.project_decoder_gradient()
@@ -153,14 +157,22 @@ class Member:
             group["lr"] = lr
         self.optimizer.step()
         self.sae.constrain()
-        if self.average is not None:
-            assert cfg.ema_decay is not None
-            with torch.no_grad():
-                for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
-                    mean.lerp_(now, 1 - cfg.ema_decay)
-                # Thresholds estimated on the way are moving averages already.
-                for kept, new in zip(self.average.buffers(), self.sae.buffers(), strict=True):
-                    kept.copy_(new)
+
+    @torch.no_grad()
+    def _after_step(
+        self, output: TrainingOutput, batch: Batch, progress: float, is_temporal: bool
+    ) -> None:
+        """What a step changes beside the weights."""
+        self.sae.after_step(output.codes, progress=progress)
+        if is_temporal:
+            self.consistency.after_step(_features(output), valid=batch.valid)
+        decay = self.config.training.ema_decay
+        if self.average is not None and decay is not None:
+            for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+            # Thresholds estimated on the way are moving averages already.
+            for kept, new in zip(self.average.buffers(), self.sae.buffers(), strict=True):
+                kept.copy_(new)
 
     @torch.no_grad()
     def _count(self, output: TrainingOutput, valid_BT: Tensor) -> None:

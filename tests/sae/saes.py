@@ -137,6 +137,7 @@ def fit(sae: SparseAutoencoder, steps: int, n_true: int = 16, dead: Tensor | Non
         sae.project_decoder_gradient()
         optimizer.step()
         sae.constrain()
+        sae.after_step(output.codes, progress=step / steps)
         fired = (output.features > 0).flatten(0, 1).any(0)
         fired_at[fired] = step
         quiet = torch.where(fired, 0, quiet + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tcsae.config.sae import BatchTopKConfig
 from tcsae.sae import batchtopk
 from tcsae.sae.batchtopk import BatchTopKSAE
-from tcsae.sae.codes import Places
+from tcsae.sae.codes import Codes, Places
 
 D_IN, D_SAE = 8, 40
 
@@ -27,7 +27,9 @@ def random_sae(seed: int = 0, **options: float) -> BatchTopKSAE:
 
 def train_pass(sae: BatchTopKSAE, x_BTD: Tensor, valid_BT: Tensor) -> Tensor:
     dead_F = torch.zeros(D_SAE, dtype=torch.bool)
-    return sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F).features
+    output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)
+    sae.after_step(output.codes, progress=0.0)
+    return output.features
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 40), shift=st.sampled_from([0.0, 2.0, 9.0]))
@@ -80,7 +82,8 @@ def test_without_a_look_at_the_values_the_same_are_kept_and_counted(
         sae.n_batches += seed % 3
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(batchtopk, "values_at_hand", lambda device, at_hand=at_hand: at_hand)
-            features_NF = sae.batch_activation(pre_NF, Places.of(valid_BT))
+            features_NF, least = sae.batch_activation(pre_NF, Places.of(valid_BT))
+        sae.after_step(Codes(features_NF, features_NF, least=least), progress=0.0)
         found.append((features_NF, sae.threshold, sae.n_batches))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)

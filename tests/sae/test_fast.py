@@ -19,7 +19,7 @@ from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
 from tcsae.tensors.sparse import SparseCodes
-from tcsae.tensors.sums import GradientPart, PositionSums, RowNorms, column_sums, position_sums
+from tcsae.tensors.sums import RowNorms, column_sums, position_sums
 
 FAST = ["standard", "topk", "batchtopk"]
 D_SAE = 136
@@ -92,11 +92,9 @@ def test_the_gradients_of_dense_codes_are_those_of_finite_differences() -> None:
         for shape in ((7, 4), (4, 9), (9,), (9, 4))
     )
     valid_N1 = torch.tensor([[True], [False], [True], [True], [True], [True], [False]])
-    for n_positions in (1, 7):
-        assert torch.autograd.gradcheck(
-            lambda *given, t=n_positions: DenseCodes.apply(x_ND, *given, valid_N1, None, t),
-            (W_enc, bias_F, W_dec),
-        )
+    assert torch.autograd.gradcheck(
+        lambda *given: DenseCodes.apply(x_ND, *given, valid_N1), (W_enc, bias_F, W_dec)
+    )
 
 
 def test_an_output_of_dense_codes_may_go_unused() -> None:
@@ -104,43 +102,16 @@ def test_an_output_of_dense_codes_may_go_unused() -> None:
     x_ND, valid_N1 = torch.randn(6, 4), torch.ones(6, 1, dtype=torch.bool)
     W_enc, W_dec = torch.randn(4, 9, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     bias_F = torch.randn(9, requires_grad=True)
-    for used in range(4):
-        ours = DenseCodes.apply(x_ND, W_enc, bias_F, W_dec, valid_N1, None, 3)[used]
-        ours = ours.square().sum()
+    for used in range(3):
+        ours = DenseCodes.apply(x_ND, W_enc, bias_F, W_dec, valid_N1)[used].square().sum()
         f_NF = (x_ND @ W_enc + bias_F).relu()
-        by_position_TF = f_NF.view(2, 3, 9).sum(0)
-        theirs = [f_NF, f_NF @ W_dec, f_NF.sum(0), by_position_TF][used].square().sum()
+        theirs = [f_NF, f_NF @ W_dec, f_NF.sum(0)][used].square().sum()
         for found, wanted in zip(
             torch.autograd.grad(ours, (W_enc, bias_F)),
             torch.autograd.grad(theirs, (W_enc, bias_F)),
             strict=True,
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_parts_of_a_gradient_are_added_to_the_rest_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "ROWS", 2)
-    torch.manual_seed(0)
-    x_ND, valid_N1 = torch.randn(6, 4), torch.tensor([[1], [1], [0], [1], [1], [1]]) > 0
-    weights = [torch.randn(*shape, requires_grad=True) for shape in ((4, 9), (9,), (9, 4))]
-    direct_NF, smooth_NF, share_F, pull_F, mean_F, measure_N1 = (
-        torch.randn(*shape) for shape in ((6, 9), (6, 9), (9,), (9,), (9,), (6, 1))
-    )
-    parts: list[GradientPart] = []
-    gradients = []
-    for is_in_parts in (True, False):
-        f_NF, decoded_ND, sums_F, sums_TF = DenseCodes.apply(x_ND, *weights, valid_N1, parts, 3)
-        upstream_NF = direct_NF
-        if is_in_parts:
-            parts.append(GradientPart(smooth_NF, share_F, pull_F, mean_F, measure_N1))
-        else:
-            drawn_NF = measure_N1 * (f_NF.detach() - mean_F)
-            upstream_NF = direct_NF + smooth_NF * share_F - drawn_NF * pull_F
-        loss = (f_NF * upstream_NF).sum() + decoded_ND.square().sum()
-        loss = loss + sums_F.square().sum() + sums_TF.square().sum()
-        gradients.append(torch.autograd.grad(loss, weights))
-        assert parts == []  # taken out: the next pass begins with none
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def random_codes(dtype: torch.dtype) -> SparseCodes:
@@ -186,17 +157,14 @@ def test_column_sums_and_row_norms_are_the_plain_ones(n: int) -> None:
 
 def test_sums_by_position_are_the_plain_ones_in_place_and_moved() -> None:
     generator = torch.Generator().manual_seed(0)
-    f_BTF = torch.randn(4, 6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    torch.testing.assert_close(PositionSums.apply(f_BTF), f_BTF.sum(0))
+    f_BTF = torch.randn(4, 6, 3, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(position_sums(f_BTF), f_BTF.sum(0))
     order_BT = torch.rand(4, 6, generator=generator).argsort(1)
     moved_BTF = f_BTF.gather(1, order_BT[..., None].expand_as(f_BTF))
-    place_BT = order_BT.argsort(1)
-    torch.testing.assert_close(PositionSums.apply(f_BTF, place_BT), moved_BTF.sum(0))
-    assert torch.autograd.gradcheck(PositionSums.apply, (f_BTF,))
-    assert torch.autograd.gradcheck(lambda f: PositionSums.apply(f, place_BT), (f_BTF,))
-    rounded = position_sums(f_BTF.detach().bfloat16().flatten(0, 1), 6)
+    torch.testing.assert_close(position_sums(f_BTF, order_BT.argsort(1)), moved_BTF.sum(0))
+    rounded = position_sums(f_BTF.bfloat16())
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, f_BTF.detach().float().sum(0), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(rounded, f_BTF.float().sum(0), rtol=0.02, atol=0.05)
 
 
 def test_a_row_of_zeros_has_norm_zero_and_no_gradient() -> None:
@@ -208,32 +176,66 @@ def test_a_row_of_zeros_has_norm_zero_and_no_gradient() -> None:
 # ------------------------------------------------------------------------------ whole passes
 
 
-def one_pass(
-    name: str, autocast: bool, form: str, contexts: int = 6
-) -> tuple[TrainingOutput, dict[str, Tensor]]:
-    """Output and gradients of all losses, the temporal one among them."""
-    sae = make(name, seed=0, d_sae=D_SAE)
+def given_to(sae: SparseAutoencoder, contexts: int = 6) -> tuple[Tensor, dict[str, Tensor]]:
+    """A batch, with tokens that do not count."""
     generator = torch.Generator().manual_seed(1)
     x_BTD = torch.randn(contexts, 16, sae.d_in, generator=generator)
     valid_BT = torch.rand(contexts, 16, generator=generator) > 0.1
     x_BTD[~valid_BT] = torch.nan
     segments_BT = (torch.rand(contexts, 16, generator=generator) < 0.1).cumsum(1)
+    return x_BTD, {"valid": valid_BT, "segments": segments_BT}
+
+
+def temporal(form: str, output: TrainingOutput, masks: dict[str, Tensor], **options: Any) -> Tensor:
+    codes = output.codes
+    beta = 1.0 if form == "scale_free" else 0.0
+    penalty = Consistency(form, 4, d_sae=D_SAE, position_weight=beta, **options)
+    features = output.features if codes.sparse is None else codes.sparse
+    return penalty(features, **masks, generator=torch.Generator().manual_seed(2))
+
+
+def one_pass(
+    name: str, autocast: bool, form: str, contexts: int = 6
+) -> tuple[TrainingOutput, dict[str, Tensor]]:
+    """Output and gradients of all losses, the temporal one among them."""
+    sae = make(name, seed=0, d_sae=D_SAE)
+    x_BTD, masks = given_to(sae, contexts)
     dead_F = torch.zeros(D_SAE, dtype=torch.bool)
     dead_F[:3] = True
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)
-    codes = output.codes
-    beta = 1.0 if form == "scale_free" else 0.0
-    penalty = Consistency(form, 4, d_sae=D_SAE, position_weight=beta)(
-        output.features if codes.sparse is None else codes.sparse,
-        segments=segments_BT,
-        valid=valid_BT,
-        sums_TF=codes.sums_TF,
-        parts=codes.parts,
-    )
+        output = sae.training_forward(x_BTD, masks["valid"], sparsity_warmup=1.0, dead_F=dead_F)
+    penalty = temporal(form, output, masks)
     (sum(output.losses.values()) + 0.5 * penalty).backward()
     output.losses["penalty"] = penalty
     return output, {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_positions": True}, {"n_features": 40}])
+@pytest.mark.parametrize("form", ["scale_free", "window_variance", "slow"])
+def test_the_gradient_to_the_features_is_all_of_the_penaltys(
+    form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For autograd.grad, for a hook, and beside another loss on the same features."""
+    found = []
+    for is_fast in (True, False):
+        sae = make("standard", seed=0, d_sae=D_SAE)
+        x_BTD, masks = given_to(sae)
+        if not is_fast:
+            use_plain_pass(monkeypatch, sae)
+        output = sae.training_forward(x_BTD, masks["valid"], sparsity_warmup=1.0, dead_F=None)
+        features_NF, hooked = output.codes.features_NF, []
+        assert (output.codes.pre_NF is None) == is_fast
+        features_NF.register_hook(hooked.append)
+        penalty = temporal(form, output, masks, **options)
+        (slope_NF,) = torch.autograd.grad(penalty, features_NF, retain_graph=True)
+        on_NF = features_NF > 0
+        assert (slope_NF * on_NF).count_nonzero() > 100
+        (by_weights,) = torch.autograd.grad(penalty, sae.b_enc, retain_graph=True)
+        torch.testing.assert_close((slope_NF * on_NF).sum(0), by_weights, rtol=1e-3, atol=1e-5)
+        (penalty + features_NF.square().sum()).backward()
+        torch.testing.assert_close(hooked[-1], slope_NF + 2 * features_NF)
+        found.append(slope_NF)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["none", "scale_free", "window_variance", "slow", "batch_history"])
@@ -295,9 +297,10 @@ class _Counted(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 3)])
+@pytest.mark.parametrize(("name", "n"), [("topk", 1), ("batchtopk", 1), ("standard", 4)])
 def test_few_dense_codes_are_made(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse: the pre-activations. Dense: f, Q f, g. Pieces that stay in the cache do not count."""
+    """Sparse: the pre-activations. Dense: f, Q f, the penalty's gradient to f, g; without the third
+    autograd would not know it. Pieces that stay in the cache do not count."""
     monkeypatch.setattr(fast, "ROWS", 64)
     with _Counted(40 * 16 * D_SAE) as counted:
         one_pass(name, True, "scale_free", contexts=40)

@@ -25,9 +25,11 @@ def random_sae(**options: Any) -> PAnnealSAE:
 
 def run(sae: PAnnealSAE, x_BTD: Tensor, valid_BT: Tensor, progress: float) -> dict[str, Tensor]:
     dead_F = torch.zeros(D_SAE, dtype=torch.bool)
-    return sae.training_forward(
+    output = sae.training_forward(
         x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F, progress=progress
-    ).losses
+    )
+    sae.after_step(output.codes, progress=progress)
+    return output.losses
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -223,6 +223,7 @@ def test_a_loss_on_the_features_trains_the_encoder(name: str) -> None:
     plain = make(name)
     if hasattr(plain, "n_batches"):
         # What the batch chose: all that is not below the least activation it kept.
+        sae.after_step(output.codes, progress=0.0)
         plain.threshold.copy_(sae.threshold * (1 - 1e-6))
     plain.encode(x_BTD, valid=valid_BT)[valid_BT].square().sum().backward()
     for (parameter, ours), theirs in zip(sae.named_parameters(), plain.parameters(), strict=True):

@@ -77,9 +77,22 @@ def test_a_compiler_that_gives_up_is_said_once_and_changes_nothing(
     with caplog.at_level(logging.WARNING):
         found = weights(config(training__compile="true"), stream)
     (said,) = [record.message for record in caplog.records if "compile" in record.message]
-    assert "goes on without" in said and "\n" not in said
+    assert "has no effect" in said and "goes on without" in said and "\n" not in said
+    assert "RuntimeError: no such kernel and much more" in said
     for name, value in weights(config(), stream).items():
         assert torch.equal(found[name], value), name
+
+
+def test_an_error_of_the_pass_itself_is_not_put_down_to_the_compiler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*, sparsity_warmup: Any) -> None:
+        raise ValueError("ours")
+
+    forward = CompiledForward(broken, backend="eager")
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="ours"):
+        forward(sparsity_warmup=1.0)
+    assert not [record for record in caplog.records if "compile" in record.message]
 
 
 def test_an_unused_compiler_leaves_the_names_of_runs(given: Any) -> None:

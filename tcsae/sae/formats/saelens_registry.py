@@ -165,13 +165,17 @@ def _training_classes(name: str, exported_as: str) -> tuple[type, type]:
             dead_F = step_input.dead_neuron_mask
             if dead_F is None:
                 dead_F = torch.zeros(self.ours.d_sae, dtype=torch.bool, device=x_ND.device)
+            steps = self.cfg.training_steps
+            progress = min(step / steps, 1.0) if steps else 0.0
             output = self.ours.training_forward(
                 x_ND[:, None],
                 torch.ones(len(x_ND), 1, dtype=torch.bool, device=x_ND.device),
                 sparsity_warmup=step_input.coefficients["sparsity"],
                 dead_F=dead_F,
-                progress=min(step / self.cfg.training_steps, 1.0) if self.cfg.training_steps else 0,
+                progress=progress,
             )
+            # Nor is there a later place for this: SAELens' trainer keeps what it is returned.
+            self.ours.after_step(output.codes, progress=progress)
             features_NF = output.features[:, 0]
             # Under their names in SAELens' logs.
             losses = {"mse_loss": output.losses["reconstruction"], **output.losses}
