@@ -10,18 +10,15 @@ from collections.abc import Sequence
 
 from tcsae.config import Config
 from tcsae.config.compose import config_of
-from tcsae.launch.counted import checkpoint_bytes, forward_flops, sizes
 from tcsae.launch.estimate import (
-    MACHINES,
     Cost,
-    Machine,
     hours,
     job_cost,
     members_that_fit,
-    model_facts,
     size,
     sweep_cost,
 )
+from tcsae.launch.machine import MACHINES, Machine
 
 A100, H100, CPU = (MACHINES[name] for name in ("a100", "h100", "cpu"))
 TOKENS = 500_000_000
@@ -64,7 +61,7 @@ def long_job(model: str, d_sae: int, *more: str) -> Config:
 
 
 def cost_of(config: Config, machine: Machine) -> Cost:
-    cost = job_cost(config, model_facts(config.model), machine)
+    cost = job_cost(config, machine)
     assert cost is not None
     return cost
 
@@ -90,9 +87,8 @@ def streams() -> None:
     rows = []
     for model, label in MODELS.items():
         config = long_job(model, 2304)
-        facts = model_facts(config.model)
-        assert facts is not None
-        flops = forward_flops(facts, LAYERS[model] + 1, 128)
+        passed = cost_of(config, A100).harvest[1]
+        flops = (passed.flops + passed.float32_flops) / cost_of(config, A100).harvest_tokens
         row = [label, f"{flops / 1e9:.2f}"]
         for machine in (A100, H100, CPU):
             cost = cost_of(config, machine)
@@ -110,7 +106,7 @@ def streams() -> None:
 
 
 def step_ms(config: Config, machine: Machine) -> float:
-    return 3.6e6 * hours(cost_of(config, machine).train[:3], machine) / config.steps
+    return 3.6e6 * hours(cost_of(config, machine).train[:2], machine) / config.steps
 
 
 def milliseconds(value: float) -> str:
@@ -125,14 +121,14 @@ def trainings() -> None:
         row += [milliseconds(step_ms(config, machine)) for machine in (A100, H100, CPU)]
         for machine in (A100, H100, CPU):
             row.append(duration(hours(cost_of(config, machine).train, machine)))
-        parts = {w.what: w.seconds(A100) for w in cost_of(config, A100).train[:3]}
+        parts = {w.what: w.seconds(A100) for w in cost_of(config, A100).train[:2]}
         shares = " / ".join(f"{100 * part / sum(parts.values()):.0f}" for part in parts.values())
         read = hours(cost_of(config, A100).stream, A100)
         rows.append([*row, shares, duration(read), "computed"])
     table(
         "One topk SAE (k = 32), 500 M tokens in steps of 4,096, the store being there",
         ["model", "d_sae", "ms a step A100", "H100", "2 cores", "hours A100", "H100", "2 cores",
-         "products / activations / weights, % (A100)", "hours to read the store", "figures"],
+         "products / bytes, % (A100)", "hours to read the store", "figures"],
         rows,
     )  # fmt: skip
 
@@ -142,7 +138,7 @@ def memory() -> None:
     for model, d_sae in WIDTHS:
         config = long_job(model, d_sae)
         cost = cost_of(config, A100)
-        fits = members_that_fit(config, model_facts(config.model), 80)
+        fits = members_that_fit(config, 80)
         packs = [gb(cost.shared_bytes + n * cost.member_bytes) for n in (1, 8, 16)]
         rows.append(
             [MODELS[model].split(",")[0], f"{d_sae:,}", gb(cost.member_bytes), *packs, str(fits),
@@ -209,21 +205,23 @@ def grids() -> None:
 
 def comparison() -> None:
     default = config_of("model=smollm2", "store.dir=store")
-    facts, cost = model_facts(default.model), cost_of(default, CPU)
-    assert facts is not None
+    cost = cost_of(default, CPU)
     measured = (*cost.evaluate, *cost.reference)
-    works = {work.what: work.seconds(CPU) for work in (*cost.train, *measured)}
+    works = {work.what: work.seconds(CPU) for work in cost.evaluate}
     whole = (*cost.harvest, *cost.stream, *cost.train, *measured)
     computed = {
         "harvest": cost.harvest_tokens / 3600 / hours(cost.harvest[1:], CPU),
         "train": 3600 * hours((*cost.train, *cost.stream), CPU),
         "evaluate features": works["features"],
-        "evaluate model": sum(works[name] for name in works if name[:5] in ("model", "logit")),
+        "evaluate model": sum(w.seconds(CPU) for w in measured if w.what in ("model", "logits")),
         "rest": works["bootstrap"] + works["analysis"],
         "total": 3600 * hours(whole, CPU),
         "peak": cost.host_bytes / 1e9,
         "store": cost.store_bytes / 1e6,
-        "checkpoint": checkpoint_bytes(default, sizes(default, facts, CPU)) / 1e6,
+        "checkpoint": cost.train[3].disk_bytes
+        / default.steps
+        * default.training.checkpoint_every
+        / 1e6,
     }
     for name in ("topk", "standard"):
         for d_sae in (2304, 9216):

@@ -14,13 +14,17 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tcsae import cli
 from tcsae.base.errors import Interrupted
-from tcsae.config import number_options, run_name
+from tcsae.config import Config, number_options, run_name
 from tcsae.config.compose import conf_folder, to_config
 from tcsae.config.mistakes import for_the_user
+from tcsae.launch.plan import cost_lines
+
+log = logging.getLogger(__name__)
 
 
 def _run_name(*, _root_: DictConfig) -> str:
@@ -36,20 +40,37 @@ def _sweep_name(arguments: list[str]) -> str:
     return f"{named[0] if named else 'sweep'}-{digest}"
 
 
+_DRY_RUN = "hydra.launcher.dry_run=true"
+# Of a single run Hydra itself makes a folder, .hydra and a log; a sweep has no use for these keys.
+_WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
+
+
 def _dry_run(arguments: list[str]) -> list[str]:
-    """`--dry-run`, as the key it stands for."""
-    if "--dry-run" not in arguments:
+    """`--dry-run`, as the keys it stands for."""
+    if not {"--dry-run", _DRY_RUN} & set(arguments):
         return arguments
-    return [a for a in arguments if a != "--dry-run"] + ["hydra.launcher.dry_run=true"]
+    kept = [a for a in arguments if a not in ("--dry-run", _DRY_RUN)]
+    return [*kept, _DRY_RUN, *_WRITE_NOTHING]
 
 
-def _task(composed: DictConfig) -> float:
-    from tcsae.jobs.bank import run
+def _say_cost(config: Config) -> None:
+    """What a single run will cost, as the plan of a sweep says it."""
+    launcher = instantiate(HydraConfig.get().launcher)
+    log.info(f"one run, {run_name(config)}")
+    for line in cost_lines([config], [[0]], launcher.options, launcher.device()):
+        log.info(line)
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+
+def _task(composed: DictConfig) -> float | None:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        info = run(to_config(composed), folder)
+        config = to_config(composed)
+        if single and HydraConfig.get().launcher.get("dry_run", False):
+            _say_cost(config)
+            return None
+        from tcsae.jobs.bank import run
+
+        info = run(config, Path(HydraConfig.get().runtime.output_dir))
     except Interrupted as stopped:
         cli.exit_interrupted(stopped)
     except Exception as error:

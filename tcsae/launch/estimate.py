@@ -1,26 +1,25 @@
 """What a sweep will cost, before anything is submitted: device hours, disk, memory.
 
-Counted from configs and the shapes of their language models (tcsae/launch/counted.py); nothing is
-loaded. Hours follow from rates that are assumed (`Machine`). docs/scaling.md says what the formulas
-mean, how they compare with what was measured, and what they leave out.
+Operations, bytes and memory are counted on the real classes (tcsae/launch/counted.py), which loads
+torch at the first job; weights and text are not loaded. Hours follow from rates that are assumed
+(`Machine`). docs/scaling.md says how all this compares with what was measured.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from tcsae.config import Config, resolve_layer
-from tcsae.launch import counted
-from tcsae.launch.counted import MACHINES, Machine, Sizes, Stage, Work
+from tcsae.launch.machine import MACHINES, Machine, Stage, Work
 from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
 
-__all__ = [
-    "MACHINES", "Cost", "Machine", "SweepCost", "harvest_key", "job_cost", "members_that_fit",
-    "model_facts", "sweep_cost",
-]  # fmt: skip
+if TYPE_CHECKING:  # it loads torch
+    from tcsae.launch.counted import Evaluation, Passes, Training
 
 HOST_BASE = {"cpu": 0.8e9, "cuda": 3e9}
 """A process with its libraries alone: 0.7 GB measured on a CPU; CUDA's share is assumed."""
@@ -30,7 +29,16 @@ PACKING_BYTES, CONTEXT_BYTES = 23, 7
 """Host memory a token: while text becomes contexts, and of the contexts (on disk, too)."""
 PACKING_SECONDS = 3e-6
 """A token of text into contexts, on two cores. Measured."""
+REPORT_SECONDS, COMMON_SECONDS, PAIR_SECONDS = 12.0, 10e-9, 17e-9
+"""The analysis on the host, measured: clusters and pages of one run; two features on at a token, a
+lag; one pair's correlation where they are too many to be kept."""
+DENSE_PAIRS, SPARSE_PAIRS, CLOSE_FEATURES = 2**28, 2**33, 8192
 CALIBRATION_CONTEXTS = 256
+"""As in tcsae/measure/analysis_pass.py and tcsae/data/store.py."""
+DEAD_SHARE = 0.05
+"""Dead features on average, assumed: on a CPU AuxK looks at those alone."""
+USUAL_L0 = 64
+"""Features a token, of architectures without a k. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,6 @@ class Cost:
     device: str
 
     @property
-    def harvest_flops(self) -> float:
-        """Of the language model, in the store's making or in the stream."""
-        return _flops((*self.harvest, *self.stream))
-
-    @property
-    def train_flops(self) -> float:
-        return _flops(self.train)
-
-    @property
-    def evaluate_flops(self) -> float:
-        return _flops((*self.evaluate, *self.reference))
-
-    @property
     def device_bytes(self) -> float:
         """Of a process with this job alone."""
         return self.shared_bytes + self.member_bytes
@@ -88,82 +83,155 @@ class Cost:
         return HOST_BASE[self.device] + max(held, self.packing_bytes)
 
 
-def _flops(stage: Iterable[Work]) -> float:
-    return sum(work.flops + work.float32_flops for work in stage)
-
-
 def hours(stage: Iterable[Work], machine: Machine) -> float:
     """Device hours of a stage at the machine's rates."""
     return sum(work.seconds(machine) for work in stage) / 3600
 
 
-def job_cost(
-    config: Config, facts: ModelFacts | None, machine: Machine = MACHINES["a100"]
-) -> Cost | None:
+class _Counted(NamedTuple):
+    """What the stages of a job are made of."""
+
+    config: Config
+    facts: ModelFacts
+    contexts: tuple[int, int]
+    """(training, held-out)"""
+    tokens: int
+    number: int
+    """Bytes of one in the language model and in the store."""
+    to_hook: Passes
+    whole: Passes
+    training: Training
+    measured: Evaluation
+
+
+def _counted(config: Config, machine: Machine) -> _Counted | None:
+    facts, contexts = model_facts(config.model), text_contexts(config.dataset)
+    if facts is None or contexts is None:
+        return None
+    from tcsae.launch import counted
+
+    size, at_once = config.dataset.context_size, config.model.forward_contexts
+    short, sae_short = (
+        wanted == "bfloat16" or (wanted == "auto" and machine.bfloat16)
+        for wanted in (config.model.dtype, config.training.precision)
+    )
+    return _Counted(
+        config,
+        facts,
+        contexts,
+        sum(contexts) * size,
+        2 if short else 4,
+        counted.passes(facts.shape, at_once, size, _layer(config, facts) + 1, short),
+        counted.passes(facts.shape, at_once, size, None, short),
+        counted.training_of(config, facts.d_model, sae_short, machine.device == "cpu"),
+        counted.evaluation_of(config, facts.d_model, facts.d_vocab, short),
+    )
+
+
+def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None:
     """The cost of one job; None if the model's shape or the amount of text is not known.
 
     Of `machine`, only its kind matters here: what `auto` comes to, and whether it is a CPU.
     """
-    contexts = text_contexts(config.dataset)
-    if facts is None or contexts is None:
+    c = _counted(config, machine)
+    if c is None:
         return None
-    z = counted.sizes(config, facts, machine)
-    tokens = sum(contexts) * z.T
-    harvest, stream, store_bytes = _stream(config, facts, z, contexts, machine)
-    workspace = max(
-        counted.step_workspace(z),
-        counted.evaluate_workspace(config, facts, z),
-        counted.forward_workspace(config, facts, z),
-    )
-    sample = 3 * 4.0 * min(CALIBRATION_CONTEXTS, contexts[0]) * z.T * z.D
-    model_bytes = facts.n_params * z.model_s
+    harvest, stream, store_bytes = _stream(c, machine)
+    workspaces = (c.training.workspace, c.measured.workspace, c.to_hook.workspace)
+    size, d_in = config.dataset.context_size, c.facts.d_model
+    sample = 3 * 4.0 * min(CALIBRATION_CONTEXTS, c.contexts[0]) * size * d_in
+    on_its_way = 0 if machine.device == "cpu" else c.whole.weights
     return Cost(
         harvest=harvest,
         stream=stream,
-        train=counted.train_stage(config, z),
-        evaluate=counted.evaluate_stage(config, facts, z, contexts[1]),
-        reference=counted.reference_stage(config, facts, z, contexts[1]),
-        harvest_tokens=0 if config.store.mode == "stream" else tokens,
-        store_bytes=CONTEXT_BYTES * tokens + store_bytes,
-        run_bytes=_run_bytes(config, z),
-        member_bytes=counted.member_bytes(config, z),
-        shared_bytes=model_bytes + SLACK * workspace,
-        loaded_bytes=CONTEXT_BYTES * tokens
-        + sample
-        + (0 if machine.device == "cpu" else model_bytes),
-        packing_bytes=float(PACKING_BYTES * tokens),
+        train=_train(c, machine),
+        evaluate=_evaluate(c),
+        reference=_on_model(c, 2, c.measured.reference),
+        harvest_tokens=0 if config.store.mode == "stream" else c.tokens,
+        store_bytes=CONTEXT_BYTES * c.tokens + store_bytes,
+        run_bytes=_run_bytes(c),
+        member_bytes=c.training.held,
+        shared_bytes=c.whole.weights + SLACK * max(workspaces),
+        loaded_bytes=CONTEXT_BYTES * c.tokens + sample + on_its_way,
+        packing_bytes=float(PACKING_BYTES * c.tokens),
         device=machine.device,
     )
 
 
-def _stream(
-    config: Config, facts: ModelFacts, z: Sizes, contexts: tuple[int, int], machine: Machine
-) -> tuple[Stage, Stage, float]:
+def _stream(c: _Counted, machine: Machine) -> tuple[Stage, Stage, float]:
     """(harvest, stream, bytes of activations on disk)."""
-    n_blocks, trained, tokens = _layer(config, facts) + 1, z.steps * z.N, sum(contexts) * z.T
-    pack = Work("pack the text", host_seconds=PACKING_SECONDS * tokens)
+    config, size = c.config, c.config.dataset.context_size
+    pack = Work("pack the text", host_seconds=PACKING_SECONDS * c.tokens)
+    trained = config.steps * config.training.batch_contexts
     if config.store.mode == "stream":
         # Held-out contexts are run for the metrics and again for the analysis.
-        held_out = (1 + config.evaluation.analysis) * contexts[1] * z.T
-        passed = trained + held_out
-        return (pack,), counted.forward_stage(config, facts, z, passed, n_blocks, "stream"), 0.0
-    size = float(tokens * z.D * z.model_s)
+        passed = trained + (1 + config.evaluation.analysis) * c.contexts[1]
+        return (pack,), (c.to_hook.forward.times(passed),), 0.0
+    context_bytes = size * c.facts.d_model * c.number
+    stored = float(sum(c.contexts) * context_bytes)
     harvest = (
         pack,
-        *counted.forward_stage(config, facts, z, tokens, n_blocks, "harvest"),
-        Work("write the store", disk_bytes=size, hash_bytes=size),
+        c.to_hook.forward.times(sum(c.contexts)),
+        Work("write the store", disk_bytes=stored, hash_bytes=stored),
     )
     # A shard is read whole when it is first opened, to verify its checksum.
-    again = 0 if size <= machine.page_cache_gb * 1e9 else trained * z.D * z.model_s
-    return harvest, (Work("read the store", disk_bytes=size + again, hash_bytes=size),), size
+    again = 0 if stored <= machine.page_cache_gb * 1e9 else trained * context_bytes
+    return harvest, (Work("read the store", disk_bytes=stored + again, hash_bytes=stored),), stored
 
 
-def _run_bytes(config: Config, z: Sizes) -> float:
+def _train(c: _Counted, machine: Machine) -> Stage:
+    """All the steps of one SAE."""
+    cfg, steps = c.config.training, c.config.steps
+    tokens = cfg.batch_contexts * c.config.dataset.context_size
+    early = min(steps, math.ceil(c.config.sae.dead_after_tokens / tokens))
+    # On a GPU, where the host does not know which, all features are looked at.
+    dead = DEAD_SHARE * steps if machine.device == "cpu" else steps - early
+    saved = (steps / cfg.checkpoint_every) * c.training.checkpoint
+    return (
+        c.training.step.times(steps),
+        c.training.dead.times(dead),
+        c.training.logged.times(steps / cfg.log_every),
+        Work("checkpoints", disk_bytes=saved, hash_bytes=saved),
+    )
+
+
+def _on_model(c: _Counted, n: int, scores: Work) -> Stage:
+    """`n` passes over the contexts that are run through the whole model, and their scores."""
+    contexts = min(c.config.evaluation.model_contexts, c.contexts[1])
+    return c.whole.forward.times(n * contexts), scores.times(contexts)
+
+
+def _evaluate(c: _Counted) -> Stage:
+    stage = (
+        c.measured.features.times(c.contexts[1]),
+        c.measured.draws,
+        *_on_model(c, 1, c.measured.scores),
+    )
+    return (*stage, _analysis(c)) if c.config.evaluation.analysis else stage
+
+
+def _analysis(c: _Counted) -> Work:
+    """Rough: correlations of sparse codes on the host; of all pairs, lag by lag, in a wide SAE."""
+    lags, pairs = c.config.evaluation.redundancy_max_lag, float(c.config.sae.d_sae) ** 2
+    tokens, on = c.contexts[1] * c.config.dataset.context_size, _features_on(c.config)
+    seconds = REPORT_SECONDS + COMMON_SECONDS * tokens * (lags + 1) * on**2
+    if (lags + 1) * pairs > DENSE_PAIRS:
+        seconds += PAIR_SECONDS * max(pairs, min((2 * lags + 1) * pairs, SPARSE_PAIRS))
+    return Work("analysis", host_seconds=seconds)
+
+
+def _features_on(config: Config) -> int:
+    return getattr(config.sae, "k", None) or USUAL_L0
+
+
+def _run_bytes(c: _Counted) -> float:
     """Checkpoints, `sae/`, `eval/`, and roughly `analysis/`, the report and W&B's files."""
-    per_feature = 4 * (config.evaluation.max_lag + 1 + 2 * z.T) + 2_000
-    close = min(z.F, counted.CLOSE_FEATURES) if config.evaluation.analysis else 0
-    pages = 1e6 + 6e6 * config.evaluation.analysis + close * (16 * z.T + 1_500)
-    return 2 * counted.checkpoint_bytes(config, z) + 4 * z.P + z.F * per_feature + pages
+    cfg, size, d_sae = c.config.evaluation, c.config.dataset.context_size, c.config.sae.d_sae
+    per_feature = 4 * (cfg.max_lag + 1 + 2 * size) + 2_000
+    close = min(d_sae, CLOSE_FEATURES) if cfg.analysis else 0
+    pages = 1e6 + 6e6 * cfg.analysis + close * (16 * size + 1_500)
+    # A third of a checkpoint are weights, which `sae/` has.
+    return (2 + 1 / 3) * c.training.checkpoint + d_sae * per_feature + pages
 
 
 def _layer(config: Config, facts: ModelFacts) -> int:
@@ -189,17 +257,12 @@ def harvest_key(config: Config) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def members_that_fit(
-    config: Config,
-    facts: ModelFacts | None,
-    device_gb: float,
-    machine: Machine = MACHINES["a100"],
-) -> int:
+def members_that_fit(config: Config, device_gb: float, machine: Machine = MACHINES["a100"]) -> int:
     """How many SAEs of this config train side by side in that memory; at least 1.
 
     `device_gb` (1e9 bytes) is a GPU's memory, or what a process on a CPU may use of the host's.
     """
-    cost = job_cost(config, facts, machine)
+    cost = job_cost(config, machine)
     if cost is None:
         return 1
     free = device_gb * 1e9 - cost.shared_bytes
@@ -337,7 +400,7 @@ def sweep_cost(
         machine: what each process runs on.
         harvested: whether a job's store is there already; None: none is.
     """
-    costs = [job_cost(config, model_facts(config.model), machine) for config in configs]
+    costs = [job_cost(config, machine) for config in configs]
     new: dict[str, Cost] = {}
     for config, cost in zip(configs, costs, strict=True):
         if cost is not None and not (harvested and harvested(config)):

@@ -1,54 +1,39 @@
-"""What an estimate needs to know beforehand: a language model's shape, and how much text there is.
-
-Nothing is loaded: shapes come from a small table, or from the config.json of `model.path`.
-"""
+"""What is known beforehand: a language model's shape, and how much text there is. No weights."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcsae.config import DatasetConfig, ModelConfig
 
 
-@dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(NamedTuple):
     """The shape of a decoder."""
 
+    shape: str
+    """Its config, as transformers reads it, in JSON."""
     n_layers: int
     d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
     d_vocab: int
-    gated_mlp: bool = True
-    """Three matrices in the MLP instead of two."""
-    tied: bool = True
-    """One matrix for embedding and logits."""
-    n_positions: int = 0
-    """Learned positions; 0: none."""
-
-    @property
-    def block_parameters(self) -> int:
-        """Numbers in the matrices of one block."""
-        attention = 2 * self.d_head * (self.n_heads + self.n_kv_heads)
-        return self.d_model * (attention + (3 if self.gated_mlp else 2) * self.d_mlp)
-
-    @property
-    def n_params(self) -> int:
-        """Without norms and biases, which are under 1 %."""
-        ends = (self.d_vocab * (1 if self.tied else 2) + self.n_positions) * self.d_model
-        return self.n_layers * self.block_parameters + ends
 
 
-_GPT2 = ModelFacts(12, 768, 12, 12, 64, 3072, 50257, gated_mlp=False, n_positions=1024)
-_GEMMA_2_2B = ModelFacts(26, 2304, 8, 4, 256, 9216, 256_000)
-_SMOLLM2_135M = ModelFacts(30, 576, 9, 3, 64, 1536, 49_152)
-_GEMMA_3_270M = ModelFacts(18, 640, 4, 1, 256, 2048, 262_144)
+# Configs of the models of conf/model, whose files may not be here; {} is transformers' default.
+_GPT2: dict[str, Any] = {"model_type": "gpt2"}
+_GEMMA_2_2B: dict[str, Any] = {"model_type": "gemma2"}
+_SMOLLM2_135M = {
+    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "vocab_size": 49_152,
+    "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+_GEMMA_3_270M = {
+    "model_type": "gemma3_text", "num_hidden_layers": 18, "hidden_size": 640,
+    "vocab_size": 262_144, "intermediate_size": 2048, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 256,
+}  # fmt: skip
 _KNOWN = {
     "gpt2": _GPT2,
     "openai-community/gpt2": _GPT2,
@@ -59,54 +44,29 @@ _KNOWN = {
     "google/gemma-3-270m": _GEMMA_3_270M,
     "google/gemma-3-270m-it": _GEMMA_3_270M,
 }
-# Families whose MLP has two matrices.
-_TWO_MATRICES = {
-    "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "starcoder2", "mpt",
-    "codegen", "gpt_bigcode",
-}  # fmt: skip
 
 
 def model_facts(cfg: ModelConfig) -> ModelFacts | None:
     """The shape of a model by its folder or name; None: not known before it is loaded."""
-    if cfg.path is not None:
-        return _from_config_json(Path(cfg.path).expanduser() / "config.json")
-    return _KNOWN.get(cfg.name.lower())
-
-
-def _from_config_json(path: Path) -> ModelFacts | None:
+    if cfg.path is None:
+        known = _KNOWN.get(cfg.name.lower())
+        return None if known is None else _facts(json.dumps(known))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return _facts(config.get("text_config", config))
-    except (OSError, ValueError, KeyError, AttributeError):
+        text = (Path(cfg.path).expanduser() / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+        return _facts(json.dumps(config.get("text_config", config)))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None  # the job itself says what is wrong with the folder
 
 
-def _facts(config: dict[str, Any]) -> ModelFacts:
-    """KeyError if a number that decides is missing."""
+@functools.cache
+def _facts(shape: str) -> ModelFacts:
+    """Any error if it is no decoder's config, or of a model that transformers does not know."""
+    from transformers import AutoConfig
 
-    def first(*keys: str) -> int:
-        for key in keys:
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        raise KeyError(keys[0])
-
-    d_model = first("hidden_size", "n_embd", "d_model")
-    n_heads = first("num_attention_heads", "n_head", "n_heads", "num_heads")
-    kind = config.get("model_type")
-    known = {key: config[key] for key in ("num_key_value_heads", "head_dim") if config.get(key)}
-    inner = ("intermediate_size", "n_inner", "ffn_dim")
-    return ModelFacts(
-        n_layers=first("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=known.get("num_key_value_heads", n_heads),
-        d_head=known.get("head_dim", d_model // n_heads),
-        d_mlp=next((int(config[key]) for key in inner if config.get(key)), 4 * d_model),
-        d_vocab=first("vocab_size"),
-        gated_mlp=kind not in _TWO_MATRICES,
-        tied=bool(config.get("tie_word_embeddings", True)),
-        n_positions=config.get("n_positions", 0),
-    )
+    described = json.loads(shape)
+    config = AutoConfig.for_model(described.pop("model_type"), **described)
+    return ModelFacts(shape, config.num_hidden_layers, config.hidden_size, config.vocab_size)
 
 
 BYTES_PER_TOKEN = 4

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence, Set
 
+from tcsae.config import Config
 from tcsae.config.launcher import Options
-from tcsae.launch.estimate import Machine, members_that_fit, model_facts, sweep_cost
+from tcsae.launch.estimate import members_that_fit, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, stream_key
+from tcsae.launch.machine import Machine
 from tcsae.launch.sweep_folder import SweepFolder
 
 LARGEST_AUTO_PACK = 16
@@ -24,10 +26,7 @@ def packed(
         spread = -(-len(together) // processes) if processes else len(together)
         memory = options.device_memory_gb or _half_of_memory_gb() / (processes or 1)
         machine = _machine(options, device)
-        fit = min(
-            members_that_fit(job.config, model_facts(job.config.model), memory, machine)
-            for job in together
-        )
+        fit = min(members_that_fit(job.config, memory, machine) for job in together)
         return min(LARGEST_AUTO_PACK, spread, fit)
 
     return make_packs(jobs, size)
@@ -71,9 +70,15 @@ def plan_lines(
     if to_do:
         index = {job.number: i for i, job in enumerate(to_do)}
         numbers = [[index[job.number] for job in pack] for pack in packs]
-        cost = sweep_cost([job.config for job in to_do], numbers, _machine(options, device))
-        lines += cost.lines()
+        lines += cost_lines([job.config for job in to_do], numbers, options, device)
     return lines
+
+
+def cost_lines(
+    configs: Sequence[Config], packs: Sequence[Sequence[int]], options: Options, device: str
+) -> list[str]:
+    """The estimated cost of jobs; `packs` has their numbers, process by process."""
+    return sweep_cost(configs, packs, _machine(options, device)).lines()
 
 
 def _processes(packs: Sequence[Sequence[GridJob]]) -> str:

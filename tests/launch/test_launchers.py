@@ -113,6 +113,23 @@ def test_a_dry_run_shows_jobs_and_packing_and_writes_nothing(grid: Grid, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_single_run_says_its_cost_and_writes_nothing(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = grid(tmp_path / "sweep")[1:-1]
+    for flag in ("--dry-run", "hydra.launcher.dry_run=true"):
+        outcome = run_here(*arguments, f"hydra.run.dir={tmp_path / 'run'}", flag)
+        assert outcome.code == 0
+        assert "one run, " in words(outcome)
+        assert "1 harvest of 0.0 M tokens in all" in words(outcome)
+        assert "of process time: harvest" in words(outcome)
+        assert "memory of the largest process: host" in words(outcome)
+    refused = run_here(*arguments, "lambda=-1", "--dry-run")
+    assert refused.code == 2 and "lambda = -1" in refused.refusal()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
