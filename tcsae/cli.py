@@ -44,7 +44,7 @@ def exit_interrupted(stopped: Interrupted) -> NoReturn:
 
 @contextlib.contextmanager
 def command() -> Iterator[None]:
-    """Every way out of a command but success: one line and an exit code. Defects keep their
+    """Turn an error that a user can mend into one line and an exit code. Defects keep their
     traceback."""
     try:
         yield

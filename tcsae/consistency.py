@@ -314,7 +314,7 @@ def _window_penalty(
 
 
 class Consistency(nn.Module):
-    """A temporal penalty as the trainer calls it; `state_dict` holds all the state it has.
+    """A temporal penalty as the trainer calls it. `state_dict` holds all its state.
 
     Args:
         form: "scale_free", "window_variance", "slow", "batch_history" or "none".

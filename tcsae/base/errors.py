@@ -1,4 +1,4 @@
-"""What a user can mend, and what stops a job on purpose."""
+"""Errors that a user can mend, and the exception that stops a job on purpose."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Full, read-only and forbidden places become one-line UserErrors that name `path`."""
+    """Turn disk errors (full, read-only, forbidden) into one-line UserErrors that name `path`."""
     try:
         yield
     except Exception as error:
@@ -81,7 +81,7 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 
 
 class Lock(enum.Enum):
-    """What came of asking for a lock."""
+    """The result of asking for a lock."""
 
     HELD = enum.auto()
     BUSY = enum.auto()

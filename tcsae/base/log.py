@@ -1,4 +1,4 @@
-"""train.log of every job of a bank: the lines about it, and those about all of them."""
+"""train.log of every job of a bank: the lines about that job, and those about the whole bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress that says how fast and how long: a bar in a terminal, lines in a log."""
+"""Progress with rate and time left: a bar in a terminal, lines in a log."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by a signal, looked at by the loops between two steps."""
+    """A flag that a signal sets and that loops check between two steps."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

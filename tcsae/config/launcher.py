@@ -1,4 +1,4 @@
-"""What can be set of a launcher (hydra.launcher.KEY=VALUE). conf/hydra/launcher has defaults."""
+"""Options of the launchers (hydra.launcher.KEY=VALUE). conf/hydra/launcher has the defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Options(StrictModel):
-    """Of every launcher."""
+    """Options that every launcher has."""
 
     pack: Count | Literal["auto"] = "auto"
     """Jobs that one process trains side by side on one stream of activations; auto: as many as
@@ -38,7 +38,7 @@ class LocalOptions(Options):
 
 
 class SlurmOptions(Options):
-    """Of sbatch; names as submitit has them."""
+    """Options for sbatch, named as in submitit."""
 
     partition: str | None = None
     account: str | None = None

@@ -1,4 +1,4 @@
-"""What libraries say of a mistake, in one line with what to do."""
+"""Errors of Hydra, OmegaConf and the disk as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tcsae.config.compose import conf_folder
 
 
 def for_the_user(error: Exception) -> str | None:
-    """One line for what a user can mend; None for a defect, which needs its traceback."""
+    """One line for an error that a user can mend; None for a defect, which needs its traceback."""
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return _one_line(error)
     for cause in _causes(error):

@@ -246,7 +246,7 @@ class Source(StrictModel):
 
 
 class LoadedSAE(StrictModel):
-    """What can be seen of an SAE; how it was trained cannot."""
+    """The part of a loaded SAE's config that its file shows."""
 
     architecture: str
     """Name in tcsae.sae.registry of the class that computes it."""
@@ -255,7 +255,7 @@ class LoadedSAE(StrictModel):
 
 
 class LoadedConfig(Measured):
-    """An SAE that was loaded to be measured; how it was trained is not made up."""
+    """The config of an SAE that was loaded, not trained here. It has no training keys."""
 
     sae: LoadedSAE
     source: Source
@@ -376,7 +376,7 @@ def parse(raw: dict[str, Any]) -> Config:
 
 
 def parse_loaded(raw: dict[str, Any]) -> LoadedConfig:
-    """As `parse`, of an SAE that was not trained here."""
+    """Like `parse`, for an SAE that was not trained here."""
     return _parsed(LoadedConfig, raw)
 
 
@@ -385,7 +385,7 @@ _FIRST_LOSS = {"variance_over": "positions", "position_weight": 0.0, "features":
 
 
 def parse_any(raw: dict[str, Any]) -> Config | LoadedConfig:
-    """As `parse`, of whatever a run's config.json holds."""
+    """Like `parse`, for any run's config.json, of either kind."""
     if "source" in raw:
         return parse_loaded(raw)
     if isinstance(part := raw.get("consistency"), dict):
@@ -412,7 +412,7 @@ def _used_keys(consistency: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(config: Measured) -> dict[str, Any]:
-    """The part of the config that determines the result."""
+    """The part of the config that determines the result of the run."""
     content = {k: v for k, v in config.dump().items() if k not in _NOT_IDENTITY}
     if isinstance(config, LoadedConfig):
         # The weights are the same wherever they lie.

@@ -16,7 +16,7 @@ from tcsae.data.store import ActivationSource
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first contexts say about the activations, for masks, scale and b_dec."""
+    """Statistics of the first contexts' activations, for masks, scale and b_dec."""
 
     median_norm: float
     """Median over tokens that are neither special nor first."""
@@ -65,7 +65,7 @@ def calibrate(source: ActivationSource, norm_filter: float) -> Calibration:
 
 
 class ActivationBatches:
-    """Batches of a source by context index, massive tokens masked, on `device`."""
+    """Batches of a source, selected by context index, with massive tokens masked, on `device`."""
 
     def __init__(self, source: ActivationSource, calibration: Calibration, device: str) -> None:
         self.source, self.calibration, self.device = source, calibration, device

@@ -22,7 +22,7 @@ class Document:
 
 
 class Corpus(Protocol):
-    """Documents, and what identifies them."""
+    """A text source: its documents and a fingerprint of their content."""
 
     @property
     def finite(self) -> bool:

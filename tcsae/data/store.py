@@ -50,7 +50,7 @@ def content_key(identity: Any) -> str:
 
 
 class ActivationSource(Protocol):
-    """Activations of contexts by their index: from disk, or made when asked."""
+    """Activations of contexts by index, read from disk or computed on demand."""
 
     contexts: Contexts
     is_read: bool
@@ -62,7 +62,7 @@ class ActivationSource(Protocol):
 
 
 class StreamSource:
-    """The language model itself: no disk, one forward pass for every batch."""
+    """Activations computed by the language model for every batch, without a disk."""
 
     is_read = False
 

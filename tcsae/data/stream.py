@@ -37,7 +37,7 @@ class Stream:
 
 
 def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None = None) -> Stream:
-    """Contexts packed, activations harvested (or streamed), masks and scale known.
+    """Pack the contexts, harvest (or stream) the activations, and compute masks and scale.
 
     `model`: that of the config, where it is at hand already.
     """

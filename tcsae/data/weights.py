@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder that transformers can load, and the name of its content."""
+    """A folder of weights that transformers can load, and a name for their content."""
 
     folder: Path
     identity: str
@@ -182,7 +182,7 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of libraries about what is meant to be so."""
+    """Silence libraries' progress bars and warnings about what is intended."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -38,7 +38,7 @@ After = TypeVar("After")
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
-    """Do the job, or what is left of it, in `folder`; the content of final_info.json.
+    """Run the job in `folder`, or what is left of it; returns the content of final_info.json.
 
     Raises:
         UserError: what the user can mend, in one line.
@@ -53,7 +53,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def run_bank(jobs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[Outcome]:
-    """The jobs side by side on one stream; one outcome a job, in their order.
+    """Train the jobs side by side on one stream; returns one outcome a job, in their order.
 
     A job that fails leaves the others alone; what they share (the stream) fails them all.
 

@@ -1,4 +1,4 @@
-"""What every launcher does: check the whole grid, pack it, run it, and tell the truth at the end.
+"""What every launcher does: validate the grid, pack it, run it, and report every job's outcome.
 
 Free of torch and of submitit: Hydra imports its launchers at every start.
 """

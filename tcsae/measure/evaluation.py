@@ -203,7 +203,7 @@ def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dic
 def on_activations(
     sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
 ) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits]:
-    """The sums of one pass over the held-out activations. Raises Interrupted if a signal comes."""
+    """Accumulate every metric in one pass over the held-out activations. Raises Interrupted."""
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
     suite = ConsistencySuite(

@@ -12,12 +12,12 @@ from typing import Any
 from tcsae.runs.status import Group, Job, RunStatus, seconds_left
 
 MISSING = ("failed", "lost", "interrupted", "unknown")
-"""What nobody works on any more, and running the command again goes on with."""
+"""States of jobs that have stopped and that a rerun of the command resumes."""
 WIDTH = 100
 MIN_NAME = 12
 MAX_STAGE = 18
 SLURM_LOGS = ".packs/**/{}_*log.*"
-"""Where submitit keeps what a job wrote, below the sweep's folder."""
+"""Where submitit keeps the logs of a job, below the sweep's folder."""
 MAX_TOLD = 8
 """Jobs of one state that are told about below the table."""
 _COLOURS = {"done": 32, "running": 36, "failed": 31, "lost": 31, "silent": 33, "interrupted": 33}
@@ -163,7 +163,7 @@ def _told(group: Group, job: Job) -> list[str]:
 
 
 def advice(group: Group) -> list[str]:
-    """What is wrong with jobs, and what to do about it; nothing if all is well."""
+    """One line for each problem, with what to do about it; empty if there is none."""
     lines = []
     for state in ("failed", "lost", "silent", "unknown"):
         jobs = [job for job in group.jobs if job.state == state]

@@ -66,7 +66,7 @@ _HINTS = typing.get_type_hints(RunState)
 
 
 def read_state(folder: Path) -> RunState | None:
-    """The run's own word; None if there is none, or it is damaged."""
+    """The content of state.json; None if there is none, or it is damaged."""
     return _state_of(read_object(RunFiles(folder).state))
 
 

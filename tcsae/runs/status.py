@@ -1,4 +1,4 @@
-"""What runs and sweeps are doing, as their files say: from any machine, also while Slurm is down.
+"""The state of runs and sweeps, from their files alone: on any machine, also while Slurm is down.
 
 Needs nothing but the standard library, so that looking is quick.
 """

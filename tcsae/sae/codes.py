@@ -1,4 +1,4 @@
-"""What an SAE's training pass takes and gives, in parts.
+"""Types of an SAE's training pass: token places, codes, and the output.
 
 Shape suffixes: B contexts, T positions, N = B * T tokens, D = d_in, F = d_sae.
 """
@@ -14,7 +14,7 @@ from tcsae.tensors.sparse import SparseCodes
 
 
 class Places(NamedTuple):
-    """Where the N = B * T tokens of a training batch stand, and which of them count."""
+    """Document and validity of the N = B * T tokens of a training batch."""
 
     valid_BT: Tensor
     segments_BT: Tensor
@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 class Codes:
-    """What an architecture makes of a batch; all of it zero at tokens that are not valid.
+    """The codes of a batch and what belongs to them; all zero at tokens that are not valid.
 
     Args:
         features_NF: in the dtype of the products, carrying the graph; None: as `sparse` has them.
@@ -122,7 +122,7 @@ class TrainingOutput(NamedTuple):
 
 
 class SAELensState(NamedTuple):
-    """How an SAE is written in SAELens' format: architecture name, further cfg keys, tensors."""
+    """An SAE in SAELens' format: architecture name, further cfg keys, tensors."""
 
     architecture: str
     cfg: dict[str, Any]

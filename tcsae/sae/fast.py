@@ -68,7 +68,7 @@ def values_at_hand(device: torch.device) -> bool:
 
 
 def is_sparse(k: int, d_sae: int, device: torch.device) -> bool:
-    """Whether the sparse pass is the quicker one."""
+    """Whether the sparse pass is faster than the dense one for this k."""
     return values_at_hand(device) and SPARSE_FROM_RATIO * k <= d_sae
 
 

@@ -32,7 +32,7 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write it, then remove all but the last `KEPT`."""
+    """Write a checkpoint, then remove all but the last `KEPT`."""
     path = make_folder(folder) / f"step-{checkpoint.step:08d}.safetensors"
     facts = {"step": checkpoint.step, **checkpoint.facts}
     save_tensors(path, checkpoint.tensors, {"facts": json.dumps(facts)})

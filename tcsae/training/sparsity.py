@@ -1,4 +1,4 @@
-"""`training.target_l0`: the sparsity coefficient is steered until L0 is what was asked for.
+"""`training.target_l0`: a controller moves the sparsity coefficient until L0 is the target.
 
 With e = ln(L0) - ln(reference), smoothed over some steps and looked at HORIZON of the run ahead,
 along its present slope,

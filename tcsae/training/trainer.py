@@ -38,7 +38,7 @@ class ScaledBatch:
 
 
 class MetricsLog(Protocol):
-    """Where a member's metrics go (tcsae/jobs/tracking.py)."""
+    """Receives a member's metrics (tcsae/jobs/tracking.py)."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
@@ -49,7 +49,7 @@ class MetricsLog(Protocol):
 
 @dataclass
 class Seat:
-    """A member, where it saves, and where its metrics go."""
+    """A member with its run folder and its metrics log."""
 
     member: Member
     folder: Path
