@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tcsae import cli
-from tcsae.base.errors import Interrupted
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
 from tcsae.config import Config, number_options, run_name
 from tcsae.config.compose import conf_folder, to_config
 from tcsae.config.mistakes import for_the_user
@@ -72,7 +72,9 @@ def _task(composed: DictConfig) -> float | None:
 
         info = run(config, Path(HydraConfig.get().runtime.output_dir))
     except Interrupted as stopped:
-        cli.exit_interrupted(stopped)
+        # Into the log too: a job that was preempted shows there why it ended.
+        log.warning(f"{stopped}; the same command goes on from here")
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         line = for_the_user(error)
         if line is None or not single:

@@ -100,11 +100,12 @@ def test_the_terminal_warns_only_of_the_runs_own_number(
 ) -> None:
     from types import SimpleNamespace
 
+    from tcsae.base.run_files import RunFiles
     from tcsae.jobs.finish import say_results
 
     said = {"decides_the_headline": decides, "limits": [5], "text": "told"}
     core = {"eval_result_unstructured": {"norm_limit_caution": said}}
     evaluation: Any = SimpleNamespace(core=core, lines=lambda: [])
     with caplog.at_level(logging.INFO, logger="tcsae"):
-        say_results(Path("run"), evaluation)
+        say_results(RunFiles(Path("run")), evaluation)
     assert [r.levelname for r in caplog.records if r.getMessage() == "told"] == [level]

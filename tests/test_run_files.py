@@ -16,7 +16,7 @@ OTHERS = {
     # A language model's or another library's config.json, not a run's.
     "config.json": {"weights.py", "language_model.py", "model_facts.py", "dictionary_learning.py"},
     # The locks of an activation store and of a model's weights.
-    ".lock": {"store.py", "weights.py"},
+    ".lock": {"context_cache.py", "store.py", "weights.py"},
     # The SAE's own files, in any folder of SAELens.
     CFG_NAME: {"saelens.py", "saelens_registry.py"},
     WEIGHTS_NAME: {"saelens.py", "saelens_registry.py"},

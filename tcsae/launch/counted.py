@@ -153,7 +153,7 @@ class _Batches:
 
     def __init__(self, counting: Counting, size: int, d_in: int, before: int = 0) -> None:
         self.counting, self.size, self.d_in, self.before = counting, size, d_in, before
-        self.calibration = _calibration(size, d_in)
+        self.calibration = Calibration(1.0, 1.0, 0.0, torch.empty(0, d_in))
 
     def __len__(self) -> int:
         return self.contexts
@@ -196,7 +196,8 @@ def _evaluation(key: str, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluat
     features, bootstrap = (
         a.plus(b.plus(a, -1), share) for a, b in zip(narrow[:2], wider[:2], strict=True)
     )
-    sums = narrow[2] + share * (wider[2] - narrow[2])
+    # Each for itself: of the two the one that is larger in a narrow SAE is not so in a wide one.
+    sums = max(a + share * (b - a) for a, b in zip(narrow[2:], wider[2:], strict=True))
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     with on_meta() as counting, torch.no_grad(), _silent():
         sae = sae_class(config.sae.architecture)(config.sae, d_in)
@@ -223,8 +224,8 @@ def _silent() -> Any:
 @functools.cache
 def _sums(
     options: str, size: int, d_in: int, d_sae: int, is_grouped: bool
-) -> tuple[Work, Work, int]:
-    """(what a context's features go through, the bootstrap, bytes) of so many features."""
+) -> tuple[Work, Work, int, int]:
+    """(what a context's features go through, the bootstrap, bytes of each) of so many features."""
     cfg = EvaluationConfig.model_validate_json(options)
     dataset = SimpleNamespace(context_size=size, norm_filter=0.0)
     config: Any = SimpleNamespace(evaluation=cfg, dataset=dataset)
@@ -233,9 +234,10 @@ def _sums(
         batches: Any = _Batches(counting, size, d_in, BLOCKS - evaluation.ENCODE_CONTEXTS)
         _, suite, _ = evaluation.on_activations(sae, config, batches, StopRequest())
         features = counting.work("features").times(1 / batches.contexts)
+        in_passing, counting.most = counting.most, 0
         first, other = _draws(counting, suite)
     n_more = cfg.bootstrap / RESAMPLES_AT_ONCE - 1
-    return features, first.plus(other, n_more), counting.most
+    return features, first.plus(other, n_more), in_passing, counting.most
 
 
 class _Features:

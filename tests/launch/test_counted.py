@@ -15,6 +15,7 @@ from tcsae.data.batches import Batch, Calibration
 from tcsae.launch import counted
 from tcsae.launch.counting import Counting
 from tcsae.launch.machine import Machine, Work
+from tcsae.metrics.suite import ConsistencySuite
 from tcsae.sae import sae_class
 from tcsae.training.checkpoint import save_checkpoint
 from tcsae.training.member import Member
@@ -98,8 +99,23 @@ def test_every_architecture_is_counted_by_its_own_code(
 def test_products_in_bfloat16_are_counted_apart_and_move_less(job: Callable[..., Config]) -> None:
     config = job(sae="standard", consistency="none")
     short, long = (counted.training_of(config, D, bf16, False).step for bf16 in (True, False))
-    assert short.flops == 10.0 * B * T * D * F and long.flops == 0
+    # Five products, and the sums over tokens of codes and of their gradient, by ones.
+    assert short.flops == (10.0 * D + 4) * B * T * F and long.flops == 0
     assert short.bytes < long.bytes
+
+
+def test_the_bootstrap_holds_what_is_counted_for_it_at_any_width(
+    job: Callable[..., Config],
+) -> None:
+    config = job(evaluation__max_lag="8", evaluation__bootstrap="100", sae__d_sae="512")
+    with Counting(on_meta=False) as real, torch.no_grad():
+        suite = ConsistencySuite(512, T, max_lag=8, n_boot=100)
+        for _ in range(4):
+            suite.update(torch.rand(16, T, 512))
+        real.restart()
+        suite.draws()
+    workspace = counted.evaluation_of(config, D, 400, False).workspace
+    assert 0.85 < workspace / real.peak < 1.25
 
 
 def test_a_checkpoint_has_the_size_counted_for_it(
