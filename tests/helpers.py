@@ -18,6 +18,16 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
+SLOW = {
+    *("launch/test_estimate.py", "launch/test_launchers.py", "launch/test_slurm.py"),
+    *("data/test_language_model.py", "data/test_store.py", "sae/test_dead_features.py"),
+    *("report/test_compare_page.py", "report/test_run_page.py", "training/test_architectures.py"),
+    *("training/test_edges.py", "training/test_no_synchronisation.py", "training/test_resume.py"),
+    *("test_bad_input.py", "test_bench.py", "test_compare.py", "test_embedded.py"),
+    *("test_evaluate.py", "test_export.py", "test_install.py", "test_kill.py"),
+    *("test_run.py", "test_tracking.py"),
+}
+"""Files that take more than ten seconds of the suite: not in `make check`, in `make test`."""
 _LOG_LINE = re.compile(r"^(\d\d:\d\d:\d\d|\[\d{4}-\d\d-\d\d) ")
 
 

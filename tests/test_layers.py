@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import SLOW
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -73,3 +74,7 @@ def test_an_import_that_runs_up_is_seen(tmp_path: Path, text: str, is_wrong: boo
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"def f():\n    {text}\n" if name == "sae/new" else "")
     assert [house.wrong(arrow) for arrow in house.arrows(tmp_path)] == [is_wrong]
+
+
+def test_every_file_on_the_list_of_slow_ones_is_there() -> None:
+    assert [name for name in SLOW if not (Path(__file__).parent / name).is_file()] == []
