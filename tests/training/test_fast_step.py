@@ -168,3 +168,26 @@ def test_a_bank_converts_a_batch_once_for_each_scale(stream: Stream) -> None:
     assert scaled.x(0.5) is scaled.x(0.5)
     assert scaled.x(0.5).dtype == torch.float32
     torch.testing.assert_close(scaled.x(2.0), batch.x.float() * 2)
+
+
+def test_the_trainers_penalty_gives_the_features_its_gradient(
+    job: Callable[..., Config], stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trainer calls it: fast and plain, autograd.grad says the same."""
+    config, slopes = job("standard", training__precision="float32"), []
+    batch = stream.train.batch(shuffled_indices(0, 8, len(stream.train), 0))
+    for is_fast in (True, False):
+        if not is_fast:
+            plain_pass(monkeypatch)
+        member = Member(config, stream.model.d_in, stream.train.calibration, "cpu", False)
+        output = member.forward(
+            batch.x.float() * member.scale,
+            batch.valid,
+            sparsity_warmup=1.0,
+            dead_F=None,
+            segments_BT=batch.segments,
+        )
+        penalty = member._penalty(output, batch)
+        slopes.append(torch.autograd.grad(penalty, output.codes.features_NF)[0])
+    assert slopes[0].count_nonzero() > 100
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
