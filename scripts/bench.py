@@ -30,6 +30,7 @@ from typing import Any
 import bench_data
 import torch
 from compare_peers import peer_trainer
+from pages import block, replace_block
 from torch import Tensor
 
 from tcsae.base.allocator import keep_large_blocks
@@ -41,7 +42,6 @@ from tcsae.training.trainer import ScaledBatch
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.json"
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 D_IN, D_SAE, CONTEXTS, POSITIONS = 576, 4608, 32, 128
 TOKENS = CONTEXTS * POSITIONS
 K = 32
@@ -384,10 +384,7 @@ def page_part(results: Mapping[str, Any]) -> str:
 
 
 def write_page(results: Mapping[str, Any]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{page_part(results)}\n{END}{after}", encoding="utf-8")
+    replace_block(PAGE, block("bench", page_part(results)))
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import block, replace_block
 from torch import Tensor
 
 from tcsae.base.allocator import keep_large_blocks
@@ -47,7 +48,6 @@ from tcsae.sae.statistics import geometric_median
 from tcsae.training.member import Member
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 L0 = 32
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu")
 ARMS = {
@@ -388,14 +388,12 @@ def page_block(found: dict[str, Any]) -> str:
         f"{s['processor']}; SAELens {s['saelens']}, dictionary_learning 0.1.0. Two numbers: two "
         "seeds. The best rate is by the first seed."
     )
-    parts = [BEGIN, intro, "", table(found["runs"]), "", *sentences(found["runs"]), END]
-    return "\n".join(parts)
+    parts = [intro, "", table(found["runs"]), "", *sentences(found["runs"])]
+    return block("peers", "\n".join(parts))
 
 
 def write_page(page: Path, found: dict[str, Any]) -> None:
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text(before + page_block(found) + rest.split(END)[1], encoding="utf-8")
+    replace_block(page, page_block(found))
 
 
 # ------------------------------------------------------------------------------ the command

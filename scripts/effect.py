@@ -12,11 +12,11 @@ contexts, paired, and seeds (tcsae/report/paired.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pages import given_folders, replace_block, with_interval
+from pages import block, given_folders, replace_block, with_interval
 
 from tcsae.base.labels import markdown_table
 from tcsae.base.run_files import RunFiles
@@ -160,19 +160,25 @@ def measured(arms: Mapping[str, list[Run]], wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def results(folders: Sequence[Path]) -> dict[str, Any]:
-    by_column: dict[str, dict[str, list[Run]]] = {}
+def grouped(
+    folders: Sequence[Path], *keys: Callable[[Run], str]
+) -> dict[tuple[str, ...], list[Run]]:
+    """The finished runs below the folders by what `keys` say of them, each group by seed."""
+    found: dict[tuple[str, ...], list[Run]] = {}
     for folder in find_runs(folders):
         if RunFiles(folder).is_finished:
             run = read_run(folder)
-            arms = by_column.setdefault(column_of(run), {})
-            arms.setdefault(arm_of(run), []).append(run)
-    found = {}
-    for name, arms in by_column.items():
-        for runs in arms.values():
-            runs.sort(key=lambda run: run.seed or 0)
-        found[name] = measured(arms, COLUMNS[name])
+            found.setdefault(tuple(key(run) for key in keys), []).append(run)
+    for runs in found.values():
+        runs.sort(key=lambda run: run.seed or 0)
     return found
+
+
+def results(folders: Sequence[Path]) -> dict[str, Any]:
+    columns: dict[str, dict[str, list[Run]]] = {}
+    for (column, arm), runs in grouped(folders, column_of, arm_of).items():
+        columns.setdefault(column, {})[arm] = runs
+    return {name: measured(arms, COLUMNS[name]) for name, arms in columns.items()}
 
 
 # ---------------------------------------------------------------------------------- in words
@@ -298,8 +304,8 @@ def main() -> None:
     if folders:
         found |= results(folders)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    replace_block(README, "effect", summary(found))
-    replace_block(PAGE, "effect", f"{summary(found)}\n\n{page(found)}")
+    replace_block(README, block("effect", summary(found)))
+    replace_block(PAGE, block("effect", f"{summary(found)}\n\n{page(found)}"))
     print(summary(found))
 
 

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from effect import ROOT, at_cost, difference, entry
-from pages import given_folders, replace_block, with_interval
+import effect
+from effect import ROOT, at_cost, difference, entry, grouped
+from pages import block, given_folders, replace_block, with_interval
 
 from tcsae.base.labels import markdown_table
-from tcsae.base.run_files import RunFiles
 from tcsae.report.paired import Term, combine
-from tcsae.report.runs import Run, find_runs, read_run, settings_of
+from tcsae.report.runs import Run, settings_of
 
 RESULTS = ROOT / "docs" / "effect_groups.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "effect.md")
@@ -39,16 +39,12 @@ ROWS = (
     "T-SAE, authors' loss, 8192 pairs, same-document negatives",
 )
 METRICS = {
-    "explained_variance": "explained variance",
-    "l0": "L0",
-    "frac_alive": "live",
-    "C_8": "C_8",
-    "L_8": "L_8",
-    "L_8_sparse": "L_8, sparse features",
-    "omega_squared": "omega²",
-    "edge_energy": "edge energy",
-    "smoothness_first_group": "smoothness, first group",
-}
+    name: effect.METRICS[name]
+    for name in (
+        *("explained_variance", "l0", "frac_alive", "C_8", "L_8", "L_8_sparse"),
+        *("omega_squared", "edge_energy"),
+    )
+} | {"smoothness_first_group": "smoothness, first group"}
 WANTED_TIMES = 1.3
 """L_8 of sparse features against the Temporal SAE's, at its explained variance."""
 
@@ -71,14 +67,7 @@ def arm_of(run: Run) -> str:
 
 def results(folders: Sequence[Path]) -> dict[str, Any]:
     """Every row's metrics, and the loss at the Temporal SAE's explained variance."""
-    arms: dict[str, list[Run]] = {}
-    for folder in find_runs(folders):
-        if RunFiles(folder).is_finished:
-            run = read_run(folder)
-            arms.setdefault(arm_of(run), []).append(run)
-    for runs in arms.values():
-        runs.sort(key=lambda run: run.seed or 0)
-    return measured(arms)
+    return measured({arm: runs for (arm,), runs in grouped(folders, arm_of).items()})
 
 
 def measured(arms: Mapping[str, list[Run]]) -> dict[str, Any]:
@@ -138,7 +127,7 @@ def main() -> None:
     if folders:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for page in PAGES:
-        replace_block(page, BLOCK, text(found))
+        replace_block(page, block(BLOCK, text(found)))
     print(text(found))
 
 

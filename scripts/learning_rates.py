@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from compare_peers import DOCS, ours, processor
+from pages import block, replace_block
 
 from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.files import read_json, write_json
@@ -29,7 +30,6 @@ from tcsae.data.stream import Stream, open_stream
 from tcsae.metrics.reconstruction import ReconstructionMetrics
 from tcsae.sae.base import SparseAutoencoder
 
-BEGIN, END = "<!-- rates: begin -->", "<!-- rates: end -->"
 COMMON = ["lambda=0", "consistency=none", "training.batch_contexts=16", "training.tokens=400000"]
 Run = dict[str, Any]
 
@@ -91,12 +91,11 @@ def table(runs: list[Run]) -> str:
 
 def page_block(runs: list[Run]) -> str:
     machines = ", ".join(sorted({run["processor"] for run in runs}))
-    return "\n".join([BEGIN, f"On {machines}.", "", table(runs), END])
+    return block("rates", f"On {machines}.\n\n{table(runs)}")
 
 
 def write_page(page: Path, runs: list[Run]) -> None:
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(before + page_block(runs) + rest.split(END)[1], encoding="utf-8")
+    replace_block(page, page_block(runs))
 
 
 def main() -> None:

@@ -34,8 +34,12 @@ def block(name: str, content: str) -> str:
     return f"<!-- {name}: begin -->\n{content}\n<!-- {name}: end -->"
 
 
-def replace_block(path: Path, name: str, content: str) -> None:
-    """Put `content` between a page's own marks. Raises ValueError where they are not there."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    path.write_text(f"{before}{block(name, content)}{rest.split(end)[1]}", encoding="utf-8")
+def replace_block(page: Path, new: str) -> None:
+    """Put `new`, of `block`, in the place of the page's own block of that name.
+
+    Raises ValueError where the page has none, or several.
+    """
+    begin, *_, end = new.splitlines()
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{new}{after}", encoding="utf-8")

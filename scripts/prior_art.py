@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pages import given_folders, with_interval
+from pages import block, given_folders, replace_block, with_interval
 
 from tcsae.base.labels import markdown_table
 from tcsae.report.comparison import compare_runs
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, RESULTS = DOCS / "prior_art.md", DOCS / "prior_art.json"
-BEGIN, END = "<!-- prior art: begin -->", "<!-- prior art: end -->"
 BASELINE = {"sae.architecture": "matryoshka"}
 COLUMNS = {
     "explained_variance": "explained variance",
@@ -99,9 +98,7 @@ def main() -> None:
     if folders:
         RESULTS.write_text(json.dumps(results(folders), indent=1) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(found)}\n{END}{after}", encoding="utf-8")
+    replace_block(PAGE, block("prior art", tables(found)))
     print(tables(found))
 
 

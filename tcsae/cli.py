@@ -36,12 +36,6 @@ def refuse(message: str) -> NoReturn:
     sys.exit(USER_ERROR_EXIT_CODE)
 
 
-def exit_interrupted(stopped: Interrupted) -> NoReturn:
-    """End after a signal; what can be resumed has been saved."""
-    say(f"{stopped}; the same command goes on from here")
-    sys.exit(INTERRUPTED_EXIT_CODE)
-
-
 @contextlib.contextmanager
 def command() -> Iterator[None]:
     """Turn an error that a user can mend into one line and an exit code. Defects keep their
@@ -52,7 +46,8 @@ def command() -> Iterator[None]:
         say("stopped at once; the same command goes on from what was saved")
         sys.exit(KILLED_EXIT_CODE)
     except Interrupted as stopped:
-        exit_interrupted(stopped)
+        say(f"{stopped}; the same command goes on from here")
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         from tcsae.config.mistakes import for_the_user
 

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import tcsae
@@ -51,21 +52,21 @@ def test_the_menu_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_configs_and_the_plan_of_a_sweep_need_no_torch() -> None:
-    code = (
-        "import sys, tcsae.config.sae, tcsae.launch.plan, hydra_plugins.tcsae_launchers;"
-        "heavy = {'torch', 'numpy', 'transformers', 'wandb', 'sklearn'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_metrics_know_tensors_and_nothing_else() -> None:
-    code = (
-        "import sys, tcsae.metrics, tcsae.consistency;"
-        "heavy = {'hydra', 'wandb', 'transformers', 'tcsae.config', 'tcsae.data'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            "tcsae.config.sae, tcsae.launch.plan, hydra_plugins.tcsae_launchers",
+            {"torch", "numpy", "transformers", "wandb", "sklearn"},
+        ),
+        (
+            "tcsae.metrics, tcsae.consistency",
+            {"hydra", "wandb", "transformers", "tcsae.config", "tcsae.data"},
+        ),
+    ],
+    ids=["configs and the plan of a sweep need no torch", "metrics know tensors and nothing else"],
+)
+def test_an_import_stays_light(modules: str, heavy: set[str]) -> None:
+    code = f"import sys, {modules}; found = {heavy} & set(sys.modules); assert not found, found"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

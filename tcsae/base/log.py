@@ -49,23 +49,26 @@ def run_logs(folders: Sequence[Path]) -> Iterator[None]:
             handler.close()
 
 
+def _console_handler() -> ConsoleHandler:
+    handler = ConsoleHandler()
+    handler.setFormatter(FORMAT)
+    return handler
+
+
 def console() -> None:
     """Log lines on stderr, where Hydra has not set up a job's logging."""
     root = logging.getLogger()
     for old in list(root.handlers):
         if type(old).__module__ != "_pytest.logging":
             root.removeHandler(old)
-    handler = ConsoleHandler()
-    handler.setFormatter(FORMAT)
-    root.addHandler(handler)
+    root.addHandler(_console_handler())
     root.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager
 def tcsae_console() -> Iterator[None]:
     """The log lines of this package on stderr, for as long as the block lasts."""
-    handler = ConsoleHandler()
-    handler.setFormatter(FORMAT)
+    handler = _console_handler()
     own = logging.getLogger("tcsae")
     level = own.level
     own.addHandler(handler)

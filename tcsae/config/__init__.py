@@ -27,6 +27,7 @@ from tcsae.config.run import (
     resolve_layer,
     run_id,
     run_name,
+    shared_by_a_bank,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "resolve_layer",
     "run_id",
     "run_name",
+    "shared_by_a_bank",
 ]

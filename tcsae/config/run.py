@@ -333,6 +333,13 @@ class Config(Measured):
         )
 
 
+def shared_by_a_bank(config: Config) -> dict[str, Any]:
+    """What decides which activations a job sees, in which order: equal for the jobs of a bank."""
+    parts = config.dump()
+    shared = {key: parts[key] for key in ("model", "layer", "dataset")}
+    return shared | {"training.batch_contexts": config.training.batch_contexts}
+
+
 def resolve_layer(layer: int | str | None, n_layers: int) -> int:
     """The block number that `layer` names in a model of `n_layers` blocks.
 

@@ -66,12 +66,10 @@ class PAnnealConfig(SAEConfig):
     """Equal steps in which p falls; the last stage has p_end."""
 
 
-class TopKConfig(SAEConfig):
-    """k features per token."""
+class _KConfig(SAEConfig):
+    """Of architectures with a number of features a token."""
 
-    architecture: Literal["topk"] = "topk"
     k: int = Field(default=32, ge=1)
-    """Features that may fire at one token."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -80,7 +78,15 @@ class TopKConfig(SAEConfig):
         return self
 
 
-class BatchTopKConfig(SAEConfig):
+class TopKConfig(_KConfig):
+    """k features per token."""
+
+    architecture: Literal["topk"] = "topk"
+    k: int = Field(default=32, ge=1)
+    """Features that may fire at one token."""
+
+
+class BatchTopKConfig(_KConfig):
     """k features per token on average."""
 
     architecture: Literal["batchtopk"] = "batchtopk"
@@ -89,12 +95,6 @@ class BatchTopKConfig(SAEConfig):
     threshold_rate: float = Field(default=0.1, gt=0, le=1)
     """Weight of a batch in the moving average of the threshold. The threshold falls as training
     goes on: an average that reaches far back is too high, and too few features fire in use."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}: it must be at most d_sae, {self.d_sae}")
-        return self
 
 
 class JumpReLUConfig(SAEConfig):

@@ -22,9 +22,9 @@ from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.errors import Interrupted
 from tcsae.base.progress import Progress, listening
 from tcsae.base.signals import StopRequest, stop_on_signal
-from tcsae.config import Config
+from tcsae.config import Config, shared_by_a_bank
 from tcsae.data.stream import Stream, open_stream
-from tcsae.jobs.job import Claimed, Job, Measured, Outcome, Trained, Training, begin, complete, keep
+from tcsae.jobs.job import Claimed, Job, Outcome, Scored, Trained, Training, begin, complete, keep
 from tcsae.measure.evaluation import on_the_model
 from tcsae.training.trainer import train_bank
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 OWN_STAGES = ("evaluate features", "analyse features")
 """Names of the progress that one job of a bank makes while the others wait."""
 
-Before = TypeVar("Before", Claimed, Training, Measured)
+Before = TypeVar("Before", Claimed, Training, Scored)
 After = TypeVar("After")
 
 
@@ -84,21 +84,11 @@ def run_bank(jobs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[Out
 
 def _check_agreement(configs: Sequence[Config]) -> None:
     """The first config opens the stream: it must be that of all."""
-    wanted = [_stream_of(config) for config in configs]
+    wanted = [shared_by_a_bank(config) for config in configs]
     for other in wanted[1:]:
         different = [name for name, value in other.items() if value != wanted[0][name]]
         if different:
             raise ValueError(f"the jobs of a bank must agree in {', '.join(different)}")
-
-
-def _stream_of(config: Config) -> dict[str, Any]:
-    """What decides which activations come in which order; the hook is one of the model's keys."""
-    return {
-        "model": config.model,
-        "layer": config.layer,
-        "dataset": config.dataset,
-        "training.batch_contexts": config.training.batch_contexts,
-    }
 
 
 def _work(bank: list[Job], stop: StopRequest) -> None:
@@ -149,17 +139,17 @@ def _train(training: Sequence[Training], stream: Stream, stop: StopRequest) -> N
                 phase.job.fail(phase.seat.error)
 
 
-def _measure_behaviour(trained: list[Trained], stream: Stream, stop: StopRequest) -> list[Measured]:
+def _measure_behaviour(trained: list[Trained], stream: Stream, stop: StopRequest) -> list[Scored]:
     """What the language model does with each SAE in it; its own passes serve all of them."""
     stop.check()
-    measured: dict[int, Measured] = {}
+    measured: dict[int, Scored] = {}
     numbers = [phase.job.config.evaluation.model_contexts for phase in trained]
     for n_contexts in dict.fromkeys(numbers):
         chosen = [i for i, number in enumerate(numbers) if number == n_contexts]
         saes, config = [trained[i].sae for i in chosen], trained[chosen[0]].job.config
         found = on_the_model(saes, config, stream.model, stream.evaluation, stop)
         for i, behaviour in zip(chosen, found, strict=True):
-            measured[i] = Measured(trained[i].job, trained[i], behaviour)
+            measured[i] = Scored(trained[i].job, trained[i], behaviour)
     return [measured[i] for i in range(len(trained))]
 
 

@@ -14,7 +14,7 @@ from tcsae.measure.evaluation import Evaluation, evaluate
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.report.notes import write_run_notes
 from tcsae.report.run_page import write_run_page
-from tcsae.runs.folder import LoadedRun
+from tcsae.runs.folder import LoadedRun, RunFolder
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,13 @@ def write_pages(run: LoadedRun) -> None:
     files = RunFiles(run.folder)
     write_run_page(run, files.report)
     write_run_notes(run, files.notes)
+
+
+def say_finished(run: RunFolder) -> None:
+    """Of a run that is not repeated; pages that were not written are."""
+    if not run.has_pages:
+        write_pages(run.load())
+    log.info(f"already finished: {run.path} (rerun=true repeats it)")
 
 
 def say_results(files: RunFiles, evaluation: Evaluation) -> None:

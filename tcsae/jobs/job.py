@@ -22,7 +22,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
-from tcsae.jobs.finish import measure, measured_info, say_results, write_pages
+from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
 from tcsae.jobs.tracking import Tracker
 from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
@@ -86,9 +86,7 @@ class Job:
         if not self.files.is_finished:
             return
         if not self.config.rerun:
-            if not self.files.has_pages:
-                write_pages(self.files.load())
-            log.info(f"already finished: {self.files.path} (rerun=true repeats it)")
+            say_finished(self.files)
             self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
             return
         # Checkpoints first: a repetition that is interrupted must go on, not start again.
@@ -119,7 +117,7 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------- phases
-# Claimed -> Training -> Trained -> Measured. Each holds what the next step needs, and no more.
+# Claimed -> Training -> Trained -> Scored. Each holds what the next step needs, and no more.
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Scored:
     job: Job
     trained: Trained
     behaviour: ModelMetrics
@@ -197,12 +195,12 @@ def keep(stream: Stream, training: Training) -> Trained:
     )
 
 
-def complete(stream: Stream, stop: StopRequest, started: float, measured: Measured) -> None:
+def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) -> None:
     """From the trained SAE to the pages."""
     stop.check()
-    job, trained, tracker = measured.job, measured.trained, measured.trained.tracker
+    job, trained, tracker = scored.job, scored.trained, scored.trained.tracker
     evaluation, analysis = measure(
-        trained.sae, trained.sae_cfg, measured.behaviour, job.config, stream, job.files, stop
+        trained.sae, trained.sae_cfg, scored.behaviour, job.config, stream, job.files, stop
     )
     if analysis is not None:
         tracker.summary(analysis.headline)

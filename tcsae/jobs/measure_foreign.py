@@ -17,7 +17,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.stream import open_stream
-from tcsae.jobs.finish import measure, measured_info, say_results, write_pages
+from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
 from tcsae.jobs.foreign import ForeignSAE, composed, with_cautions
 from tcsae.measure.evaluation import on_the_model
 from tcsae.runs.folder import RunFolder
@@ -49,9 +49,7 @@ def evaluate_sae(
     run = RunFolder(output or Path("outputs") / run_name(config))
     folder = run.path
     if _holds_it(config, run):
-        if not run.has_pages:
-            write_pages(run.load())
-        log.info(f"already finished: {folder} (rerun=true repeats it)")
+        say_finished(run)
         return folder
     for text in config.source.cautions:
         log.warning(text)

@@ -37,14 +37,16 @@ class Counting(TorchDispatchMode):
     Args:
         on_meta: keep every tensor on the meta device. What asks for values is told that all
             elements are chosen and every number is 1. False: count code that really runs.
-        sparse_from: a selection of so many elements or more for one is sparse: from there on
-            tensors of that size count as their chosen entries alone, and a product with them reads
-            one row of the other factor, in float32, for every entry. None: as it runs.
+
+    With `sparse_from` set, a selection of so many elements or more for one is sparse: from there on
+    tensors of that size count as their chosen entries alone, and a product with them reads one row
+    of the other factor, in float32, for every entry. None: as it runs.
     """
 
-    def __init__(self, *, on_meta: bool = True, sparse_from: int | None = None) -> None:
+    def __init__(self, *, on_meta: bool = True) -> None:
         super().__init__()
-        self.on_meta, self.sparse_from = on_meta, sparse_from
+        self.on_meta = on_meta
+        self.sparse_from: int | None = None
         self.peak = self.most = 0
         self._live: dict[int, tuple[Any, int]] = {}
         self._before: dict[int, Any] = {}
@@ -178,8 +180,10 @@ class _Autocast(TorchFunctionMode):
     @contextlib.contextmanager
     def __call__(self, device: str, dtype: Any = None, enabled: bool = True) -> Iterator[None]:
         before, self.enabled = self.enabled, enabled
-        yield
-        self.enabled = before
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -195,7 +199,7 @@ def _in_bfloat16(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def on_meta(sparse_from: int | None = None) -> Iterator[Counting]:
+def on_meta() -> Iterator[Counting]:
     """Everything in here is made on the meta device, and counted."""
     autocast = _Autocast()
     with (
@@ -207,6 +211,6 @@ def on_meta(sparse_from: int | None = None) -> Iterator[Counting]:
             import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_: None
         ),
         autocast,
-        Counting(sparse_from=sparse_from) as counting,
+        Counting() as counting,
     ):
         yield counting

@@ -32,9 +32,6 @@ PACKING_SECONDS = 3e-6
 REPORT_SECONDS, COMMON_SECONDS, PAIR_SECONDS = 12.0, 10e-9, 17e-9
 """The analysis on the host, measured: clusters and pages of one run; two features on at a token, a
 lag; one pair's correlation where they are too many to be kept."""
-DENSE_PAIRS, SPARSE_PAIRS, CLOSE_FEATURES = 2**28, 2**33, 8192
-CALIBRATION_CONTEXTS = 256
-"""As in tcsae/measure/analysis_pass.py and tcsae/data/store.py."""
 DEAD_SHARE = 0.05
 """Dead features on average, assumed: on a CPU AuxK looks at those alone."""
 USUAL_L0 = 64
@@ -137,6 +134,8 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
     if c is None:
         return None
     harvest, stream, store_bytes = _stream(c, machine)
+    from tcsae.data.batches import CALIBRATION_CONTEXTS  # with torch, which counting has loaded
+
     workspaces = (c.training.workspace, c.measured.workspace, c.to_hook.workspace)
     size, d_in = config.dataset.context_size, c.facts.d_model
     sample = 3 * 4.0 * min(CALIBRATION_CONTEXTS, c.contexts[0]) * size * d_in
@@ -212,11 +211,13 @@ def _evaluate(c: _Counted) -> Stage:
 
 def _analysis(c: _Counted) -> Work:
     """Rough: correlations of sparse codes on the host; of all pairs, lag by lag, in a wide SAE."""
+    from tcsae.measure.analysis_pass import DENSE_ENTRIES, SPARSE_ENTRIES
+
     lags, pairs = c.config.evaluation.redundancy_max_lag, float(c.config.sae.d_sae) ** 2
     tokens, on = c.contexts[1] * c.config.dataset.context_size, _features_on(c.config)
     seconds = REPORT_SECONDS + COMMON_SECONDS * tokens * (lags + 1) * on**2
-    if (lags + 1) * pairs > DENSE_PAIRS:
-        seconds += PAIR_SECONDS * max(pairs, min((2 * lags + 1) * pairs, SPARSE_PAIRS))
+    if (lags + 1) * pairs > DENSE_ENTRIES:
+        seconds += PAIR_SECONDS * max(pairs, min((2 * lags + 1) * pairs, SPARSE_ENTRIES))
     return Work("analysis", host_seconds=seconds)
 
 
@@ -226,6 +227,8 @@ def _features_on(config: Config) -> int:
 
 def _run_bytes(c: _Counted) -> float:
     """Checkpoints, `sae/`, `eval/`, and roughly `analysis/`, the report and W&B's files."""
+    from tcsae.measure.analysis_pass import CLOSE_FEATURES
+
     cfg, size, d_sae = c.config.evaluation, c.config.dataset.context_size, c.config.sae.d_sae
     per_feature = 4 * (cfg.max_lag + 1 + 2 * size) + 2_000
     close = min(d_sae, CLOSE_FEATURES) if cfg.analysis else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from tcsae.base.files import read_json, write_json
 from tcsae.base.run_files import RunFiles
-from tcsae.config import Config, parse
+from tcsae.config import Config, parse, shared_by_a_bank
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 def stream_key(config: Config) -> str:
     """Equal for jobs that can be trained side by side: the same activations, in the same order."""
-    parts = config.dump()
-    shared = {key: parts[key] for key in ("model", "layer", "dataset", "store")}
-    return json.dumps(shared | {"batch": config.training.batch_contexts}, sort_keys=True)
+    shared = shared_by_a_bank(config) | {"store": config.store.model_dump(mode="json")}
+    return json.dumps(shared, sort_keys=True)
 
 
 def make_packs(
