@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("base",),
     ("config",),
     ("tensors",),
+    ("products",),
     ("losses", "sae", "metrics", "data"),
     ("training", "measure"),
     ("runs",),

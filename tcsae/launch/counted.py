@@ -26,7 +26,7 @@ from tcsae.measure import evaluation
 from tcsae.measure.analysis_pass import CLOSE_FEATURES, DENSE_ENTRIES
 from tcsae.metrics.suite import _RESAMPLES_AT_ONCE as RESAMPLES_AT_ONCE
 from tcsae.metrics.suite import ConsistencySuite
-from tcsae.sae.fast import SPARSE_FROM_RATIO
+from tcsae.products.cpu import CPU
 from tcsae.sae.registry import sae_class
 from tcsae.training.member import Member
 
@@ -97,7 +97,7 @@ def _key(config: Config, weight: float, **plain: Any) -> str:
 def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
     config = parse(json.loads(key))
     batch_contexts, size = config.training.batch_contexts, config.dataset.context_size
-    sparse_from = SPARSE_FROM_RATIO if on_cpu and _has_sparse_route(config) else None
+    sparse_from = CPU.sparse_from_ratio if on_cpu and _has_sparse_route(config) else None
     with on_meta() as counting:
         member = Member(config, d_in, _calibration(size, d_in), "meta", bfloat16)
 
@@ -123,7 +123,7 @@ def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
 def _has_sparse_route(config: Config) -> bool:
     """Whether the SAE itself takes it on a CPU: asked of a narrow one with the same share on."""
     k = getattr(config.sae, "k", None)
-    if k is None or SPARSE_FROM_RATIO * k > config.sae.d_sae:
+    if k is None or CPU.sparse_from_ratio * k > config.sae.d_sae:
         return False
     cfg = config.sae.model_copy(update={"k": 1, "d_sae": config.sae.d_sae // k})
     sae = sae_class(cfg.architecture)(cfg, 2, generator=torch.Generator().manual_seed(0))

@@ -46,7 +46,7 @@ class Counting(TorchDispatchMode):
     def __init__(self, *, on_meta: bool = True) -> None:
         super().__init__()
         self.on_meta = on_meta
-        self.sparse_from: int | None = None
+        self.sparse_from: float | None = None
         self.peak = self.most = 0
         self._live: dict[int, tuple[Any, int]] = {}
         self._before: dict[int, Any] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from tcsae.products import products_for
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.tensors.sums import column_sums, position_sums
 
@@ -156,10 +157,10 @@ def _add_by_position(gradient_BTF: Tensor, rows_TF: Tensor, place_BT: Tensor | N
 
 
 def _in_cache(*tensors_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors [B, T, ...] a few contexts at a time; on another device than the CPU, whole."""
+    """The tensors [B, T, ...] as many contexts at a time as suits the device."""
     n_contexts, n_positions = tensors_BT[0].shape[:2]
-    is_cpu = tensors_BT[0].device.type == "cpu"
-    contexts = max(IN_CACHE // n_positions, 1) if is_cpu else max(n_contexts, 1)
+    products = products_for(tensors_BT[0].device)
+    contexts = products.at_once(n_contexts, max(IN_CACHE // n_positions, 1))
     return zip(*(tensor.split(contexts) for tensor in tensors_BT), strict=True)
 
 

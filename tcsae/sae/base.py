@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tcsae.config.sae import SAEConfig
+from tcsae.products import products_for
 from tcsae.sae.codes import Codes, Places, SAELensState, TrainingOutput
-from tcsae.sae.fast import values_at_hand
 from tcsae.sae.statistics import geometric_median, total_variance
 
 
@@ -242,26 +242,21 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         if dead_F is None:
             return residual_ND.new_zeros(())
-        if values_at_hand(dead_F.device):
-            # Only the dead columns are computed: the cost follows their number, not d_sae.
-            among_J = dead_F.nonzero().squeeze(1)
-            if not among_J.numel():
-                return residual_ND.new_zeros(())
-            rebuilt_ND = self._rebuilt(centred_ND, places, among_J)
-        else:
-            among_J = torch.arange(self.d_sae, device=dead_F.device)
-            rebuilt_ND = self._rebuilt(centred_ND, places, among_J, dead_F)
+        among_J, dead_J = products_for(dead_F.device).dead(dead_F)
+        if not len(among_J):
+            return residual_ND.new_zeros(())
+        rebuilt_ND = self._rebuilt(centred_ND, places, among_J, dead_J)
         with torch.autocast(residual_ND.device.type, enabled=False):
             error = (rebuilt_ND.float() - residual_ND).square().sum() / places.n_valid
             var_x = total_variance(centred_ND, places.n_valid)
             # A residual of no variance (one token, a perfect fit) must not divide by zero.
             floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
             weight = var_x / total_variance(residual_ND, places.n_valid).maximum(floor)
-            # In the dense form nothing may be dead.
+            # Among those that were looked at, none may be dead.
             return torch.where(dead_F.any(), self.cfg.auxk_coefficient * weight * error, 0)
 
     def _rebuilt(
-        self, centred_ND: Tensor, places: Places, among_J: Tensor, dead_J: Tensor | None = None
+        self, centred_ND: Tensor, places: Places, among_J: Tensor, dead_J: Tensor | None
     ) -> Tensor:
         """The top k_aux pre-activations of the features with indices `among_J`, decoded, [N, D].
 

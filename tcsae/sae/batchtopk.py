@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from tcsae.config.sae import BatchTopKConfig, SAEConfig
+from tcsae.products import products_for
+from tcsae.products.plain import Chosen
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import Codes, Places, SAELensState
-from tcsae.sae.fast import is_sparse, largest_of_batch, sparse_pass, values_at_hand
+from tcsae.sae.fast import sparse_pass
 
 
 class BatchTopKSAE(SparseAutoencoder):
@@ -46,14 +48,14 @@ class BatchTopKSAE(SparseAutoencoder):
         return torch.where(pre > self.threshold, pre, 0).relu()
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        if not is_sparse(self.cfg.k, self.d_sae, centred_ND.device):
+        k, products = self.cfg.k, products_for(centred_ND.device)
+        if not products.is_sparse(k, self.d_sae):
             pre_NF = self.training_pre_activations(centred_ND, places)
             features_NF, least = self.batch_activation(pre_NF, places)
             return Codes(features_NF, features_NF @ self.W_dec, pre_NF, least=least)
 
-        def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            n_kept = self.cfg.k * int(places.valid_BT.sum())
-            return largest_of_batch(pre_NF, places.valid_N1, n_kept)
+        def select(pre_NF: Tensor) -> Chosen:
+            return products.largest_of_batch(pre_NF, places.valid_N1, k)
 
         bias_F = self.b_enc + self.b_dec_gradient_path()
         codes = sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
@@ -64,13 +66,11 @@ class BatchTopKSAE(SparseAutoencoder):
 
     def batch_activation(self, pre_NF: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """The k * (valid tokens) largest entries above 0, and the least of them (inf: none)."""
+        products, usual = products_for(pre_NF.device), self.threshold[0]
         with torch.no_grad():
-            if values_at_hand(pre_NF.device):
-                smallest = self._smallest_kept(pre_NF, self.cfg.k * int(places.valid_BT.sum()))
-            else:
-                smallest = smallest_kept(pre_NF, places.valid_BT, self.cfg.k)
+            least = products.least_kept(pre_NF, places.valid_N1, self.cfg.k, usual)
         # In this order a NaN is kept, and is noticed.
-        return torch.where(pre_NF < smallest, 0, pre_NF), smallest
+        return torch.where(pre_NF < least, 0, pre_NF), least
 
     @torch.no_grad()
     def after_step(self, codes: Codes, *, progress: float) -> None:
@@ -83,17 +83,6 @@ class BatchTopKSAE(SparseAutoencoder):
         smallest = torch.where(kept_any, smallest, 0).to(self.threshold)
         self.threshold.lerp_(smallest.expand_as(self.threshold), torch.where(kept_any, rate, 0))
 
-    def _smallest_kept(self, pre_NF: Tensor, n_kept: int) -> Tensor:
-        """As `smallest_kept`, for a number that the host knows."""
-        # Few entries are far above the usual threshold: to select among them is several times
-        # quicker than among all, and gives the same.
-        candidates = pre_NF[pre_NF > 0.7 * self.threshold[0]]
-        if len(candidates) < n_kept:
-            candidates = pre_NF[pre_NF > 0]
-        if n_kept == 0 or len(candidates) == 0:
-            return pre_NF.new_full((), torch.inf)
-        return candidates.kthvalue(max(len(candidates) - n_kept, 0) + 1).values
-
     def saelens_state(self) -> SAELensState:
         # SAELens saves its own BatchTopK SAEs under this name, and loads them under no other.
         state = super().saelens_state()
@@ -103,11 +92,3 @@ class BatchTopKSAE(SparseAutoencoder):
     def load_saelens(self, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         super().load_saelens(cfg, tensors)
         self.threshold.copy_(tensors["threshold"])
-
-
-def smallest_kept(pre_NF: Tensor, valid_BT: Tensor, k: int) -> Tensor:
-    """The k * (valid tokens)-th largest entry, or the least above 0 if that is larger; inf if there
-    is none. Entries at tokens that are not valid must be 0. A scalar; the host reads nothing."""
-    largest_M = pre_NF.flatten().topk(k * len(pre_NF)).values
-    n_kept = (k * valid_BT.sum()).minimum((largest_M > 0).sum())
-    return torch.where(n_kept > 0, largest_M.take((n_kept - 1).clamp(min=0)), torch.inf)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tcsae.config.sae import PAnnealConfig, SAEConfig
+from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import Codes, Places, SAELensState
-from tcsae.sae.fast import values_at_hand
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
 # others together; this much, as a share of the inputs' norm, bounds it.
@@ -102,12 +102,12 @@ class PAnnealSAE(SparseAutoencoder):
         if exponent == 1:
             return features_NF.sum(dtype=torch.float32)
         smoothing = SMOOTHING * math.sqrt(self.d_in)
-        if values_at_hand(features_NF.device):
-            # Powers are dear, and those of zeros add nothing.
-            on_M = features_NF[features_NF > 0].float()
-            return ((on_M + smoothing).pow(exponent) - smoothing**exponent).sum()
-        terms_NF = (features_NF.float() + smoothing).pow(exponent) - smoothing**exponent
-        return torch.where(features_NF > 0, terms_NF, 0).sum()
+
+        def power(f: Tensor) -> Tensor:
+            return (f + smoothing).pow(exponent) - smoothing**exponent
+
+        # Powers are dear, and those of zeros add nothing.
+        return products_for(features_NF.device).sum_where_on(features_NF, power)
 
     def saelens_state(self) -> SAELensState:
         return super().saelens_state()._replace(architecture="standard")

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tcsae.config.sae import SAEConfig, TopKConfig
+from tcsae.products import products_for
+from tcsae.products.plain import Chosen
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import Codes, Places, SAELensState
-from tcsae.sae.fast import is_sparse, sparse_pass, top_k
+from tcsae.sae.fast import sparse_pass
 
 
 class TopKSAE(SparseAutoencoder):
@@ -34,14 +36,14 @@ class TopKSAE(SparseAutoencoder):
         return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        k = self.cfg.k
-        if not is_sparse(k, self.d_sae, centred_ND.device):
+        k, products = self.cfg.k, products_for(centred_ND.device)
+        if not products.is_sparse(k, self.d_sae):
             return super().training_codes(centred_ND, places)
         bias_F = self.b_enc + self.b_dec_gradient_path()
 
-        def select(pre_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            values_NK, index_NK = top_k(pre_NF, k)
-            tokens_N = torch.arange(len(pre_NF))
+        def select(pre_NF: Tensor) -> Chosen:
+            values_NK, index_NK = products.top_k(pre_NF, k)
+            tokens_N = torch.arange(len(pre_NF), device=pre_NF.device)
             values_NK = values_NK * places.valid_N1
             return values_NK.flatten(), index_NK.flatten(), tokens_N.repeat_interleave(k)
 

@@ -17,7 +17,6 @@ from tcsae.consistency import build_consistency, window_moments
 from tcsae.data.batches import Batch, Calibration
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
-from tcsae.sae.fast import values_at_hand
 from tcsae.sae.registry import sae_class
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.training.checkpoint import Checkpoint
@@ -125,9 +124,7 @@ class Member:
         too few tokens have come for any."""
         after = self.config.sae.dead_after_tokens
         too_early = self.step * batch.valid.numel() < after
-        if too_early and not values_at_hand(self.tokens_since_fired.device):
-            return None
-        return self.tokens_since_fired >= after
+        return None if too_early else self.tokens_since_fired >= after
 
     def _sparsity_weight(self) -> float | Tensor:
         """What the sparsity term is multiplied by at this step."""

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tcsae.config.sae import BatchTopKConfig
-from tcsae.sae import batchtopk
+from tcsae.products import BY_DEVICE, PLAIN
+from tcsae.products.cpu import CPU
 from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.codes import Codes, Places
 
@@ -76,12 +77,12 @@ def test_without_a_look_at_the_values_the_same_are_kept_and_counted(
     pre_NF = (3 * noise_NF - shift).round(decimals=1).to(dtype)  # many are equal
     valid_BT = torch.rand(2, 6, generator=generator) < share
     pre_NF *= valid_BT.view(-1, 1)
-    for at_hand in (True, False):
+    for products in (CPU(), PLAIN):
         sae = random_sae(seed, k=k)
         sae.threshold.fill_(2.0)
         sae.n_batches += seed % 3
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batchtopk, "values_at_hand", lambda device, at_hand=at_hand: at_hand)
+            patch.setitem(BY_DEVICE, "cpu", products)
             features_NF, least = sae.batch_activation(pre_NF, Places.of(valid_BT))
         sae.after_step(Codes(features_NF, features_NF, least=least), progress=0.0)
         found.append((features_NF, sae.threshold, sae.n_batches))

@@ -22,7 +22,8 @@ from saes import (
     train_pass,
 )
 
-from tcsae.sae import base
+from tcsae.products import BY_DEVICE, PLAIN
+from tcsae.products.cpu import CPU
 
 every_that_resamples = pytest.mark.parametrize(
     "name", [name for name in VARIANTS if name not in SEQUENTIAL]
@@ -110,8 +111,8 @@ def test_auxk_of_a_mask_over_all_features_is_that_of_the_dead_ones_picked_out(
         for bias in biases(sae):
             bias[3] = -9.0  # nowhere above zero, so it goes in without ReLU
     found = []
-    for at_hand in (True, False):
-        monkeypatch.setattr(base, "values_at_hand", lambda device, at_hand=at_hand: at_hand)
+    for products in (CPU(), PLAIN):
+        monkeypatch.setitem(BY_DEVICE, "cpu", products)
         x_BTD, valid_BT = batch()
         x_BTD[~valid_BT] = torch.nan
         sae.zero_grad()

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcsae.consistency import Consistency
+from tcsae.products import PLAIN
+from tcsae.products.cpu import CPU
+from tcsae.products.plain import Plain
 from tcsae.sae import fast
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.codes import TrainingOutput
-from tcsae.sae.fast import DenseCodes, SparseDecode, largest_of_batch, top_k
+from tcsae.sae.fast import DenseCodes, SparseDecode
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.tensors.sums import RowNorms, column_sums, position_sums
 
@@ -27,7 +30,7 @@ D_SAE = 136
 
 def use_plain_pass(monkeypatch: pytest.MonkeyPatch, sae: SparseAutoencoder) -> None:
     """From here on `sae` trains through autograd alone."""
-    monkeypatch.setattr(fast, "SPARSE_FROM_RATIO", 10**9)
+    monkeypatch.setattr(CPU, "sparse_from_ratio", 10**9)
     if not isinstance(sae, BatchTopKSAE):
         plain = SparseAutoencoder.training_codes
         monkeypatch.setattr(type(sae), "training_codes", plain)
@@ -50,7 +53,7 @@ def test_the_k_largest_of_each_token_are_found(
     generator = torch.Generator().manual_seed(seed)
     # Few levels: many ties, in every dtype.
     pre_NF = torch.randint(-40, 40, (tokens, d_sae), generator=generator).to(dtype) / 4
-    values_NK, index_NK = top_k(pre_NF, k)
+    values_NK, index_NK = CPU().top_k(pre_NF, k)
     assert torch.equal(values_NK, pre_NF.gather(1, index_NK))
     assert all(len(set(row)) == k for row in index_NK.tolist())
     assert torch.equal(values_NK.sort(1).values, pre_NF.sort(1).values[:, -k:])
@@ -60,18 +63,21 @@ def test_the_k_largest_of_each_token_are_found(
 @given(
     seed=st.integers(0, 10_000),
     d_sae=st.integers(1, 60),
-    n=st.integers(0, 400),
+    k=st.integers(1, 60),
     tokens=st.integers(1, 9),
     shift=st.sampled_from([0, 30, 60]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    products=st.sampled_from([PLAIN, CPU()]),
 )
-def test_the_n_largest_of_a_batch_are_found_with_all_that_tie(
-    seed: int, d_sae: int, n: int, tokens: int, shift: int, dtype: torch.dtype
+def test_the_largest_of_a_batch_are_found_with_all_that_tie(
+    seed: int, d_sae: int, k: int, tokens: int, shift: int, dtype: torch.dtype, products: Plain
 ) -> None:
+    k = min(k, d_sae)
     generator = torch.Generator().manual_seed(seed)
     pre_NF = (torch.randint(-40, 40, (tokens, d_sae), generator=generator) - shift).to(dtype)
     valid_N1 = torch.rand(tokens, 1, generator=generator) > 0.3
-    values_M, feature_M, token_M = largest_of_batch(pre_NF, valid_N1, n)
+    values_M, feature_M, token_M = products.largest_of_batch(pre_NF, valid_N1, k)
+    n = k * int(valid_N1.sum())
     positive = sorted((v for v in pre_NF[valid_N1[:, 0]].flatten().tolist() if v > 0), reverse=True)
     least = positive[min(n, len(positive)) - 1] if positive and n else float("inf")
     wanted = ((pre_NF >= least) & (pre_NF > 0) & valid_N1).nonzero().tolist()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.config.sae import TopKConfig
-from tcsae.sae import fast
+from tcsae.products.cpu import CPU
 from tcsae.sae.topk import TopKSAE
 
 D_IN = 12
@@ -93,7 +93,7 @@ def test_both_paths_train_to_the_same_gradients(
     assert valid_BT.sum() > 100
     grads = []
     for ratio in (1, 10**9):
-        monkeypatch.setattr(fast, "SPARSE_FROM_RATIO", ratio)
+        monkeypatch.setattr(CPU, "sparse_from_ratio", ratio)
         sae = random_sae(d_sae=128, k=4)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=dead_F)

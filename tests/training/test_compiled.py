@@ -14,7 +14,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.batches import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
-from tcsae.sae import fast
+from tcsae.products.cpu import CPU
 from tcsae.training import member as member_module
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.member import Member
@@ -47,7 +47,7 @@ def test_compiled_steps_leave_the_weights_of_plain_ones(
     sae: str, given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, stream = given
-    monkeypatch.setattr(fast, "SPARSE_FROM_RATIO", 10**9)  # the pass that a GPU takes
+    monkeypatch.setattr(CPU, "sparse_from_ratio", 10**9)  # the pass that a GPU takes
     made: list[CompiledForward] = []
 
     def through_the_compiler(forward: Any) -> CompiledForward:

@@ -14,7 +14,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import Config, TrainingConfig
 from tcsae.data.batches import shuffled_indices
 from tcsae.data.stream import Stream, open_stream
-from tcsae.sae import fast
+from tcsae.products.cpu import CPU
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.standard import StandardSAE
 from tcsae.sae.topk import TopKSAE
@@ -84,7 +84,7 @@ def trained(
 
 
 def plain_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "SPARSE_FROM_RATIO", 10**9)
+    monkeypatch.setattr(CPU, "sparse_from_ratio", 10**9)
     for architecture in (StandardSAE, TopKSAE):
         plain = SparseAutoencoder.training_codes
         monkeypatch.setattr(architecture, "training_codes", plain)

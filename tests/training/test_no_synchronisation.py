@@ -6,7 +6,7 @@ between devices make it wait until the queue is empty. Without a GPU two things 
 
 - On the meta device, whose tensors have no values, a step is what it is on any device but the CPU,
   and there is nothing that could be read: such an operation raises. Copies to it are recorded.
-- On the CPU, with the one function replaced that tells the code where it is, the operations of the
+- On the CPU, with the operations of the other devices in place of its own, the operations of the
   same steps are recorded on real values: all branches that values could take are free.
 
 Outside of the step, and not covered: what is logged, checked and saved every so many steps, and
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tcsae.config import Config
 from tcsae.config.sae import architectures
 from tcsae.data.batches import Batch, Calibration
+from tcsae.products import BY_DEVICE, PLAIN
 from tcsae.sae import base
 from tcsae.training.member import Member
 
@@ -155,8 +156,7 @@ def waits_of_steps(member: Member, device: str = "cpu") -> set[str]:
 
 def take_the_way_of_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """On the CPU, as if its values were not at hand."""
-    for module in ("sae.fast", "sae.base", "sae.batchtopk", "sae.p_anneal", "training.member"):
-        patch.setattr(f"tcsae.{module}.values_at_hand", lambda device: False)
+    patch.setitem(BY_DEVICE, "cpu", PLAIN)
 
 
 @pytest.fixture

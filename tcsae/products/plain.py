@@ -1,0 +1,114 @@
+"""The operations of a training step in PyTorch, on any device; what the other objects are held to.
+
+Shape suffixes: N tokens, D = d_in, F = d_sae, K kept a token, M entries of sparse codes, J dead
+features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from tcsae.tensors.sparse import SparseCodes
+
+Chosen = tuple[Tensor, Tensor, Tensor]
+"""(values, features, tokens) [M] of chosen pre-activations, in the order of tokens."""
+
+
+class Plain:
+    """Dense codes for every architecture; in a step the host waits for no value of a tensor."""
+
+    sparse_from_ratio: ClassVar[float] = math.inf
+    """From this d_sae / k on products with sparse codes are faster than with dense ones."""
+
+    def is_sparse(self, k: int, d_sae: int) -> bool:
+        """Whether codes with k features on a token are to be sparse."""
+        return self.sparse_from_ratio * k <= d_sae
+
+    def at_once(self, n: int, fitting: int) -> int:
+        """Of n rows, how many to take at a time; `fitting` of them stay in a CPU's cache."""
+        return max(n, 1)
+
+    # ---- dense codes ----
+
+    def linear(
+        self,
+        rows_ND: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor,
+        *,
+        relu: bool = False,
+        plus_NF: Tensor | None = None,
+    ) -> Tensor:
+        """rows @ weight.T + bias (+ plus, or its relu), [N, F]."""
+        result_NF = torch.addmm(bias_F, rows_ND, weight_FD.T)
+        if plus_NF is not None:
+            result_NF.add_(plus_NF)
+        return result_NF.relu_() if relu else result_NF
+
+    def zero_rows(self, rows_NF: Tensor, valid_N1: Tensor) -> Tensor:
+        """In place: zeros at the tokens that are not valid."""
+        return rows_NF.mul_(valid_N1)
+
+    def sum_where_on(self, features_NF: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum over all features above zero of `function` (entry by entry) of them, float32."""
+        return torch.where(features_NF > 0, function(features_NF.float()), 0).sum()
+
+    # ---- selection ----
+
+    def top_k(self, pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(values, features), both [N, K], of the k largest entries of each row, in any order."""
+        values_NK, index_NK = pre_NF.topk(k, dim=-1, sorted=False)
+        return values_NK, index_NK
+
+    def least_kept(self, pre_NF: Tensor, valid_N1: Tensor, k: int, usual: Tensor) -> Tensor:
+        """The k * (valid tokens)-th largest entry, or the least above 0 if that is larger; inf if
+        there is none. A scalar. Entries at tokens that are not valid must be 0.
+
+        `usual` is about what it was in other batches: a hint, on which the result does not hang.
+        """
+        largest_M = pre_NF.flatten().topk(k * len(pre_NF)).values
+        n_kept = (k * valid_N1.sum()).minimum((largest_M > 0).sum())
+        return torch.where(n_kept > 0, largest_M.take((n_kept - 1).clamp(min=0)), torch.inf)
+
+    def largest_of_batch(self, pre_NF: Tensor, valid_N1: Tensor, k: int) -> Chosen:
+        """The k * (valid tokens) largest entries of the valid rows that are above zero; all that
+        tie with the smallest of them are kept."""
+        pre_NF = torch.where(valid_N1, pre_NF, 0)
+        least = self.least_kept(pre_NF, valid_N1, k, pre_NF.new_zeros(()))
+        token_M, feature_M = (pre_NF >= least).nonzero(as_tuple=True)
+        return pre_NF[token_M, feature_M], feature_M, token_M
+
+    def dead(self, dead_F: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(indices [J] of features, which of these are dead [J]; None: all), with all the dead."""
+        return torch.arange(len(dead_F), device=dead_F.device), dead_F
+
+    # ---- sparse codes ----
+
+    def decode(self, codes: SparseCodes, rows_FD: Tensor) -> Tensor:
+        """[N, D]: of each token the sum over its entries of value * rows[feature]."""
+        return embedding_bag(
+            codes.feature_M,
+            rows_FD,
+            codes.start_N,
+            per_sample_weights=codes.values_M.detach(),
+            mode="sum",
+        )
+
+    def at_entries(self, codes: SparseCodes, left_ND: Tensor, right_FD: Tensor) -> Tensor:
+        """[M]: <left[token], right[feature]> of each entry."""
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left_ND, right_FD, codes.feature_M, codes.start_N, codes.token_M, 0
+        )
+
+    def by_feature(self, codes: SparseCodes, weight_M: Tensor, rows_ND: Tensor) -> Tensor:
+        """[F, D]: of each feature the sum over its entries of weight * rows[token]."""
+        weight_M = weight_M.index_select(0, codes.order_M)
+        return embedding_bag(
+            codes.sorted_token_M, rows_ND, codes.start_F, per_sample_weights=weight_M, mode="sum"
+        )
