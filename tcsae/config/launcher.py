@@ -26,9 +26,10 @@ class Options(StrictModel):
     compare: bool = True
     """Write the comparison page of the sweep when its last job has ended."""
     tflops: Positive | None = None
-    """Assumed sustained TFLOP/s of one device, for the estimate; null: no hours are estimated."""
+    """Sustained TFLOP/s of one device, for the estimate. null: where this machine's CPU does the
+    work it is tried; elsewhere no hours are estimated."""
     bandwidth_gb_s: Positive | None = None
-    """Assumed sustained memory bandwidth of one device, for the estimate."""
+    """Sustained bandwidth of one device's memory, for the estimate; null: as `tflops`."""
 
 
 class LocalOptions(Options):

@@ -337,6 +337,15 @@ class SweepCost:
         out.append(f"memory of the largest process: {memory}")
         return out
 
+    def _rates(self) -> str:
+        """In words, and whether they were measured."""
+        machine, kind = self.machine, "bfloat16" if self.machine.bfloat16 else "float32"
+        if machine.is_measured:
+            each = f"{machine.tflops:.2g} TFLOP/s in {kind} and {machine.bandwidth_gb_s:.2g} GB/s"
+            return f"{each} of memory a process, tried here just now,"
+        rates = f"{machine.tflops:g} TFLOP/s and {machine.bandwidth_gb_s:g} GB/s of memory"
+        return f"an assumed {rates}, not measured,"
+
     def _hours_lines(self) -> list[str]:
         if self.device_hours is None:
             return ["hours: not estimated (set hydra.launcher.tflops and bandwidth_gb_s)"]
@@ -345,9 +354,8 @@ class SweepCost:
             f"about {span(self.device_hours)} of {kind} time: harvest {span(self.harvest_hours)}, "
             f"training {span(self.train_hours)}, evaluation {span(self.evaluate_hours)}; "
             f"the longest process {span(max(self.pack_hours))}",
-            f"  computed from operations and bytes at an assumed {self.machine.tflops:g} TFLOP/s, "
-            f"{self.machine.bandwidth_gb_s:g} GB/s of memory and {self.machine.disk_gb_s:g} GB/s "
-            "of disk, not measured; without queueing and start-up",
+            f"  computed from operations and bytes at {self._rates()} and an assumed "
+            f"{self.machine.disk_gb_s:g} GB/s of disk; without queueing and start-up",
         ]
 
 

@@ -24,6 +24,10 @@ class Machine:
     """SHA-256 of shards and checkpoints, one core. Measured."""
     launch_us: float = 10.0
     """From one small kernel to the next. 7 measured without a GPU."""
+    float32: float | None = None
+    """TFLOP/s of products in float32. None: a share of `tflops`."""
+    is_measured: bool = False
+    """Whether products and bandwidth were tried on the machine at hand."""
     page_cache_gb: float = 64.0
     """A store up to this size is read from disk once, a larger one once an epoch more."""
 
@@ -35,7 +39,7 @@ class Machine:
     def float32_tflops(self) -> float:
         """Products in float32, without TF32 (on A100 and H100 70 % of the peaks, 19.5 and 67)."""
         assert self.tflops is not None
-        return self.tflops / (4 if self.device == "cpu" else 11)
+        return self.float32 or self.tflops / (4 if self.device == "cpu" else 11)
 
 
 MACHINES = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence, Set
+from dataclasses import replace
 
 from tcsae.config import Config
-from tcsae.config.launcher import Options
+from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
 from tcsae.launch.estimate import members_that_fit, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, stream_key
 from tcsae.launch.machine import Machine
@@ -33,6 +34,13 @@ def packed(
 
 
 def _machine(options: Options, device: str) -> Machine:
+    """With the rates that are asked for or, where the work is this machine's CPU's, as tried."""
+    if options.tflops is None and device == "cpu" and not isinstance(options, SlurmOptions):
+        from tcsae.launch.rates import measured_cpu  # torch, which a plan without cost is free of
+
+        n = options.processes if isinstance(options, LocalOptions) else 1
+        whole, rates = measured_cpu(), ("tflops", "bandwidth_gb_s", "float32")
+        return replace(whole, **{name: getattr(whole, name) / n for name in rates})
     return Machine(options.tflops, options.bandwidth_gb_s, device)
 
 

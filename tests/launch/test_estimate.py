@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import REPOSITORY, environment, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
+from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
 from tcsae.data.context_cache import load_or_build_contexts
-from tcsae.data.language_model import LanguageModel
+from tcsae.data.language_model import LanguageModel, bfloat16_is_native
 from tcsae.data.store import ActivationStore
 from tcsae.launch.estimate import (
     Cost,
@@ -32,6 +35,7 @@ from tcsae.launch.estimate import (
     sweep_cost,
 )
 from tcsae.launch.machine import MACHINES, Machine
+from tcsae.launch.plan import _machine, cost_lines
 
 A100, CPU = MACHINES["a100"], MACHINES["cpu"]
 FLOAT32_CPU = Machine(1, 10, device="cpu", bfloat16=False)
@@ -269,9 +273,36 @@ def test_the_lines_say_what_was_assumed_and_that_it_was_not_measured(grid: list[
     first, about, assumed, disk, memory = sweep.lines()
     assert first == "1 harvest of 10.1 M tokens in all, if no store has them yet"
     assert f"about {span(sweep.device_hours)} of GPU time" in about
-    assert "assumed 156 TFLOP/s, 1430 GB/s" in assumed and "not measured" in assumed
+    assert "assumed 156 TFLOP/s and 1430 GB/s of memory, not measured" in assumed
     assert size(sweep.store_bytes) in disk and size(sweep.run_bytes) in disk
     assert size(sweep.device_bytes) in memory and size(sweep.host_bytes) in memory
+
+
+def test_where_this_cpu_does_the_work_its_rates_are_tried(job: Callable[..., Config]) -> None:
+    here, local = (_machine(options, "cpu") for options in (Options(), LocalOptions(processes=4)))
+    assert here.tflops and here.bandwidth_gb_s and local.tflops and local.bandwidth_gb_s
+    assert here.is_measured and here.bfloat16 == bfloat16_is_native("cpu")
+    assert 0.005 < here.float32_tflops < 50 and 0.5 < here.bandwidth_gb_s < 2000
+    left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    taken = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        left @ right
+        taken.append(time.perf_counter() - begun)
+    by_hand = 2 * 1024**3 / sorted(taken)[10] / 1e12
+    assert here.float32_tflops == pytest.approx(by_hand, rel=0.7)  # other work may begin or end
+    for one, fourth in (
+        (here.tflops, local.tflops),
+        (here.bandwidth_gb_s, local.bandwidth_gb_s),
+        (here.float32_tflops, local.float32_tflops),
+    ):
+        assert fourth == pytest.approx(one / 4)
+    lines = cost_lines([job()], [[0]], Options(), "cpu")
+    kind = "bfloat16" if here.bfloat16 else "float32"
+    assert f"{here.tflops:.2g} TFLOP/s in {kind}" in lines[2] and "tried here" in lines[2]
+    asked = cost_lines([job()], [[0]], Options(tflops=3, bandwidth_gb_s=40), "cpu")
+    assert "assumed 3 TFLOP/s and 40 GB/s of memory, not measured" in asked[2]
+    assert _machine(Options(), "cuda").tflops is None is _machine(SlurmOptions(), "cpu").tflops
 
 
 def test_without_rates_there_are_no_hours(grid: list[Config]) -> None:
