@@ -81,7 +81,8 @@ def arrows(root: Path = ROOT) -> Iterator[Arrow]:
         for node in ast.walk(tree):
             for target in _targets(node, known):
                 file = path.relative_to(root).as_posix()
-                yield Arrow(file, node.lineno, room(name), room(target), id(node) in inner)
+                line = getattr(node, "lineno", 0)
+                yield Arrow(file, line, room(name), room(target), id(node) in inner)
 
 
 def _targets(node: ast.AST, known: dict[str, Path]) -> Iterator[str]:

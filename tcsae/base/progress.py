@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ LOG_EVERY_SECONDS = 10.0
 Item = TypeVar("Item")
 
 
-class ConsoleHandler(logging.StreamHandler):
+class ConsoleHandler(logging.StreamHandler[TextIO]):
     """Log lines that do not tear the progress bar on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tcsae.config.sae import JumpReLUConfig, SAEConfig
 from tcsae.sae.base import SparseAutoencoder
@@ -156,7 +157,14 @@ class _JumpReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pre_NF, threshold_F, valid_N1, bandwidth, to_input):  # type: ignore
+    def forward(
+        ctx: Any,
+        pre_NF: Tensor,
+        threshold_F: Tensor,
+        valid_N1: Tensor,
+        bandwidth: float,
+        to_input: bool,
+    ) -> tuple[Tensor, Tensor]:
         on_NF = pre_NF > threshold_F
         near_NF = ((pre_NF - threshold_F).abs() < bandwidth / 2) & valid_N1
         ctx.save_for_backward(on_NF, near_NF, threshold_F)
@@ -164,7 +172,8 @@ class _JumpReLU(torch.autograd.Function):
         return torch.where(on_NF, pre_NF, 0), on_NF.sum().float()
 
     @staticmethod
-    def backward(ctx, grad_NF, grad_count):  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor, grad_count: Tensor) -> Any:
         on_NF, near_NF, threshold_F = ctx.saved_tensors
         near_grad_NF = torch.where(near_NF, grad_NF, 0)
         pull_F = threshold_F * near_grad_NF.sum(0, dtype=torch.float32)

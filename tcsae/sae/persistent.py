@@ -9,10 +9,11 @@ Shapes: B contexts, T positions, N = B * T tokens, F features.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tcsae.config.sae import LONGEST, PersistentConfig, SAEConfig
 from tcsae.sae.codes import Codes, Places, SAELensState
@@ -93,7 +94,9 @@ class _Remember(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, added_BTF, l_F, kept_BT, valid_BT):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, added_BTF: Tensor, l_F: Tensor, kept_BT: Tensor, valid_BT: Tensor
+    ) -> Tensor:
         new_F = 1 - l_F
         states_BTF = added_BTF * new_F
         for t in range(1, added_BTF.shape[1]):
@@ -102,7 +105,8 @@ class _Remember(torch.autograd.Function):
         return states_BTF * valid_BT[..., None]
 
     @staticmethod
-    def backward(ctx, grad_BTF):  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx: Any, grad_BTF: Tensor) -> Any:
         added_BTF, states_BTF, l_F, kept_BT, valid_BT = ctx.saved_tensors
         new_F = 1 - l_F
         g_BTF = grad_BTF * valid_BT[..., None]
