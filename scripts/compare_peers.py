@@ -299,9 +299,9 @@ def best_rate(runs: list[Run], architecture: str, arm: str, seed: int = 0) -> fl
 def recorded(out: Path, setting: dict[str, Any], run: Run | None = None) -> list[Run]:
     """The runs in `out`, with `run` added; another process may write there too."""
     with locked(out.with_suffix(".lock"), lambda: None):
-        found: dict[str, Any] = (
-            read_json(out) if out.is_file() else {"setting": setting, "runs": []}
-        )
+        found: dict[str, Any] = {"setting": setting, "runs": []}
+        if out.is_file():
+            found = read_json(out)
         differs = {k for k, v in setting.items() if found["setting"].get(k) != v}
         if differs:
             raise SystemExit(f"{out} has another {', '.join(sorted(differs))}: take another --out")
