@@ -35,6 +35,18 @@ def clock(seconds: float) -> str:
 
 
 _listeners: list[Callable[[Progress], None]] = []
+_is_silent = False
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Nothing is shown, logged or told of what begins during the block."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        yield
+    finally:
+        _is_silent = before
 
 
 @contextlib.contextmanager
@@ -58,7 +70,7 @@ class Progress:
 
         self.what, self.total, self.unit = what, total, unit
         self.done = self.first = done
-        self.note = ""
+        self.note, self.silent = "", _is_silent
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(
             total=total,
@@ -66,7 +78,7 @@ class Progress:
             desc=what,
             unit=f" {unit}",
             unit_scale=True,
-            disable=not sys.stderr.isatty(),
+            disable=self.silent or not sys.stderr.isatty(),
             leave=False,
             dynamic_ncols=True,
         )
@@ -95,10 +107,11 @@ class Progress:
             )
 
     def _line(self, text: str) -> None:
-        log.info(text, extra={"file_only": True})
+        if not self.silent:
+            log.info(text, extra={"file_only": True})
 
     def _tell(self) -> None:
-        if _listeners:
+        if _listeners and not self.silent:
             _listeners[-1](self)
 
     def __enter__(self) -> Progress:
@@ -107,7 +120,7 @@ class Progress:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.bar.close()
-        if kind is None:
+        if kind is None and not self.silent:
             elapsed = time.monotonic() - self.started
             log.info(
                 f"{self.what}: {self.done - self.first:,} {self.unit} in {clock(elapsed)} "

@@ -12,11 +12,11 @@ import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from tcsae.base.progress import silenced
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, EvaluationConfig, parse
 from tcsae.data.batches import CALIBRATION_CONTEXTS, Batch, Calibration
@@ -199,7 +199,7 @@ def _evaluation(key: str, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluat
     # Each for itself: of the two the one that is larger in a narrow SAE is not so in a wide one.
     sums = max(a + share * (b - a) for a, b in zip(narrow[2:], wider[2:], strict=True))
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    with on_meta() as counting, torch.no_grad(), _silent():
+    with on_meta() as counting, torch.no_grad(), silenced():
         sae = sae_class(config.sae.architecture)(config.sae, d_in)
         batches: Any = _Batches(counting, size, d_in)
         for batch in batches.in_order(evaluation.ENCODE_CONTEXTS):
@@ -217,10 +217,6 @@ def _evaluation(key: str, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluat
     return Evaluation(features.plus(encoded), bootstrap, own, scores[0], workspace)
 
 
-def _silent() -> Any:
-    return mock.patch.object(evaluation, "Progress", mock.MagicMock())
-
-
 @functools.cache
 def _sums(
     options: str, size: int, d_in: int, d_sae: int, is_grouped: bool
@@ -229,7 +225,7 @@ def _sums(
     cfg = EvaluationConfig.model_validate_json(options)
     dataset = SimpleNamespace(context_size=size, norm_filter=0.0)
     config: Any = SimpleNamespace(evaluation=cfg, dataset=dataset)
-    with on_meta() as counting, torch.no_grad(), _silent():
+    with on_meta() as counting, torch.no_grad(), silenced():
         sae: Any = _Features(d_in, [d_sae // 2] * 2 if is_grouped else [d_sae])
         batches: Any = _Batches(counting, size, d_in, BLOCKS - evaluation.ENCODE_CONTEXTS)
         _, suite, _ = evaluation.on_activations(sae, config, batches, StopRequest())
