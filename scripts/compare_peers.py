@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 import types
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import block, replace_block
+from pages import block, processor, replace_block
 from torch import Tensor
 
 from tcsae.base.allocator import keep_large_blocks
@@ -309,15 +308,6 @@ def recorded(out: Path, setting: dict[str, Any], run: Run | None = None) -> list
             found["runs"] = sorted([*found["runs"], run], key=key)
             write_json(out, found)
     return list(found["runs"])
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    return f"{named.get('model name', platform.machine())} (family {named.get('cpu family', '?')})"
 
 
 def setting_of(config: Config) -> dict[str, Any]:

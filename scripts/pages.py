@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,13 @@ def replace_block(page: Path, new: str) -> None:
     before, rest = page.read_text(encoding="utf-8").split(begin)
     _, after = rest.split(end)
     page.write_text(f"{before}{new}{after}", encoding="utf-8")
+
+
+def processor() -> str:
+    """Its name and family."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    return f"{named.get('model name', platform.machine())} (family {named.get('cpu family', '?')})"
