@@ -294,6 +294,25 @@ def window_section(rounds: int) -> dict[str, Any]:
     return {"rows": summary(take_turns(steps, rounds), against)}
 
 
+def forms_section(rounds: int) -> dict[str, Any]:
+    """What the fair form and its position term add to a step with the first form."""
+    batches, steps, against = random_batches(), {}, {}
+    first, fair = "consistency.variance_over=positions", "consistency.variance_over=windows"
+    for architecture in ARCHITECTURES:
+        for window in (2, 8, 64):
+            name = f"{architecture}, window {window}"
+            for title, keys in (
+                ("first form", (first, "consistency.position_weight=0")),
+                ("over windows", (fair, "consistency.position_weight=0")),
+                ("over windows, position term", (fair, "consistency.position_weight=1")),
+            ):
+                given = overrides(architecture, f"window={window}", *keys)
+                steps[f"{name}, {title}"] = ours(batches, given)
+                if title != "first form":
+                    against[f"{name}, {title}"] = f"{name}, first form"
+    return {"rows": summary(take_turns(steps, rounds), against)}
+
+
 def bank_section(rounds: int) -> dict[str, Any]:
     batches, steps = random_batches(), {}
     sizes = {f"topk, {n} in a bank": n for n in (1, 2, 4, 8, 16)}
@@ -323,6 +342,7 @@ def startup_section(rounds: int) -> dict[str, Any]:
 SECTIONS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "steps": (f"One step of {TOKENS:,} tokens, d_sae {D_SAE:,}", steps_section),
     "window": ("The temporal loss by window", window_section),
+    "forms": ("The fair loss beside its first form", forms_section),
     "tokens": ("More tokens a step", tokens_section),
     "d_sae": ("A wider dictionary", d_sae_section),
     "bank": ("More SAEs on one stream: time for each of them", bank_section),
