@@ -86,10 +86,11 @@ def training_of(config: Config, d_in: int, bfloat16: bool, on_cpu: bool) -> Trai
 
 
 def _key(config: Config, weight: float, **plain: Any) -> str:
-    """A config as something that results can be remembered by: without what says only which run it
-    is, and with a loss's weight that is on or off."""
+    """A config as something that results can be remembered by: without what changes no operation,
+    and with a loss's weight that is on or off."""
     dump = config.dump()
     dump["tracking"]["group"] = None
+    dump["store"]["dir"], dump["training"]["lr"] = "-", 1e-3
     return json.dumps(dump | {"name": None, "seed": 0, "rerun": False, "lambda": weight} | plain)
 
 
