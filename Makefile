@@ -16,7 +16,7 @@ check: $(VENV)/.test lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not documents" $(ARGS)
 
 test: $(VENV)/.test lint
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=3 $(ARGS)
 
 bench: $(VENV)/.test
 	@OMP_WAIT_POLICY=PASSIVE $(PY) scripts/bench.py $(ARGS)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from tcsae.config.sae import SAEConfig
 from tcsae.products import products_for
-from tcsae.sae.codes import Codes, Places, SAELensState, TrainingOutput
+from tcsae.sae.codes import Codes, Moment, Places, SAELensState, TrainingOutput
 from tcsae.sae.statistics import geometric_median, total_variance
 
 
@@ -90,19 +90,11 @@ class SparseAutoencoder(nn.Module, ABC):
         return torch.addmm(bias_F, centred_ND, self.W_enc).mul_(places.valid_N1)
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
         """Loss terms beside the reconstruction, weighted; called with autocast off.
 
-        `x_ND` equals b_dec at tokens that are not valid, so that x_hat - x is zero there.
-        `sparsity_warmup` and `progress` as of `training_forward`.
-        """
+        `x_ND` equals b_dec at tokens that are not valid, so that x_hat - x is zero there."""
         return {}
 
     def constrain(self) -> None:
@@ -206,9 +198,8 @@ class SparseAutoencoder(nn.Module, ABC):
         with torch.autocast(x_BTD.device.type, enabled=False):
             error_ND = codes.decoded_ND.float() + self.b_dec - x_ND
             losses = {"reconstruction": error_ND.square().sum() / places.n_valid}
-            losses |= self.architecture_losses(
-                codes, x_ND, places, sparsity_warmup=sparsity_warmup, progress=progress
-            )
+            now = Moment(sparsity_warmup, progress)
+            losses |= self.architecture_losses(codes, x_ND, places, now)
         if self.cfg.revival == "auxk":
             residual_ND = -error_ND.detach()
             seen_ND = centred_ND if codes.input_ND is None else codes.input_ND

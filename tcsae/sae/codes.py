@@ -41,6 +41,15 @@ class Places(NamedTuple):
         return cls(valid_BT, segments_BT, valid_BT.sum().clamp(min=1), generator)
 
 
+class Moment(NamedTuple):
+    """How far a run has come, for the losses that change on the way."""
+
+    sparsity_warmup: float | Tensor
+    """What the sparsity term is multiplied by."""
+    progress: float
+    """The share of the run that is done, in [0, 1]."""
+
+
 class Codes:
     """The codes of a batch and what belongs to them; all zero at tokens that are not valid.
 

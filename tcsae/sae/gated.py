@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcsae.config.sae import GatedConfig, SAEConfig
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.codes import Codes, Places
+from tcsae.sae.codes import Codes, Moment, Places
 
 
 class GatedSAE(SparseAutoencoder):
@@ -64,16 +64,10 @@ class GatedSAE(SparseAutoencoder):
         return Codes(features_NF, features_NF @ self.W_dec, extra=(gate_NF, decoded_by_gate_ND))
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
         gate_NF, decoded_by_gate_ND = codes.extra
-        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
+        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * now.sparsity_warmup
         error_ND = decoded_by_gate_ND.float() - (x_ND - self.b_dec.detach())
         return {
             "sparsity": weight * gate_NF.sum(dtype=torch.float32) / places.n_valid,

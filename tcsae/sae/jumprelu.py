@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tcsae.config.sae import JumpReLUConfig, SAEConfig
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.codes import Codes, Places, SAELensState
+from tcsae.sae.codes import Codes, Moment, Places, SAELensState
 
 FIRST_FIRINGS = 10_000
 """Features per token that the tanh form starts with (January update); at most half of d_sae."""
@@ -107,19 +107,13 @@ class JumpReLUSAE(SparseAutoencoder):
         return Codes(features_NF, features_NF @ self.W_dec, pre_NF, extra=(firings,))
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
         cfg, (count,) = self.cfg, codes.extra
         if cfg.penalty == "tanh":
             scaled_NF = codes.features_NF * (cfg.tanh_scale / math.sqrt(self.d_in))
             count = scaled_NF.tanh().sum(dtype=torch.float32)
-        weight = cfg.l0_coefficient * self.d_in * sparsity_warmup
+        weight = cfg.l0_coefficient * self.d_in * now.sparsity_warmup
         losses = {"sparsity": weight * count / places.n_valid}
         if cfg.preact_coefficient > 0:
             assert codes.pre_NF is not None

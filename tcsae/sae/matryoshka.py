@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcsae.config.sae import MatryoshkaConfig, SAEConfig
 from tcsae.sae.batchtopk import BatchTopKSAE
-from tcsae.sae.codes import Codes, Places
+from tcsae.sae.codes import Codes, Moment, Places
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -37,13 +37,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         return Codes(features_NF, decoded_ND, pre_NF, least=least, extra=tuple(inner))
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
         target_ND = x_ND - self.b_dec
         errors = [(decoded_ND - target_ND).square().sum() for decoded_ND in codes.extra]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tcsae.config.sae import PAnnealConfig, SAEConfig
 from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.codes import Codes, Places, SAELensState
+from tcsae.sae.codes import Codes, Moment, Places, SAELensState
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
 # others together; this much, as a share of the inputs' norm, bounds it.
@@ -60,17 +60,11 @@ class PAnnealSAE(SparseAutoencoder):
         return 1 - (1 - cfg.p_end) * stage / cfg.anneal_stages
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
-        penalty = self._penalty(codes.features_NF, self.scheduled_exponent(progress))
-        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
-        strength = self._strength_at(codes.features_NF, progress)
+        penalty = self._penalty(codes.features_NF, self.scheduled_exponent(now.progress))
+        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * now.sparsity_warmup
+        strength = self._strength_at(codes.features_NF, now.progress)
         return {"sparsity": weight * strength * penalty / places.n_valid}
 
     @torch.no_grad()

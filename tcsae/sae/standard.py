@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcsae.config.sae import SAEConfig, StandardConfig
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.codes import Codes, Places
+from tcsae.sae.codes import Codes, Moment, Places
 from tcsae.sae.fast import DenseCodes
 from tcsae.tensors.sums import RowNorms
 
@@ -42,18 +42,12 @@ class StandardSAE(SparseAutoencoder):
         return Codes(features_NF, decoded_ND, sums_F=sums_F)
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
         # Summed over tokens first: no second [N, d_sae] tensor for the weighted features.
         sums_F = codes.sums_F
         if sums_F is None:
             sums_F = codes.features_NF.sum(0, dtype=torch.float32)
         l1 = sums_F @ RowNorms.apply(self.W_dec) / places.n_valid
-        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * sparsity_warmup
+        weight = self.cfg.l1_coefficient * math.sqrt(self.d_in) * now.sparsity_warmup
         return {"sparsity": weight * l1}

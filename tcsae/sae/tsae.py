@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from tcsae.config.sae import SAEConfig, TSAEConfig
-from tcsae.sae.codes import Codes, Places
+from tcsae.sae.codes import Codes, Moment, Places
 from tcsae.sae.matryoshka import MatryoshkaSAE
 from tcsae.tensors.positions import document_starts, noise_like
 
@@ -55,17 +55,9 @@ class TSAE(MatryoshkaSAE):
     cfg: TSAEConfig
 
     def architecture_losses(
-        self,
-        codes: Codes,
-        x_ND: Tensor,
-        places: Places,
-        *,
-        sparsity_warmup: float | Tensor,
-        progress: float,
+        self, codes: Codes, x_ND: Tensor, places: Places, now: Moment
     ) -> dict[str, Tensor]:
-        losses = super().architecture_losses(
-            codes, x_ND, places, sparsity_warmup=sparsity_warmup, progress=progress
-        )
+        losses = super().architecture_losses(codes, x_ND, places, now)
         if self.cfg.pair_coefficient > 0:
             first_NG = codes.features_NF[:, : self.cfg.group_sizes[0]]
             unit = 1 if self.cfg.pair_loss == "squared_difference" else self.d_in
