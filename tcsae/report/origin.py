@@ -9,6 +9,9 @@ from tcsae.base.labels import number
 from tcsae.config import Config, LoadedConfig
 from tcsae.runs.folder import LoadedRun
 
+FAR_OFF = 0.1
+"""How far from the wanted L0, as a share of it, a run may end without a caution."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -22,6 +25,8 @@ class Origin:
     time: str
     cautions: list[str]
     """What to keep in mind when reading the results."""
+    missed: str | None = None
+    """What the training was to reach and did not; the first of the cautions."""
 
 
 def origin(run: LoadedRun) -> Origin:
@@ -39,7 +44,9 @@ def _trained(config: Config, info: dict[str, Any]) -> Origin:
     loss = f"window {config.window}, lambda {config.lambda_:g}"
     steps, tokens = (f"{info[name]:,}" for name in ("training_steps", "tokens"))
     rate = f"{info['tokens_per_second']:,.0f} tokens/s"
-    cautions = [
+    missed = missed_l0(config, info["metrics"]["sparsity"]["l0"])
+    cautions = [missed] if missed else []
+    cautions += [
         "One run, one seed: the intervals are about the choice of held-out contexts, not about "
         "another seed or another text."
     ]
@@ -69,6 +76,19 @@ def _trained(config: Config, info: dict[str, Any]) -> Origin:
         time=f"Trained for {number(info['training_seconds'])} s "
         f"({number(info['tokens_per_second'])} tokens/s), {number(info['wall_seconds'])} s in all.",
         cautions=cautions,
+        missed=missed,
+    )
+
+
+def missed_l0(config: Config, l0: float | None) -> str | None:
+    """In words, that `l0` on held-out text is not what training.target_l0 asked for."""
+    target = config.training.target_l0
+    if target is None or l0 is None or abs(l0 / target - 1) <= FAR_OFF:
+        return None
+    return (
+        f"L0 is {number(l0)} where training.target_l0 = {target:g} was asked for: the steering had "
+        "not got there when training ended. Compare at the L0 that was reached, or train longer "
+        "(training.tokens), or start nearer to it (sae.l1_coefficient, sae.l0_coefficient)."
     )
 
 

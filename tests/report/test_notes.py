@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_here, small_job
 
 from tcsae.base.labels import interval_text, number
 from tcsae.base.run_files import NOTES, RunFiles
@@ -47,6 +48,28 @@ def test_settings_command_and_limits_are_there(run: LoadedRun, notes: str) -> No
     assert "One run, one seed" in notes
     assert "near-copies" in notes and "Clusters of features" in notes
     assert "nan" not in notes.lower().split()
+
+
+def test_an_l0_that_was_asked_for_and_not_reached_is_said_first(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    """On the log, the notes and the page; one that was reached within a tenth, nowhere."""
+    said = {}
+    for target in ("1.5", "near"):
+        if target == "near":
+            l0 = load_run(tmp_path / "1.5").final_info["metrics"]["sparsity"]["l0"]
+        folder = tmp_path / target
+        asked = 1.5 if target == "1.5" else 1.05 * l0
+        changes = {"sae": "standard", "training__target_l0": str(asked), "layer": "1"}
+        changes |= {"training__tokens": "2000", "store__dir": str(tmp_path / "store")}
+        outcome = run_here(*small_job(tiny_gpt2, texts, folder, **changes))
+        assert outcome.code == 0
+        files, words = RunFiles(folder), f"training.target_l0 = {asked:g} was asked for"
+        texts_ = [file.read_text() for file in (files.log, files.notes, files.report)]
+        said[target] = [words in " ".join(text.split()) for text in texts_]
+        measured = load_run(folder).final_info["metrics"]["sparsity"]["l0"]
+        assert (abs(measured / asked - 1) > 0.1) == (target == "1.5"), measured
+    assert said == {"1.5": [True] * 3, "near": [False] * 3}
 
 
 def test_explained_variance_by_norm_limit_is_there(run: LoadedRun, notes: str) -> None:
