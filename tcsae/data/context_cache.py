@@ -46,9 +46,11 @@ def load_or_build_contexts(
     """Training and held-out contexts, from `root`/contexts if this text was packed before.
 
     Raises:
-        UserError: text that cannot be read or is too little.
+        UserError: text that cannot be read or is too little, contexts too long for the model, a
+            token that it does not know.
         Interrupted: a signal came.
     """
+    model.check_length(cfg.context_size)
     corpus = open_corpus(cfg)
     special: SpecialIds = model.special_ids
     identity = {
@@ -72,7 +74,10 @@ def load_or_build_contexts(
                 for path, contexts in zip(paths, both, strict=True):
                     _save_contexts(path, contexts)
                 write_json(folder / "identity.json", identity)
-    return _load_contexts(paths[0]), _load_contexts(paths[1])
+    both = _load_contexts(paths[0]), _load_contexts(paths[1])
+    for contexts in both:
+        model.check_ids(int(contexts.ids.max()))
+    return both
 
 
 def _build_contexts(

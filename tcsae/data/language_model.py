@@ -65,6 +65,10 @@ class _Shape(NamedTuple):
     n_layers: int
     d_in: int
     vocabulary: int
+    positions: int | None
+    """As many as the model was made for; None: the config does not say."""
+    positions_are_learned: bool
+    """One vector for each: there is none for a later position."""
 
 
 _SHAPE_KEYS = (
@@ -84,7 +88,13 @@ def _read_shape(path: Path) -> _Shape:
         if not values:
             raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
         found.append(values[0])
-    return _Shape(*found)
+    of_positions = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
+    positions = next((n for n in of_positions if isinstance(n, int)), None)
+    # What rotates, or weighs by distance, has a value at any position.
+    is_open = any(key.startswith(("rope", "rotary", "alibi", "partial_rotary")) for key in config)
+    n_layers, d_in, vocabulary = found
+    is_learned = positions is not None and not is_open
+    return _Shape(n_layers, d_in, vocabulary, positions, is_learned)
 
 
 class _Reached(Exception):
@@ -111,12 +121,32 @@ class LanguageModel:
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         shape = _read_shape(self.weights.folder / "config.json")
-        self.n_layers, self.d_in, self.vocabulary = shape
+        self.n_layers, self.d_in, self.vocabulary = shape[:3]
+        self.shape = shape
         try:
             self.layer = resolve_layer(layer, self.n_layers)
         except ValueError as error:
             raise UserError(f"{error} for {cfg.name}") from None
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
+
+    def check_length(self, context_size: int) -> None:
+        """Raises UserError for contexts longer than the model's table of positions, and warns of
+        those longer than it was made for."""
+        n = self.shape.positions
+        if n is None or context_size <= n:
+            return
+        said = f"dataset.context_size = {context_size}: {self.cfg.name} has {n} positions"
+        if self.shape.positions_are_learned:
+            raise UserError(f"{said}; take at most so many")
+        log.warning(f"{said}, and was not trained on later ones: what it does there is not its own")
+
+    def check_ids(self, largest: int) -> None:
+        """Raises UserError for a token that the model has no embedding of."""
+        if largest >= self.vocabulary:
+            raise UserError(
+                f"token {largest} is beyond the {self.vocabulary} of {self.cfg.name}: the "
+                f"tokenizer in {self.weights.folder} is not this model's"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:

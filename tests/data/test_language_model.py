@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,6 +43,47 @@ def hf_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+# ----------------------------------------------------------------- what it has no place for
+
+
+def test_contexts_longer_than_the_table_of_positions_are_refused(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, own_store: Path
+) -> None:
+    model = tiny(tiny_gpt2)
+    model.check_length(128)
+    with pytest.raises(UserError, match="context_size = 129: test/tiny has 128 positions"):
+        model.check_length(129)
+    usual = small_job(tiny_gpt2, texts, tmp_path / "run", layer="1")
+    line = run_here(*usual, "dataset.context_size=160").refusal()
+    assert "dataset.context_size = 160" in line and "128 positions" in line
+    assert not own_store.exists(), "before anything is packed"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_where_positions_rotate_longer_contexts_are_only_warned_of(
+    kind: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(request.getfixturevalue(f"tiny_{kind}"))
+    model.check_length(128)
+    assert caplog.messages == []
+    model.check_length(129)
+    (said,) = caplog.messages
+    assert "128 positions" in said and "was not trained on later ones" in said
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_gpt2, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    described = json.loads(file.read_text())
+    n = described["vocab_size"]
+    tiny(tmp_path / "model").check_ids(n - 1)
+    file.write_text(json.dumps(described | {"vocab_size": 40}))
+    line = run_here(*small_job(tmp_path / "model", texts, tmp_path / "run", layer="1")).refusal()
+    assert "beyond the 40 of" in line and str(tmp_path / "model") in line
 
 
 # ---------------------------------------------------------------------------- the whole job
