@@ -34,7 +34,7 @@ def train(environment: dict[str, str], folder: Path, *overrides: str) -> int:
     """
     command = [sys.executable, "-m", "tcsae.train", f"hydra.run.dir={folder}", *overrides]
     process = subprocess.Popen(command, env=environment)
-    watch = threading.Timer(1500, process.kill)
+    watch = threading.Timer(3000, process.kill)
     watch.start()
     _, status, usage = os.wait4(process.pid, 0)
     watch.cancel()
@@ -67,7 +67,7 @@ def ablation(
     folder = tmp_path_factory.mktemp("ablation") / "sweep"
     arguments = ["+experiment=first_look", *SHORT, f"hydra.sweep.dir={folder}"]
     command = [sys.executable, "-m", "tcsae.train", *arguments]
-    subprocess.run(command, env=home, check=True, timeout=1500)
+    subprocess.run(command, env=home, check=True, timeout=3000)
     jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
     infos = [folder / job["folder"] / "final_info.json" for job in jobs]
     return {job["name"]: json.loads(i.read_text()) for job, i in zip(jobs, infos, strict=True)}
