@@ -30,7 +30,7 @@ from typing import Any
 import bench_data
 import torch
 from compare_peers import peer_trainer
-from pages import block, replace_block
+from pages import block, cpuinfo, replace_block
 from torch import Tensor
 
 from tcsae.base.allocator import keep_large_blocks
@@ -357,13 +357,9 @@ SECTIONS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 
 
 def machine() -> str:
-    name, cores = platform.processor() or platform.machine(), os.cpu_count()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name = cpuinfo().get("model name", platform.processor() or platform.machine())
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{name}, {cores} cores, {threads} threads, torch {torch.__version__}"
 
 
 def n_tokens(name: str) -> int:

@@ -10,14 +10,13 @@ Temporal SAE at that one's explained variance, between the weights of lambda aro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import effect
 from effect import ROOT, at_cost, difference, entry, grouped
-from pages import block, given_folders, replace_block, with_interval
+from pages import publish, with_interval
 
 from tcsae.base.labels import markdown_table
 from tcsae.report.paired import Term, combine
@@ -122,13 +121,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    folders = given_folders(__doc__)
-    found = results(folders) if folders else json.loads(RESULTS.read_text(encoding="utf-8"))
-    if folders:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for page in PAGES:
-        replace_block(page, block(BLOCK, text(found)))
-    print(text(found))
+    publish(__doc__, results, text, RESULTS, BLOCK, PAGES)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ python scripts/effect_rates.py          write the page from docs/effect_rates.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import effect
 from effect import PAGE, ROOT, arm_of, difference, entry, grouped
-from pages import block, given_folders, replace_block, with_interval
+from pages import publish, with_interval
 
 from tcsae.base.labels import markdown_table
 from tcsae.config import Config
@@ -80,12 +79,7 @@ def _numbers(training: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    folders = given_folders(__doc__)
-    found = results(folders) if folders else json.loads(RESULTS.read_text(encoding="utf-8"))
-    if folders:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    replace_block(PAGE, block(BLOCK, text(found)))
-    print(text(found))
+    publish(__doc__, results, text, RESULTS, BLOCK, [PAGE])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,38 @@ def replace_block(page: Path, new: str) -> None:
     page.write_text(f"{before}{new}{after}", encoding="utf-8")
 
 
-def processor() -> str:
-    """Its name and family."""
+def publish(
+    description: str | None,
+    results: Callable[[Sequence[Path]], Any],
+    text: Callable[[Any], str],
+    record: Path,
+    name: str,
+    pages: Sequence[Path],
+) -> None:
+    """The command of a script that writes one block: `results` of the command line's folders into
+    `record` or, without folders, what that has; `text` of it into the block `name` of `pages`."""
+    folders = given_folders(description)
+    found = results(folders) if folders else json.loads(record.read_text(encoding="utf-8"))
+    if folders:
+        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    said = text(found)
+    for page in pages:
+        replace_block(page, block(name, said))
+    print(said)
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the processor; {} elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
+        return {}
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+
+
+def processor() -> str:
+    """Its name and, where it is known, its family."""
+    named = cpuinfo()
+    if not named:
         return platform.processor() or platform.machine()
-    named = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
     return f"{named.get('model name', platform.machine())} (family {named.get('cpu family', '?')})"

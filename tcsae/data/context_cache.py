@@ -76,6 +76,7 @@ def load_or_build_contexts(
                 write_json(folder / "identity.json", identity)
     both = _load_contexts(paths[0]), _load_contexts(paths[1])
     for contexts in both:
+        # Of contexts from the cache too: the same tokenizer may lie beside a smaller model.
         model.check_ids(int(contexts.ids.max()))
     return both
 

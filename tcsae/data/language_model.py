@@ -121,8 +121,8 @@ class LanguageModel:
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         shape = _read_shape(self.weights.folder / "config.json")
-        self.n_layers, self.d_in, self.vocabulary = shape[:3]
-        self.shape = shape
+        self.n_layers, self.d_in, self.vocabulary = shape.n_layers, shape.d_in, shape.vocabulary
+        self.positions, self.positions_are_learned = shape.positions, shape.positions_are_learned
         try:
             self.layer = resolve_layer(layer, self.n_layers)
         except ValueError as error:
@@ -132,11 +132,11 @@ class LanguageModel:
     def check_length(self, context_size: int) -> None:
         """Raises UserError for contexts longer than the model's table of positions, and warns of
         those longer than it was made for."""
-        n = self.shape.positions
+        n = self.positions
         if n is None or context_size <= n:
             return
         said = f"dataset.context_size = {context_size}: {self.cfg.name} has {n} positions"
-        if self.shape.positions_are_learned:
+        if self.positions_are_learned:
             raise UserError(f"{said}; take at most so many")
         log.warning(f"{said}, and was not trained on later ones: what it does there is not its own")
 

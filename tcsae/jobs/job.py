@@ -28,7 +28,7 @@ from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.report.contents import Contents
-from tcsae.report.origin import origin
+from tcsae.report.origin import missed_l0
 from tcsae.report.run_page import run_figures
 from tcsae.runs.folder import LoadedRun, RunFolder
 from tcsae.runs.state import StateFile
@@ -212,7 +212,7 @@ def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) 
     write_pages(run)
     _send_pages(run, tracker)
     say_results(job.files, evaluation)
-    if missed := origin(run).missed:
+    if missed := missed_l0(job.config, info["metrics"]["sparsity"]["l0"]):
         log.warning(missed)
     job.outcome = Outcome(info)
 

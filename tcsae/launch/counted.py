@@ -124,7 +124,7 @@ def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
 def _has_sparse_route(config: Config) -> bool:
     """Whether the SAE itself takes it on a CPU: asked of a narrow one with the same share on."""
     k = getattr(config.sae, "k", None)
-    if k is None or CPU.sparse_from_ratio * k > config.sae.d_sae:
+    if k is None or not CPU().is_sparse(k, config.sae.d_sae):
         return False
     cfg = config.sae.model_copy(update={"k": 1, "d_sae": config.sae.d_sae // k})
     sae = sae_class(cfg.architecture)(cfg, 2, generator=torch.Generator().manual_seed(0))

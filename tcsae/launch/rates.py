@@ -30,12 +30,12 @@ def measured_cpu() -> Machine:
     out = torch.empty_like(much)
     bandwidth = 3 * much.nbytes / _seconds(lambda: torch.mul(much, much, out=out)) / 1e9
     return Machine(
-        float(f"{tflops:.2g}"),
-        float(f"{bandwidth:.2g}"),
+        tflops,
+        bandwidth,
         device="cpu",
         bfloat16=bfloat16,
         page_cache_gb=16,
-        float32=float(f"{float32:.2g}"),
+        float32=float32,
         is_measured=True,
     )
 
