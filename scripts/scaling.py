@@ -214,7 +214,7 @@ def comparison() -> None:
         "train": 3600 * hours((*cost.train, *cost.stream), CPU),
         "evaluate features": works["features"],
         "evaluate model": sum(w.seconds(CPU) for w in measured if w.what in ("model", "logits")),
-        "rest": works["bootstrap"] + works["analysis"],
+        "rest": works["intervals"] + works["analysis"],
         "total": 3600 * hours(whole, CPU),
         "peak": cost.host_bytes / 1e9,
         "store": cost.store_bytes / 1e6,

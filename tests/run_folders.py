@@ -127,7 +127,7 @@ def write_run(
         reconstruction.compute_features(),
         weight_statistics(sae.W_enc, sae.W_dec, sae.b_enc),
         provenance,
-        intervals=reconstruction.compute_intervals(100) | model.compute_intervals(100),
+        intervals=reconstruction.compute_intervals() | model.compute_intervals(),
     )
     values = suite.per_feature()
     scalars = {name: plain(v, 6) for name, v in values.items() if v.ndim == 1}
@@ -139,8 +139,10 @@ def write_run(
         core=core,
         consistency={"summary": suite.summary(), "per_feature": scalars},
         per_feature={k: v.float() if v.is_floating_point() else v for k, v in values.items()},
-        per_context=_per_context(reconstruction, model),
+        per_context=_per_context(reconstruction, model)
+        | {"document": torch.arange(len(x)), "model_context": torch.arange(len(x))},
         draws={name: value.float() for name, value in suite.draws().items()},
+        by_density={name: value.float() for name, value in suite.by_density().items()},
     ).write(folder / "eval")
     if finished:
         write_json(folder / "final_info.json", {"layer": cfg.layer, "training_steps": 1})

@@ -21,7 +21,9 @@ from tcsae.data.batches import ActivationBatches, Calibration
 from tcsae.data.contexts import Contexts
 from tcsae.data.language_model import LanguageModel
 from tcsae.measure.analysis import Analysis, analyse
+from tcsae.measure.analysis_pass import _most_position_bound
 from tcsae.metrics.suite import ConsistencySuite
+from tcsae.metrics.units import Units
 from tcsae.sae.registry import sae_class
 
 N, T, F = 64, 16, 24
@@ -69,7 +71,13 @@ class Case:
     ids: Tensor
 
 
-def run_analysis(weights: Path, texts: Path, x: Tensor, stop: StopRequest | None = None) -> Case:
+def run_analysis(
+    weights: Path,
+    texts: Path,
+    x: Tensor,
+    stop: StopRequest | None = None,
+    documents: Tensor | None = None,
+) -> Case:
     config = small_config(weights, texts)
     model = LanguageModel(config.model, config.layer)
     g = torch.Generator().manual_seed(1)
@@ -80,6 +88,8 @@ def run_analysis(weights: Path, texts: Path, x: Tensor, stop: StopRequest | None
     valid = torch.ones(x.shape[:2], dtype=torch.bool)
     valid[:, 0] = False
     contexts = Contexts(ids, torch.zeros_like(ids), valid, ("text",) * len(x))
+    if documents is not None:
+        object.__setattr__(contexts, "documents", documents)
     batches = ActivationBatches(
         Source(contexts, x), Calibration(1.0, float("inf"), 0.0, x[valid]), "cpu"
     )
@@ -120,11 +130,54 @@ def test_early_and_late_forms_of_one_direction_are_twins(case: Case) -> None:
     assert case.analysis.correlation["twins"].tolist() == [[2, 3]]
 
 
-def test_effective_rank_is_that_of_the_correlation_matrix(case: Case) -> None:
-    live = case.features[case.valid][:, :23].double()
-    values = torch.linalg.eigvalsh(torch.corrcoef(live.T))
-    expected = float(values.sum() ** 2 / values.square().sum())
+def test_effective_rank_is_that_of_the_correlation_matrices_of_two_halves(case: Case) -> None:
+    half, R = Units.of_contexts(N).halves(), []
+    for side in (~half, half):
+        R.append(torch.corrcoef(case.features[side][case.valid[side]][:, :23].double().T))
+    expected = 23**2 / float((R[0] * R[1]).fill_diagonal_(1).sum())
     assert case.analysis.redundancy["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert case.analysis.redundancy["effective_rank_features"] == 23
+
+
+def test_documents_are_the_unit_where_they_are_known(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    documents = torch.arange(N) // 2
+    case = run_analysis(tiny_gpt2, texts, planted(), documents=documents)
+    half, R = Units(documents).halves(), []
+    for side in (~half, half):
+        R.append(torch.corrcoef(case.features[side][case.valid[side]][:, :23].double().T))
+    expected = 23**2 / float((R[0] * R[1]).fill_diagonal_(1).sum())
+    redundancy = case.analysis.redundancy
+    assert redundancy["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert redundancy["n_documents"] == 32
+    assert case.analysis.specialization["summary"]["n_documents"] == 32
+    assert [e["features"] for e in redundancy["twins"]["examples"]] == [[2, 3]]
+
+
+def test_few_documents_cannot_tell(tiny_gpt2: Path, texts: Path, tmp_path: Path) -> None:
+    case = run_analysis(tiny_gpt2, texts, planted(), documents=torch.arange(N) % 4)
+    told = assert_writes(case.analysis, tmp_path)
+    redundancy, summary = told["redundancy.json"], told["specialization.json"]["summary"]
+    assert redundancy["n_documents"] == summary["n_documents"] == 4
+    assert redundancy["effective_rank"] is None
+    assert "cannot tell" in redundancy["effective_rank_reason"]
+    assert redundancy["twins"]["twinned_share"] is None
+    assert "cannot tell" in redundancy["twins"]["twinned_share_reason"]
+    for entry in redundancy["position_correlation"]:
+        assert entry["toeplitz_share"] is None and "cannot tell" in entry["toeplitz_share_reason"]
+    for name in ("significant", "modularity_excess", "ari_halves"):
+        assert summary[name] is None and "cannot tell" in summary[f"{name}_reason"]
+
+
+def test_only_features_bound_to_positions_above_their_noise_are_listed() -> None:
+    known = {
+        "density": torch.tensor([0.5, 0.5, 0.5, 0.001]),
+        "omega_squared": torch.tensor([0.2, 0.3, 0.4, 0.9]),
+    }
+    assert _most_position_bound(known, 0.01) == [2, 1, 0]
+    known["omega_squared_low"] = torch.tensor([0.1, -0.1, torch.nan, 0.8])
+    assert _most_position_bound(known, 0.01) == [0]
 
 
 def test_the_most_position_bound_feature_leads_its_list(case: Case) -> None:

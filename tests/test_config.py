@@ -175,6 +175,17 @@ def test_runs_from_before_the_start_of_the_encoder_was_a_key_keep_their_names() 
     assert run_id(config("sae.encoder_scale=0.5")) != run_id(tied)
 
 
+def test_the_key_of_the_held_out_contexts_names_a_run_where_it_is_not_the_default() -> None:
+    now = config("dataset.eval_key=0")
+    old = now.dump()
+    del old["dataset"]["eval_key"]
+    assert parse(old).dataset.eval_key == 0 and run_id(parse(old)) == run_id(now)
+    assert "eval_key" not in identity(now)["dataset"]
+    assert run_id(config("dataset.eval_key=1")) != run_id(now)
+    with pytest.raises(UserError, match="dataset.eval_key = -1"):
+        config("dataset.eval_key=-1")
+
+
 def test_what_was_run_at_other_rates_is_repeated_at_them() -> None:
     for experiment, lr in (("study", 1e-3), ("prior_art", 1e-3), ("seed_baseline", 3e-4)):
         cfg = config(f"+experiment={experiment}", "model=gemma")

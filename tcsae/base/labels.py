@@ -30,7 +30,12 @@ LABELS: dict[str, Label] = {
     "l2_norm_in": Label("Norm of the input", "mean over tokens"),
     "l2_norm_out": Label("Norm of the reconstruction", "mean over tokens"),
     "relative_reconstruction_bias": Label("Reconstruction bias", "E|xhat|^2 / E<x, xhat>; 1: none"),
-    "frac_alive": Label("Live features", "share that fired at least once on held-out text"),
+    "frac_alive": Label(
+        "Live features", "share that fired on these tokens; more tokens, more of them"
+    ),
+    "live_share": Label(
+        "Live features, estimated", "share that ever fire, by how many were seen in few documents"
+    ),
     "ce_loss_score": Label(
         "CE loss score", "share of the cross-entropy lost by ablation that the SAE wins back"
     ),
@@ -88,7 +93,7 @@ LABELS: dict[str, Label] = {
     "effective_rank": Label("Effective rank", "of the feature correlation matrix"),
     "modularity": Label("Modularity", "of the clusters of features that fire together"),
     "modularity_excess": Label(
-        "Modularity above chance", "less that of features with shuffled contexts"
+        "Modularity above chance", "less that of features with shuffled documents"
     ),
     "ari_seeds": Label("Agreement over seeds", "adjusted Rand index; 1: the same clusters"),
     "ari_halves": Label("Agreement of halves", "adjusted Rand index of two halves of the text"),
@@ -113,12 +118,34 @@ _WINDOW_PARTS = {
 }
 
 SINGLES = (
+    "live_share",
     "edge_energy",
     "smoothness",
     "smoothness_first_group",
     "smoothness_second_group",
 )
 """Numbers of the consistency summary that are no mean over features."""
+
+OLDER_INTERVALS = (
+    "by an older version that drew contexts: where documents have several they are too narrow"
+)
+
+
+def from_documents(measured: Mapping[str, Any]) -> str:
+    """ " from 143 documents", where that is known."""
+    n = measured.get("n_documents")
+    return "" if n is None else f" from {n:,} document{'s' if n != 1 else ''}"
+
+
+def interval_words(summary: Mapping[str, Any]) -> str:
+    """What the intervals of a run are, in a sentence; of a consistency summary."""
+    level = f"{100 * summary['level']:g} % interval"
+    if "n_documents" not in summary:
+        return f"{level} {OLDER_INTERVALS}."
+    if summary["interval_reason"]:
+        return f"No intervals: {summary['interval_reason']}."
+    return f"{level} over documents (jackknife, Student's t)."
+
 
 HEADLINE = (
     "explained_variance",

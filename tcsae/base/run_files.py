@@ -28,6 +28,7 @@ class EvalFiles:
         self.per_feature = self.path / "per_feature.safetensors"
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
+        self.by_density = self.path / "by_density.safetensors"
 
 
 class AnalysisFiles:

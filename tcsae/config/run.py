@@ -67,6 +67,9 @@ class DatasetConfig(StrictModel):
     norm_filter: Annotated[float, Field(ge=0)] = 3
     """Tokens with a norm above this multiple of the median are invalid; 0: no filter."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Which training contexts, and their order."""
+    eval_key: Annotated[int, Field(ge=0)] = 0
+    """Which held-out contexts; no seed changes them."""
 
 
 TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
@@ -431,6 +434,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "target_l0", None),
         ("training", "compile", False),
         ("model", "untrained", False),
+        ("dataset", "eval_key", 0),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
     ):

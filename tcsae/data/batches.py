@@ -89,10 +89,11 @@ class ActivationBatches:
         ids, segments = contexts.ids[indices], contexts.segments[indices]
         return Batch(x, ids.to(self.device), segments.to(self.device), valid, not_special)
 
-    def in_order(self, batch_contexts: int, n_contexts: int | None = None) -> Iterator[Batch]:
-        n_contexts = len(self) if n_contexts is None else min(n_contexts, len(self))
-        for indices in torch.arange(n_contexts).split(batch_contexts):
-            yield self.batch(indices)
+    def in_order(self, batch_contexts: int, indices: Tensor | None = None) -> Iterator[Batch]:
+        """Batches of `batch_contexts`: of all contexts, or of those of `indices` [M], in order."""
+        chosen = torch.arange(len(self)) if indices is None else indices
+        if len(chosen):
+            yield from map(self.batch, chosen.split(batch_contexts))
 
 
 def shuffled_indices(step: int, batch: int, n_contexts: int, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Contexts packed once and shared by all jobs on the same text and tokenizer.
 
-<store.dir>/contexts/<key>/train.safetensors, eval.safetensors      token ids, segments, masks
+<store.dir>/contexts/<key>/train.safetensors, eval.safetensors      ids, segments, masks, documents
 """
 
 from __future__ import annotations
@@ -25,19 +25,29 @@ from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Corpus
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import FORMAT, content_key
+from tcsae.data.store import content_key
 
 log = logging.getLogger(__name__)
 
+FORMAT = 3
+"""Part of the identity of packed contexts, beside that of activations (tcsae/data/store.py)."""
+
+MIN_DOCUMENTS = 16
+"""Held-out documents below which no interval is given: MIN_UNITS of tcsae/metrics/units.py."""
+
 
 def _save_contexts(path: Path, contexts: Contexts) -> None:
-    tensors = {"ids": contexts.ids, "segments": contexts.segments, "valid": contexts.valid}
+    names = ("ids", "segments", "valid", "documents")
+    tensors = {name: getattr(contexts, name) for name in names}
     save_tensors(path, tensors, {"groups": json.dumps(list(contexts.groups))})
 
 
 def _load_contexts(path: Path) -> Contexts:
     tensors, metadata = load_tensors(path, "delete it; the next run makes it anew")
     return Contexts(**tensors, groups=tuple(json.loads(metadata["groups"])))
+
+
+_PACKING = {"n_contexts", "n_eval_contexts", "eval_fraction", "context_size", "seed", "eval_key"}
 
 
 def load_or_build_contexts(
@@ -58,9 +68,7 @@ def load_or_build_contexts(
         "text": corpus.fingerprint(),
         "tokenizer": model.weights.identity,
         "special": [special.bos, sorted(special.boundaries), sorted(special.masked)],
-        **cfg.model_dump(
-            include={"n_contexts", "n_eval_contexts", "eval_fraction", "context_size", "seed"}
-        ),
+        **cfg.model_dump(include=_PACKING),
     }
     folder = root / "contexts" / content_key(identity)
     paths = folder / "train.safetensors", folder / "eval.safetensors"
@@ -78,7 +86,21 @@ def load_or_build_contexts(
     for contexts in both:
         # Of contexts from the cache too: the same tokenizer may lie beside a smaller model.
         model.check_ids(int(contexts.ids.max()))
+    _say_how_many_documents(both[1])
     return both
+
+
+def _say_how_many_documents(held_out: Contexts) -> None:
+    n = held_out.n_documents
+    documents = "1 document" if n == 1 else f"{n} documents"
+    said = f"{len(held_out)} held-out contexts from {documents}"
+    if n >= MIN_DOCUMENTS:
+        log.info(said)
+        return
+    log.warning(
+        f"{said}: no intervals will be given, which take at least {MIN_DOCUMENTS}; raise "
+        "dataset.eval_fraction, or give more documents: more files, or jsonl with a row for each"
+    )
 
 
 def _build_contexts(

@@ -5,12 +5,10 @@ Shapes: N contexts, T tokens a context (BOS included).
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +18,15 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.config import DatasetConfig
-from tcsae.data.documents import Corpus, Document
+from tcsae.data.documents import HASHES, Corpus, Document, Shuffled
+from tcsae.data.documents import text_hash as _hash
+from tcsae.data.held_out import HeldOut
+from tcsae.data.sides import Side
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int | None], None]
 """Called with the contexts gathered so far and those asked for (None: all there are)."""
-
-BATCH_CHARS = 1_000_000
-"""Text given to the tokenizer at once: enough to use every core, little enough to hold."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SpecialIds:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """Packed contexts of one side of the split, in a seeded order of documents."""
+    """Packed contexts of one side of the split, in a drawn order of documents."""
 
     ids: Tensor
     """int32 [N, T]; position 0 is BOS."""
@@ -55,6 +53,18 @@ class Contexts:
     """bool [N, T]; False at position 0 and at masked ids."""
     groups: tuple[str, ...]
     """The groups of documents that these tokens are from, sorted."""
+    documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 [N]; documents numbered by first appearance. Held out: the one that the context is of
+    (short ones that share a context count as one). Training: the one that its first token is of.
+    Where none are given, every context is one of its own."""
+
+    def __post_init__(self) -> None:
+        if not len(self.documents):
+            object.__setattr__(self, "documents", torch.arange(len(self.ids)))
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.documents.unique())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,19 +101,25 @@ def pack(
         Contexts int32 [N, size], and the length of the part of the stream that is in them; the
         tokens after it are fewer than a context needs, or beyond `limit`.
     """
+    starts = _starts(stream, bos, size, limit)
+    ids = np.full((len(starts), size), bos, dtype=np.int32)
+    if starts:
+        ids[:, 1:] = np.lib.stride_tricks.sliding_window_view(stream, size - 1)[starts]
+    return ids, starts[-1] + size - 1 if starts else 0
+
+
+def _starts(stream: np.ndarray, bos: int, size: int, limit: int | None) -> list[int]:
+    """Where in the stream the contexts of `pack` begin, their BOS left out."""
     starts: list[int] = []
-    at = end = 0
+    at = 0
     while limit is None or len(starts) < limit:
         if at < len(stream) and stream[at] == bos:
             at += 1
         if at + size - 1 > len(stream):
             break
         starts.append(at)
-        at = end = at + size - 1
-    ids = np.full((len(starts), size), bos, dtype=np.int32)
-    if starts:
-        ids[:, 1:] = np.lib.stride_tricks.sliding_window_view(stream, size - 1)[starts]
-    return ids, end
+        at += size - 1
+    return starts
 
 
 def build_contexts(
@@ -117,10 +133,11 @@ def build_contexts(
     """Training and held-out contexts of `corpus`, with no group of documents in both.
 
     A group is held out if the hash of its name falls under `cfg.eval_fraction`, whatever the
-    seed. A finite corpus is taken in an order drawn with `cfg.seed`, a stream as it comes, until
-    `cfg.n_contexts` (None: all of a finite corpus) and `cfg.n_eval_contexts` are full. Documents
-    are tokenised whole, text that spells a special token as plain text, and packed with one BOS
-    between them; what is left of the last context is dropped.
+    seed. For training a finite corpus is taken in an order drawn with `cfg.seed`, a stream as it
+    comes, until `cfg.n_contexts` (None: all of a finite corpus) are full: documents are packed
+    with one BOS between them, and what is left of the last context is dropped. The
+    `cfg.n_eval_contexts` held-out ones are spread over as many documents as can be, drawn with
+    `cfg.eval_key` (tcsae/data/held_out.py). Text that spells a special token is plain text.
 
     Args:
         tokenizer: Hugging Face fast tokenizer.
@@ -133,8 +150,9 @@ def build_contexts(
             f"dataset {cfg.name} is a stream without a known end: set dataset.n_contexts"
         )
     started = time.perf_counter()
-    train = _Side("training", cfg.n_contexts, cfg.context_size, tokenizer)
-    held_out = _Side("evaluation", cfg.n_eval_contexts, cfg.context_size, tokenizer)
+    size, bos = cfg.context_size, special.bos
+    train = _Training(cfg.n_contexts, size, tokenizer, bos, cfg.seed)
+    held_out = HeldOut(cfg.n_eval_contexts, size, tokenizer, bos, cfg.eval_key)
     report = _reporter(progress, train, held_out)
     if corpus.finite:
         _fill_from_finite(corpus, cfg, (train, held_out), report)
@@ -152,63 +170,51 @@ def build_contexts(
     return contexts[0], contexts[1]
 
 
-class _Side:
-    """The documents of one side of the split, tokenised in batches until it holds enough."""
+class _Training(Side):
+    """Documents in an order drawn with `seed`, in one stream that is cut into contexts."""
 
-    def __init__(self, name: str, n_contexts: int | None, size: int, tokenizer: Any) -> None:
-        self.name = name
-        self.n_contexts = n_contexts
-        self.size = size
+    name = "training"
+
+    def __init__(
+        self, n_contexts: int | None, size: int, tokenizer: Any, bos: int, seed: int
+    ) -> None:
+        super().__init__(n_contexts, size, tokenizer, bos)
+        self.seed = seed
         # A context uses at most `size` tokens of the stream: its own and a BOS at the cut.
         self.wanted = math.inf if n_contexts is None else n_contexts * size
-        self._tokenizer = tokenizer
-        self.clear()
 
     def clear(self) -> None:
-        self.pieces: list[tuple[str, np.ndarray]] = []  # (group, ids), a document each
-        self.n_tokens = 0
-        self._pending: list[Document] = []
-        self._pending_chars = 0
+        super().clear()
+        self._pieces: list[tuple[str, np.ndarray]] = []  # (group, ids), a document each
 
-    @property
-    def full(self) -> bool:
-        return self.n_tokens >= self.wanted
+    def rank(self, document: Document) -> int:
+        return _hash(f"{self.seed}:{document.id}")
 
-    def add(self, document: Document) -> bool:
-        """Take a document; whether that led to tokens, and so to progress."""
-        self._pending.append(document)
-        self._pending_chars += len(document.text)
-        # Near the end a batch is no larger than what is probably still missing.
-        if self._pending_chars < min(BATCH_CHARS, 4 * (self.wanted - self.n_tokens)):
-            return False
-        self.flush()
-        return True
+    def missing_tokens(self) -> float:
+        return self.wanted - self.n_tokens
 
-    def flush(self) -> None:
-        """Tokenise what is pending."""
-        if not self._pending:
-            return
-        ids = self._tokenizer(
-            [document.text for document in self._pending],
-            add_special_tokens=False,
-            # Text that spells <|endoftext|> must not become a boundary between documents.
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        for document, tokens in zip(self._pending, ids, strict=True):
-            if tokens:
-                self.pieces.append((document.group, np.array(tokens, dtype=np.int32)))
-                self.n_tokens += len(tokens) + 1
-        self._pending, self._pending_chars = [], 0
+    def take(self, document: Document, ids: np.ndarray) -> None:
+        self._pieces.append((document.group, ids))
 
     def contexts_so_far(self) -> int:
         gathered = self.n_tokens // self.size
         return gathered if self.n_contexts is None else min(gathered, self.n_contexts)
 
+    def packed(self) -> tuple[np.ndarray, np.ndarray, set[str]]:
+        separator = np.array([self.bos], dtype=np.int32)
+        parts = [part for _, ids in self._pieces for part in (ids, separator)][:-1]
+        stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+        ids, end = pack(stream, self.bos, self.size, self.n_contexts)
+        first = np.cumsum([0, *(len(ids) + 1 for _, ids in self._pieces)])
+        starts = _starts(stream, self.bos, self.size, self.n_contexts)
+        holding = np.searchsorted(first, np.array(starts, dtype=np.int64), side="right")
+        # Ascending already, so that numbers by size are numbers by first appearance.
+        documents = np.unique(holding, return_inverse=True)[1]
+        pieces = zip(self._pieces, first, strict=False)
+        return ids, documents, {group for (group, _), start in pieces if start < end}
 
-def _reporter(progress: Progress | None, train: _Side, held_out: _Side) -> Callable[[], None]:
+
+def _reporter(progress: Progress | None, train: Side, held_out: Side) -> Callable[[], None]:
     total = None
     if train.n_contexts is not None and held_out.n_contexts is not None:
         total = train.n_contexts + held_out.n_contexts
@@ -222,20 +228,14 @@ def _reporter(progress: Progress | None, train: _Side, held_out: _Side) -> Calla
 
 # ---------------------------------------------------------------- the split
 
-_HASHES = 2**64
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
 
 def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int:
     """Groups whose hash is below this are held out; both sides get at least one group.
 
     Reads only as far as it must, so one look at a few documents as a rule.
     """
-    limit = int(cfg.eval_fraction * _HASHES)
-    lowest, highest = _HASHES, -1
+    limit = int(cfg.eval_fraction * HASHES)
+    lowest, highest = HASHES, -1
     for document in corpus.documents():
         key = _hash(document.group)
         lowest, highest = min(lowest, key), max(highest, key)
@@ -249,90 +249,59 @@ def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int:
     return lowest + 1 if lowest >= limit else highest
 
 
-@dataclass
-class _Sample:
-    """The documents that come first in the drawn order, and no more text than `budget` asks.
-
-    So a sample of a corpus that does not fit in memory takes one pass and the sample's memory.
-    """
-
-    budget: float
-    """Characters."""
-    chars: int = 0
-    dropped: bool = False
-    _heap: list[tuple[int, str, Document]] = field(default_factory=list)
-
-    def add(self, rank: int, document: Document) -> None:
-        heapq.heappush(self._heap, (-rank, document.id, document))
-        self.chars += len(document.text)
-        while self.chars - len(self._heap[0][2].text) >= self.budget:
-            self.chars -= len(heapq.heappop(self._heap)[2].text)
-            self.dropped = True
-
-    def in_order(self) -> Iterator[Document]:
-        return (document for _, _, document in sorted(self._heap, key=lambda kept: -kept[0]))
-
-
 def _fill_from_finite(
-    corpus: Corpus, cfg: DatasetConfig, sides: tuple[_Side, _Side], report: Callable[[], None]
+    corpus: Corpus, cfg: DatasetConfig, sides: tuple[Side, Side], report: Callable[[], None]
 ) -> None:
     limit = _held_out_below(corpus, cfg)
-    chars_per_token = 8
-    while True:
-        samples = [_Sample(side.wanted * chars_per_token) for side in sides]
+    open_ = set(sides)
+    while open_:
+        samples = {side: side.sample() for side in sides if side in open_}
         for document in corpus.documents():
-            held_out = _hash(document.group) < limit
-            samples[held_out].add(_hash(f"{cfg.seed}:{document.id}"), document)
-        for side, sample in zip(sides, samples, strict=True):
-            side.clear()
-            for document in sample.in_order():
-                if side.full:
-                    break
-                if side.add(document):
-                    report()
-            side.flush()
-            report()
-        if all(
-            side.full or not sample.dropped for side, sample in zip(sides, samples, strict=True)
-        ):
-            return
-        chars_per_token *= 8
+            side = sides[_hash(document.group) < limit]
+            if side in samples:
+                samples[side].add(side.rank(document), side.shortened(document))
+        open_ = {side for side, sample in samples.items() if not side.fill(sample, report)}
 
 
 def _fill_from_stream(
-    corpus: Corpus, cfg: DatasetConfig, sides: tuple[_Side, _Side], report: Callable[[], None]
+    corpus: Corpus, cfg: DatasetConfig, sides: tuple[Side, Side], report: Callable[[], None]
 ) -> None:
-    limit = int(cfg.eval_fraction * _HASHES)
-    for document in corpus.documents():
-        side = sides[_hash(document.group) < limit]
-        if not side.full and side.add(document):
+    """Training in the stream's own order; the other side in a pass and an order of its own."""
+    limit = int(cfg.eval_fraction * HASHES)
+    train, held_out = sides
+    drawn = corpus.shuffled_with(cfg.eval_key) if isinstance(corpus, Shuffled) else corpus
+    for side, source in ((train, corpus), (held_out, drawn)):
+        while True:
+            side.clear()
+            for document in source.documents():
+                if (_hash(document.group) < limit) != (side is held_out):
+                    continue
+                if side.add(side.shortened(document)):
+                    report()
+                    if side.full:
+                        break
+            side.flush()
             report()
-            if all(side.full for side in sides):
-                return
-    for side in sides:
-        side.flush()
-    report()
+            if side.enough(dropped=False):
+                break
+            side.widen()
 
 
-def _contexts_of(side: _Side, special: SpecialIds, cfg: DatasetConfig) -> Contexts:
-    separator = np.array([special.bos], dtype=np.int32)
-    parts = [part for _, ids in side.pieces for part in (ids, separator)][:-1]
-    stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    packed, end = pack(stream, special.bos, side.size, side.n_contexts)
+def _contexts_of(side: Side, special: SpecialIds, cfg: DatasetConfig) -> Contexts:
+    packed, documents, groups = side.packed()
     if len(packed) < (side.n_contexts or 1):
-        raise _too_little(side, len(packed), len(stream), cfg)
-    starts = np.cumsum([0, *(len(ids) + 1 for _, ids in side.pieces)])
-    groups = {group for (group, _), start in zip(side.pieces, starts, strict=False) if start < end}
+        raise _too_little(side, len(packed), max(side.n_tokens - 1, 0), cfg)
     ids = torch.from_numpy(packed)
     return Contexts(
         ids=ids,
         segments=segments_of(ids, special.boundaries),
         valid=valid_of(ids, special.masked),
         groups=tuple(sorted(groups)),
+        documents=torch.from_numpy(documents),
     )
 
 
-def _too_little(side: _Side, have: int, n_tokens: int, cfg: DatasetConfig) -> UserError:
+def _too_little(side: Side, have: int, n_tokens: int, cfg: DatasetConfig) -> UserError:
     key = "n_contexts" if side.name == "training" else "n_eval_contexts"
     share = "lower" if side.name == "training" else "raise"
     if have == 0:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,9 @@ class HubCorpus:
             if text.strip():
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 yield Document(key, text, key)
+
+    def shuffled_with(self, seed: int) -> HubCorpus:
+        return replace(self, seed=seed)
 
     def fingerprint(self) -> str:
         parts = (self.name, self.subset, self.split, self.revision, self.text_field)

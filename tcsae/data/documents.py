@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
 
@@ -36,6 +36,22 @@ class Corpus(Protocol):
 
     def describe(self) -> str:
         """A few words for a log."""
+
+
+@runtime_checkable
+class Shuffled(Protocol):
+    """A corpus whose documents come in an order drawn with a seed of its own."""
+
+    def shuffled_with(self, seed: int) -> Corpus:
+        """The same text in the order of another seed."""
+
+
+HASHES = 2**64
+
+
+def text_hash(text: str) -> int:
+    """A number from 0 to `HASHES` - 1 that hangs on the text alone, SHA-256's first 64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def parts_digest(parts: Iterator[str | bytes]) -> str:

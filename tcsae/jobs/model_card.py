@@ -8,7 +8,15 @@ from typing import Any
 
 import yaml
 
-from tcsae.base.labels import interval_text, label, markdown_table, number, window_part
+from tcsae.base.labels import (
+    from_documents,
+    interval_text,
+    interval_words,
+    label,
+    markdown_table,
+    number,
+    window_part,
+)
 from tcsae.runs.folder import LoadedRun
 
 _FIGURES = ("explained_variance", "l0", "ce_loss_score", "kl_div_score", "frac_alive")
@@ -86,8 +94,8 @@ def _settings(run: LoadedRun, sae_cfg: Mapping[str, Any]) -> Sequence[tuple[str,
 def _measured(run: LoadedRun) -> str:
     summary = run.consistency["summary"]
     return (
-        f"{summary['n_valid_tokens']:,} tokens in {summary['n_contexts']:,} contexts. Intervals: "
-        f"{100 * summary['level']:g} %, bootstrap over contexts."
+        f"{summary['n_valid_tokens']:,} tokens in {summary['n_contexts']:,} contexts"
+        f"{from_documents(summary)}. {interval_words(summary)}"
     )
 
 

@@ -7,7 +7,6 @@ Loads torch. No line here knows an architecture: a step is `Member.train_step`, 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -24,8 +23,7 @@ from tcsae.launch.counting import Counting, on_meta, size_of
 from tcsae.launch.machine import Work
 from tcsae.measure import evaluation
 from tcsae.measure.analysis_pass import CLOSE_FEATURES, DENSE_ENTRIES
-from tcsae.metrics.suite import _RESAMPLES_AT_ONCE as RESAMPLES_AT_ONCE
-from tcsae.metrics.suite import ConsistencySuite
+from tcsae.metrics.units import MAX_BLOCKS, Units
 from tcsae.products.cpu import CPU
 from tcsae.sae.registry import sae_class
 from tcsae.training.member import Member
@@ -33,8 +31,6 @@ from tcsae.training.member import Member
 PAIRS_AT_ONCE = 20
 """Bytes a pair of the features that the analysis looks at closely: its matrices. Measured."""
 
-BLOCKS = 64
-"""Contexts after which the sums of an evaluation have the size they keep."""
 NARROW = (128, 256)
 """Features that the sums of an evaluation are counted for; the rest follows, since every sum is one
 a feature."""
@@ -63,7 +59,7 @@ class Evaluation(NamedTuple):
     features: Work
     """Of one context, among others."""
     draws: Work
-    """Of the bootstrap, whole."""
+    """All metrics again without each block of documents, whole."""
     scores: Work
     """One context spliced into the language model and scored; the model's own pass left out."""
     reference: Work
@@ -159,7 +155,12 @@ class _Batches:
     def __len__(self) -> int:
         return self.contexts
 
-    def in_order(self, contexts: int, n_contexts: int | None = None) -> Iterator[Batch]:
+    @property
+    def source(self) -> Any:
+        """Where the documents of the contexts are known: each context from its own."""
+        return SimpleNamespace(contexts=SimpleNamespace(documents=range(self.contexts)))
+
+    def in_order(self, contexts: int, indices: Tensor | None = None) -> Iterator[Batch]:
         self.contexts = contexts
         if self.before:
             yield _batch(self.before, self.size, self.d_in)
@@ -194,7 +195,7 @@ def _evaluation(key: str, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluat
     is_grouped = len(config.sae.group_sizes) > 1
     narrow, wider = (_sums(cfg.model_dump_json(), size, d_in, n, is_grouped) for n in NARROW)
     share = (d_sae - NARROW[0]) / (NARROW[1] - NARROW[0])
-    features, bootstrap = (
+    features, draws = (
         a.plus(b.plus(a, -1), share) for a, b in zip(narrow[:2], wider[:2], strict=True)
     )
     # Each for itself: of the two the one that is larger in a narrow SAE is not so in a wide one.
@@ -215,26 +216,29 @@ def _evaluation(key: str, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluat
     close = PAIRS_AT_ONCE * min(d_sae, CLOSE_FEATURES) ** 2
     analysis = cfg.analysis * (close + (4 * pairs if pairs <= DENSE_ENTRIES else 0))
     own, workspace = scores[1].plus(scores[0], -1), max(sums, counting.most, analysis)
-    return Evaluation(features.plus(encoded), bootstrap, own, scores[0], workspace)
+    return Evaluation(features.plus(encoded), draws, own, scores[0], workspace)
 
 
 @functools.cache
 def _sums(
     options: str, size: int, d_in: int, d_sae: int, is_grouped: bool
 ) -> tuple[Work, Work, int, int]:
-    """(what a context's features go through, the bootstrap, bytes of each) of so many features."""
+    """(what a context's features go through, the intervals, bytes of each) of so many features."""
     cfg = EvaluationConfig.model_validate_json(options)
     dataset = SimpleNamespace(context_size=size, norm_filter=0.0)
     config: Any = SimpleNamespace(evaluation=cfg, dataset=dataset)
+    # After so many contexts, each a document, the sums have the size they keep.
+    units = Units.of_contexts(MAX_BLOCKS)
     with on_meta() as counting, torch.no_grad(), silenced():
         sae: Any = _Features(d_in, [d_sae // 2] * 2 if is_grouped else [d_sae])
-        batches: Any = _Batches(counting, size, d_in, BLOCKS - evaluation.ENCODE_CONTEXTS)
-        _, suite, _ = evaluation.on_activations(sae, config, batches, StopRequest())
+        batches: Any = _Batches(counting, size, d_in, MAX_BLOCKS - evaluation.ENCODE_CONTEXTS)
+        _, suite, _ = evaluation.on_activations(sae, config, batches, units, StopRequest())
         features = counting.work("features").times(1 / batches.contexts)
         in_passing, counting.most = counting.most, 0
-        first, other = _draws(counting, suite)
-    n_more = cfg.bootstrap / RESAMPLES_AT_ONCE - 1
-    return features, first.plus(other, n_more), in_passing, counting.most
+        counting.restart()
+        suite.draws()
+        draws = counting.work("intervals")
+    return features, draws, in_passing, counting.most
 
 
 class _Features:
@@ -247,16 +251,6 @@ class _Features:
 
     def encode_and_decode(self, x: Tensor, **masks: Any) -> tuple[Tensor, Tensor]:
         return torch.empty(*x.shape[:2], self.d_sae), torch.empty_like(x)
-
-
-def _draws(counting: Counting, suite: ConsistencySuite) -> list[Work]:
-    """The first resamples, with all that comes before them, and as many more."""
-    works = []
-    counting.restart()
-    for _ in itertools.islice(suite._resampled(), 2):
-        works.append(counting.work("bootstrap"))
-        counting.restart()
-    return works
 
 
 # ------------------------------------------------------------------------------ language model

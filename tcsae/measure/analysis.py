@@ -12,18 +12,23 @@ C contexts that are among somebody's k; L of the S features that vary; M cells o
 pairs; Q twins; J position-bound features. Nothing is NaN in JSON: null, with `<name>_reason`.
 
 redundancy.json:
+    n_documents (the unit of every split, permutation and null),
     max_lag (max_lag_reason: why it is less than asked for), method ("dense", or "sparse" for wide
     SAEs: `top_k` partners per feature), thresholds {correlation, cosine, twin_correlation,
     twin_overlap},
     redundant   `redundancy_report`: n_live, n_pairs, n_groups, group_sizes, n_redundant,
                 redundant_share, groups [[feature...]] and examples
                 [{features: [i, j], correlation, cosine, lag}] (the 20 largest and strongest)
-    twins       `twins_report`: n_pairs, n_features, twinned_share, examples (as above)
-    effective_rank, effective_rank_reason (if null),
-    position_correlation [{feature, omega_squared, toeplitz_share, diagonal_means [T]}], the J
-                features most bound to positions; position_correlation_reason if the list is empty
+    twins       `twins_report`: n_pairs, n_features, n_candidates, n_cannot_tell, twinned_share,
+                twinned_share_reason (if null), examples (as above)
+    effective_rank, effective_rank_reason (if null), effective_rank_features (the most it can be:
+                those that vary in both halves of the documents),
+    position_correlation [{feature, omega_squared, toeplitz_share, toeplitz_share_reason (if null),
+                diagonal_means [T]}], the J features most bound to positions, of those whose omega^2
+                is above its noise; position_correlation_reason if the list is empty
 specialization.json:
-    summary     `Specialization.summary` (n_clusters, cluster_sizes, modularity, ari_seeds, ...)
+    summary     `Specialization.summary` (n_documents, n_clusters, cluster_sizes, modularity, ...;
+                with fewer than 16 documents modularity_excess, significant and ari_halves are null)
     clusters    [{cluster, name, size, tokens [{text, score}], features [the 8 with most energy],
                 density, rho_1, tau_int, omega_squared}] by decreasing size; the last four are
                 medians over the cluster
@@ -82,6 +87,8 @@ from tcsae.metrics.redundancy import (
 )
 from tcsae.metrics.specialization import Specialization, cluster_features, layout
 from tcsae.metrics.top_contexts import TokenStatistics, characteristic_tokens, cluster_names
+from tcsae.metrics.twins import PositionTwins
+from tcsae.metrics.units import MIN_UNITS, Units
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -92,6 +99,7 @@ PARTNERS = 32
 DIGITS = 6
 """What float32 carries."""
 
+_CANNOT_TELL_DISTANCE = "cannot tell: the entries vary no more than noise"
 _DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
 _CLUSTER_MEDIANS = ("density", "rho_1", "tau_int", "omega_squared")
 
@@ -164,7 +172,9 @@ def analyse(
     sae = sae.to(model.device).eval()
     known = {name: value.cpu() for name, value in per_feature.items()}
     size = config.dataset.context_size
-    seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1))
+    documents = getattr(batches.source.contexts, "documents", None)
+    units = Units.of_contexts(len(batches)) if documents is None else Units(documents)
+    seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1), units)
     with Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
@@ -176,7 +186,13 @@ def analyse(
     correlated, redundancy = _redundancy(seen, W_dec, known)
     stop.check()
     log.info("clustering features, with the checks of the clusters")
-    found = cluster_features(seen.firings.compute(), W_dec[seen.close], min_firings=MIN_FIRINGS)
+    firings = seen.firings.compute()
+    found = cluster_features(
+        firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
+        W_dec[seen.close],
+        documents=units,
+        min_firings=MIN_FIRINGS,
+    )
     stop.check()
     statistics = seen.tokens.compute()
     text = _Texts(model)
@@ -238,9 +254,12 @@ def _redundancy(
         cosine_threshold=THRESHOLDS["cosine"],
         correlation_threshold=THRESHOLDS["twin_correlation"],
         overlap_threshold=THRESHOLDS["twin_overlap"],
+        firings=seen.firings.compute(),
+        documents=seen.units,
     )
     by_position, listed = _by_position(seen, known)
     report = {
+        "n_documents": seen.units.n_documents,
         "max_lag": seen.max_lag,
         "max_lag_reason": seen.max_lag_reason,
         "method": "dense" if partners is None else "sparse",
@@ -254,7 +273,7 @@ def _redundancy(
     return _pair_tensors("pair", pairs) | _pair_tensors("twin", twins) | by_position, report
 
 
-def _pair_tensors(name: str, pairs: FeaturePairs) -> dict[str, Tensor]:
+def _pair_tensors(name: str, pairs: FeaturePairs | PositionTwins) -> dict[str, Tensor]:
     return {
         f"{name}s": torch.stack([pairs.first, pairs.second], dim=1),
         f"{name}_correlation": pairs.correlation.cpu().float(),
@@ -264,11 +283,24 @@ def _pair_tensors(name: str, pairs: FeaturePairs) -> dict[str, Tensor]:
 
 
 def _rank(seen: Pass) -> dict[str, Any]:
-    rank = math.nan if seen.left_out else effective_rank(seen.zero_lag_SS)
-    if math.isfinite(rank):
-        return {"effective_rank": rank, "effective_rank_reason": None}
-    reason = seen.left_out or "no feature varies over the valid tokens"
-    return {"effective_rank": None, "effective_rank_reason": reason}
+    reason = seen.left_out
+    if reason is None and not seen.zero_lag_SS.diagonal().isfinite().any():
+        reason = "no feature varies over the valid tokens"
+    if reason is None and seen.units.n_documents < MIN_UNITS:
+        reason = (
+            "cannot tell what features share from noise: it takes two halves of at least "
+            f"{MIN_UNITS} documents, and there are {seen.units.n_documents}"
+        )
+    rank, n_features = math.nan, 0
+    if reason is None:
+        halves = seen.zero_lag_halves()
+        rank = effective_rank(seen.zero_lag_SS, halves)
+        n_features = int(torch.stack([r.diagonal().isfinite() for r in halves]).all(dim=0).sum())
+    found: dict[str, Any] = {"effective_rank": rank, "effective_rank_reason": None}
+    if not math.isfinite(rank):
+        reason = reason or "no feature varies in both halves of the documents"
+        found = {"effective_rank": None, "effective_rank_reason": reason}
+    return found | {"effective_rank_features": n_features if reason is None else None}
 
 
 def _by_position(
@@ -278,19 +310,24 @@ def _by_position(
     features = seen.by_position.feature_ids
     if not len(features):
         square = torch.empty(0, seen.by_position.n_positions, seen.by_position.n_positions)
-        reason = "no feature has a share of its variance explained by position"
+        reason = "no feature has a share of its variance explained by position above its noise"
         if seen.by_position.n_positions > LONGEST_POSITIONS:
             reason = f"not worked out for contexts of more than {LONGEST_POSITIONS} positions"
         empty = {"position_correlation": [], "position_correlation_reason": reason}
         return {"position_features": features, "position_correlation": square}, empty
     r_JTT = seen.by_position.compute()
-    columns = zip(features.tolist(), toeplitz_share(r_JTT), diagonal_means(r_JTT), strict=True)
+    share_J, reason = torch.full((len(features),), math.nan), _CANNOT_TELL_DISTANCE
+    if seen.units.n_documents < MIN_UNITS:
+        reason = f"cannot tell: it takes {MIN_UNITS} documents"
+    else:
+        share_J = toeplitz_share(r_JTT, seen.by_position.compute_halves())
+    columns = zip(features.tolist(), share_J, diagonal_means(r_JTT), strict=True)
     listed = [
         {
             "feature": j,
             "omega_squared": plain(known["omega_squared"][j], DIGITS),
             "toeplitz_share": plain(share, DIGITS),
-            "toeplitz_share_reason": None if share.isfinite() else "the entries do not vary",
+            "toeplitz_share_reason": None if share.isfinite() else reason,
             "diagonal_means": plain(means, DIGITS),
         }
         for j, share, means in columns

@@ -13,6 +13,7 @@ from tcsae.data.language_model import LanguageModel
 from tcsae.metrics.correlation import FeatureCorrelation, SparseFeatureCorrelation
 from tcsae.metrics.redundancy import PositionCorrelation
 from tcsae.metrics.top_contexts import FeatureTokens, FiringPatterns, TopContexts
+from tcsae.metrics.units import Units
 
 TOP_K = 8
 CELLS = 256
@@ -34,7 +35,11 @@ LONGEST_POSITIONS = 512
 
 
 class Pass:
-    """The accumulators of the one pass, made for what is known of the features beforehand."""
+    """The accumulators of the one pass, made for what is known of the features beforehand.
+
+    `units` says which of the contexts, in the order of the pass, are from one document. What needs
+    two halves with noise of their own gets halves of the documents.
+    """
 
     def __init__(
         self,
@@ -44,7 +49,10 @@ class Pass:
         model: LanguageModel,
         known: Mapping[str, Tensor],
         max_lag: int,
+        units: Units | None = None,
     ) -> None:
+        self.units = units or Units.of_contexts(n_contexts)
+        self._half, self._n_seen = self.units.halves(), 0
         self.n_features, self.max_lag = n_features, max_lag
         self.max_lag_reason: str | None = None
         self.live = known["density"] > 0
@@ -71,7 +79,7 @@ class Pass:
         if n_positions <= LONGEST_POSITIONS:
             bound = _most_position_bound(known, MIN_FIRINGS / (n_contexts * n_positions))
         self.by_position = PositionCorrelation(bound, n_positions)
-        self.firings = FiringPatterns(len(self.close))
+        self.firings = FiringPatterns(n_features)
         self.top = TopContexts(len(self.close), TOP_K, n_positions)
         self.tokens = FeatureTokens(n_features, model.vocabulary)
         self._ids: list[Tensor] = []
@@ -80,12 +88,17 @@ class Pass:
     def update(self, f_BTF: Tensor, ids: Tensor, segments: Tensor, valid: Tensor) -> None:
         masks = {"segments": segments, "valid": valid}
         close_BTS = f_BTF[..., self.close.to(f_BTF.device)] if self.left_out else f_BTF
-        self.lagged.update(f_BTF, **masks)
+        half = self._half[self._n_seen : self._n_seen + len(f_BTF)]
+        self._n_seen += len(f_BTF)
         if self._at_once is not None:
-            self._at_once.update(close_BTS, **masks)
+            self.lagged.update(f_BTF, **masks)
+            self._at_once.update(close_BTS, half=half, **masks)
+        else:
+            assert isinstance(self.lagged, FeatureCorrelation)
+            self.lagged.update(f_BTF, half=half, **masks)
         if len(self.by_position.feature_ids):
-            self.by_position.update(f_BTF, **masks)
-        self.firings.update(close_BTS, **masks)
+            self.by_position.update(f_BTF, half=half, **masks)
+        self.firings.update(f_BTF, **masks)
         self.top.update(close_BTS, **masks)
         self.tokens.update(f_BTF, ids, **masks)
         self._ids.append(ids.cpu().int())
@@ -94,9 +107,18 @@ class Pass:
     @cached_property
     def zero_lag_SS(self) -> Tensor:
         """Pearson coefficients of the features looked at closely."""
+        return self._zero_lag.compute(max_lag=0).values.cpu()
+
+    def zero_lag_halves(self) -> tuple[Tensor, Tensor]:
+        """The same of two halves of the documents."""
+        first, second = self._zero_lag.compute_halves()
+        return first.cpu(), second.cpu()
+
+    @property
+    def _zero_lag(self) -> FeatureCorrelation:
         accumulator = self._at_once or self.lagged
         assert isinstance(accumulator, FeatureCorrelation)
-        return accumulator.compute(max_lag=0).values.cpu()
+        return accumulator
 
     def contexts(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """ids and valid [C, T] of the chosen contexts."""
@@ -110,8 +132,13 @@ def _most_energetic(known: Mapping[str, Tensor], n: int) -> Tensor:
 
 
 def _most_position_bound(known: Mapping[str, Tensor], least_density: float) -> list[int]:
+    """The features with the largest omega^2, of those in which it is above its noise.
+
+    `omega_squared_low` is the lower end of its interval; without it, of those above 0.
+    """
     often = known["density"] >= least_density
-    bound = torch.where(often, known["omega_squared"].nan_to_num(nan=0.0), 0.0)
+    above = known.get("omega_squared_low", known["omega_squared"]) > 0
+    bound = torch.where(often & above, known["omega_squared"].nan_to_num(nan=0.0), 0.0)
     best = bound.argsort(descending=True, stable=True)[:POSITION_FEATURES]
     return [int(j) for j in best if bound[j] > 0]
 

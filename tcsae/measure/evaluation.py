@@ -40,6 +40,7 @@ from tcsae.metrics.saebench_json import (
     weight_statistics,
 )
 from tcsae.metrics.suite import ConsistencySuite
+from tcsae.metrics.units import Units
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -63,15 +64,20 @@ class Evaluation:
     per_feature: dict[str, Tensor]
     """All of the suite's values by feature, curves too (per_feature.safetensors)."""
     per_context: dict[str, Tensor]
-    """Sums of each held-out context, to pair runs by (per_context.safetensors)."""
+    """Sums of each held-out context, the document it is from, and which went through the model, to
+    pair runs by (per_context.safetensors)."""
     draws: dict[str, Tensor]
-    """The suite's bootstrap resamples, for the same purpose (draws.safetensors)."""
+    """The suite's draws of the error of each metric, for the same purpose (draws.safetensors)."""
+    by_density: dict[str, Tensor]
+    """Sums over features of alike density, of all documents and without each block of them, for a
+    comparison at equal density (by_density.safetensors)."""
 
     def write(self, folder: Path) -> None:
         files = EvalFiles(make_folder(folder))
         save_tensors(files.per_feature, self.per_feature, {})
         save_tensors(files.per_context, self.per_context, {})
         save_tensors(files.draws, self.draws, {})
+        save_tensors(files.by_density, self.by_density, {})
         write_json(files.consistency, self.consistency)
         write_json(files.core, self.core)
 
@@ -148,9 +154,11 @@ def evaluate(
     Raises Interrupted if a signal comes.
     """
     sae = sae.to(model.device).eval()
-    reconstruction, suite, limits = on_activations(sae, config, batches, stop)
-    n_boot, by_limit = config.evaluation.bootstrap, limits.compute()
-    log.info(f"resampling the contexts {n_boot} times for the intervals")
+    units = held_out_units(batches)
+    reconstruction, suite, limits = on_activations(sae, config, batches, units, stop)
+    by_limit = limits.compute()
+    through_model = model_contexts(config, units)
+    log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
     core = saebench_core_json(
         reconstruction.compute(),
         behaviour.compute(),
@@ -163,7 +171,8 @@ def evaluate(
             sae_cfg_dict=sae_cfg,
             sae_lens_release_id=f"tcsae/{run_id(config)}",
         ),
-        intervals=reconstruction.compute_intervals(n_boot) | behaviour.compute_intervals(n_boot),
+        intervals=reconstruction.compute_intervals(units=units)
+        | behaviour.compute_intervals(units=units.subset(through_model)),
         unstructured={
             "explained_variance_by_norm_limit": by_limit,
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
@@ -175,8 +184,10 @@ def evaluate(
         core=core,
         consistency={"summary": suite.summary(), "per_feature": scalars},
         per_feature={k: v.float() if v.is_floating_point() else v for k, v in per_feature.items()},
-        per_context=_per_context(reconstruction, behaviour),
+        per_context=_per_context(reconstruction, behaviour)
+        | {"document": units.document, "model_context": through_model},
         draws={name: value.float() for name, value in suite.draws().items()},
+        by_density={name: value.float() for name, value in suite.by_density().items()},
     )
 
 
@@ -185,6 +196,16 @@ def _per_context(
 ) -> dict[str, Tensor]:
     named = {"reconstruction": reconstruction, "model": behaviour}
     return {f"{kind}.{k}": v for kind, m in named.items() for k, v in m.context_sums().items()}
+
+
+def held_out_units(batches: ActivationBatches) -> Units:
+    """The documents of the held-out contexts: one object for all that is measured on them."""
+    return Units(batches.source.contexts.documents)
+
+
+def model_contexts(config: Measured, units: Units) -> Tensor:
+    """Which held-out contexts go through the model: of as many documents as can be."""
+    return units.spread(config.evaluation.model_contexts)
 
 
 def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
@@ -201,7 +222,11 @@ def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dic
 
 
 def on_activations(
-    sae: SparseAutoencoder, config: Measured, batches: ActivationBatches, stop: StopRequest
+    sae: SparseAutoencoder,
+    config: Measured,
+    batches: ActivationBatches,
+    units: Units,
+    stop: StopRequest,
 ) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits]:
     """Accumulate every metric in one pass over the held-out activations. Raises Interrupted."""
     cfg, size = config.evaluation, config.dataset.context_size
@@ -213,6 +238,7 @@ def on_activations(
         windows=tuple(cfg.windows),
         n_boot=cfg.bootstrap,
         groups=sae.cfg.group_sizes,
+        units=units,
     )
     median_norm = batches.calibration.median_norm
     limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
@@ -246,12 +272,12 @@ def on_the_model(
     """
     saes = [sae.to(model.device).eval() for sae in saes]
     metrics = [ModelMetrics() for _ in saes]
-    n_contexts = min(config.evaluation.model_contexts, len(batches))
+    chosen = model_contexts(config, held_out_units(batches))
     size = config.dataset.context_size
     at_once = max(1, min(ENCODE_CONTEXTS, _LOGITS // (size * model.vocabulary)))
     # In tokens through the model.
-    with Progress("evaluate model", n_contexts * size * (2 + len(saes))) as progress:
-        for batch in batches.in_order(at_once, n_contexts):
+    with Progress("evaluate model", len(chosen) * size * (2 + len(saes))) as progress:
+        for batch in batches.in_order(at_once, indices=chosen):
             stop.check()
             ids, keep = batch.ids, batch.valid
             clean = model.logits(ids)

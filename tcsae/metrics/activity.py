@@ -1,7 +1,7 @@
 """When a feature is on, for how long, how strongly, and how smoothly it follows its input.
 
-A feature is on where f > 0. Shapes: B contexts of a batch, T positions, F features, G bootstrap
-blocks, R resamples.
+A feature is on where f > 0. Shapes: B contexts of a batch, T positions, F features, G blocks
+of documents.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcsae.metrics.bootstrap import Accumulator
+from tcsae.metrics.accumulator import Accumulator, with_deleted
 from tcsae.metrics.masks import checked_masks, pair_mask, require_shape
+from tcsae.metrics.units import MAX_BLOCKS, Units
 
 
 class ActivityResult(NamedTuple):
@@ -21,11 +22,14 @@ class ActivityResult(NamedTuple):
     Attributes:
         density: share of the valid tokens on which the feature is on, 0 to 1.
         mean_activation: mean of f over those tokens, in units of f. NaN if it is never on.
-        amplitude_cv: standard deviation over mean of f over those tokens. NaN if never on.
+        amplitude_cv: standard deviation over mean of f over those tokens, the squared mean taken
+            from pairs of different documents: one document shows no spread between documents. NaN
+            if it is on in fewer than two.
         persistence: P(on at t + 1 | on at t) - P(on at t + 1 | off at t), -1 to 1; 0 for a
             feature that fires independently from token to token. NaN if it is never on or never
             off before a counted neighbour.
-        run_length: mean length of a run of on, in positions. NaN if no run was seen to end.
+        run_length: mean length of a run of on, in positions. NaN if no run was seen to end: longer
+            than could be seen if it was ever on before a counted neighbour.
         frac_alive: [], share of the features that were on at least once.
     """
 
@@ -35,6 +39,14 @@ class ActivityResult(NamedTuple):
     persistence: Tensor
     run_length: Tensor
     frac_alive: Tensor
+
+
+class LiveShare(NamedTuple):
+    """Share of the features that ever fire, [1 + G]: of all, and without each block."""
+
+    value: Tensor
+    reason: str | None
+    """Why it cannot be told; None if it can."""
 
 
 class Activity(Accumulator):
@@ -53,16 +65,24 @@ class Activity(Accumulator):
     Args:
         n_features: F.
         n_positions: T. None: batches may differ in it.
-        n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
-            0: none, and no intervals.
+        units, n_blocks: see `Accumulator`.
     """
 
     def __init__(
-        self, n_features: int, n_positions: int | None = None, *, n_blocks: int = 0
+        self,
+        n_features: int,
+        n_positions: int | None = None,
+        *,
+        units: Units | None = None,
+        n_blocks: int = MAX_BLOCKS,
     ) -> None:
         self.n_features = n_features
         self.n_positions = n_positions
-        super().__init__(n_blocks)
+        super().__init__(units, n_blocks)
+
+    def reset(self) -> None:
+        super().reset()
+        self._fires: list[Tensor] = []
 
     @torch.no_grad()
     def update(
@@ -90,20 +110,84 @@ class Activity(Accumulator):
             "block_amplitude": amplitude_BTF.sum(1),
             "block_squares": amplitude_BTF.square().sum(1),
         }
-        self._add_to_blocks(sums)
+        self._add_to_blocks(sums, self._blocks_of(len(features), features.device))
+        self._fires.append(on_B3F[:, 0] > 0)
         self.n_contexts += len(features)
 
     def compute(self) -> ActivityResult:
         """The result over all batches; see `ActivityResult`."""
-        state = self._require_batches()
-        result = _activity({name: value.sum(0) for name, value in state.items()})
-        alive = (state["block_on"].sum(0) > 0).double().mean()
+        result = {name: value[0] for name, value in self.rows(deletions=False).items()}
+        alive = (self._state["block_on"].sum(0) > 0).double().mean()
         return ActivityResult(**result, frac_alive=alive)
 
-    def resample(self, weights_RG: Tensor) -> dict[str, Tensor]:
-        """The [F] fields of ActivityResult for resampled blocks, [R, F] each."""
-        state = self._require_batches()
-        return _activity({name: self._drawn(name, weights_RG) for name in state})
+    def rows(self, deletions: bool = True, blocks_G: Tensor | None = None) -> dict[str, Tensor]:
+        """The [F] fields of ActivityResult: of all, and without each block, [1 + G, F].
+
+        Args:
+            deletions: False: of all only.
+            blocks_G: bool, the blocks that are looked at. None: all.
+        """
+        state = dict(self._require_batches())
+        if blocks_G is not None:
+            kept = blocks_G.to(state["block_on"])[:, None]
+            state = {name: value[: len(kept)] * kept for name, value in state.items()}
+        for name in ("block_amplitude", "block_on"):
+            state[f"{name}_own"] = state[name].square()
+        n_used = self.n_used
+        return _activity({n: with_deleted(v, n_used, deletions) for n, v in state.items()})
+
+    def contexts_on(self) -> Tensor:
+        """Number of contexts in which each feature is on, [F]."""
+        self._require_batches()
+        return torch.cat(self._fires).sum(0)
+
+    def live_share(self, deletions: bool = True) -> LiveShare:
+        """Share of the features that ever fire, estimated from those seen in few documents.
+
+        With S features seen in m documents, Q1 of them in one and Q2 in two:
+
+            S + (m - 1) / m * Q1^2 / (2 Q2)    of F, F at most (Chao 1987, "Chao2")
+
+        Exact where the unseen are like the rare ones, a lower bound where they are rarer still;
+        the share seen alone grows with the number of tokens, and is smaller for features that
+        keep to a few documents.
+        """
+        fires_NF = torch.cat(self._fires)
+        units = self.units or Units.of_contexts(len(fires_NF))
+        document_N = units.document[: len(fires_NF)].to(fires_NF.device)
+        n_documents = units.n_documents
+        seen_DF = fires_NF.new_zeros(n_documents, fires_NF.shape[1], dtype=torch.float32)
+        seen_DF = (seen_DF.index_add_(0, document_N, fires_NF.float()) > 0).float()
+        count_F = seen_DF.sum(0)
+        block_N = self._block_of_all(len(fires_NF)).to(fires_NF.device)
+        rows = [_chao(count_F, n_documents)]
+        if deletions:
+            block_D = block_N.new_zeros(n_documents).index_copy_(0, document_N, block_N)
+            for block in range(self.n_used):
+                gone_D = block_D == block
+                left_F = count_F - seen_DF[gone_D].sum(0)
+                rows.append(_chao(left_F, n_documents - int(gone_D.sum())))
+        once, twice = ((count_F == n).sum() for n in (1, 2))
+        reason = None
+        if once > 0.01 * len(count_F) and twice == 0:
+            reason = (
+                f"cannot tell: {int(once)} features were seen in one document and none in two, so "
+                "nothing says how many were not seen"
+            )
+        return LiveShare(torch.stack(rows), reason)
+
+    def _block_of_all(self, n_contexts: int) -> Tensor:
+        if self.units is not None:
+            return self.units.block[:n_contexts]
+        return torch.arange(n_contexts) % self.n_blocks
+
+
+def _chao(count_F: Tensor, n_documents: int) -> Tensor:
+    """Estimated share of live features from the number of documents that each was seen in."""
+    seen, once, twice = (count_F > 0).sum(), (count_F == 1).sum(), (count_F == 2).sum()
+    pairs = once.square() / (2 * twice) if twice > 0 else once * (once - 1) / 2
+    unseen = (n_documents - 1) / max(n_documents, 1) * pairs
+    return ((seen + unseen).double() / len(count_F)).clamp(max=1.0)
 
 
 def _activity(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,8 +195,12 @@ def _activity(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     on, before, after = sums["block_on"], sums["block_on_before"], sums["block_on_after"]
     stays, amplitude = sums["block_stays"], sums["block_amplitude"]
     ends = before - stays
+    pairs = on.square() - sums["block_on_own"]
+    square_of_mean = (amplitude.square() - sums["block_amplitude_own"]) / torch.where(
+        pairs > 0, pairs, torch.nan
+    )
+    spread = (sums["block_squares"] / on - square_of_mean).clamp(min=0.0).sqrt()
     mean = amplitude / on
-    spread = (sums["block_squares"] / on - mean.square()).clamp(min=0.0).sqrt()
     return {
         "density": on / sums["block_tokens"],
         "mean_activation": mean,
@@ -171,11 +259,18 @@ class Smoothness(Accumulator):
 
     Args:
         n_features: F.
-        n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
+        units, n_blocks: see `Accumulator`.
         n_first: features in the first group of an SAE with groups; 0: no groups.
     """
 
-    def __init__(self, n_features: int, *, n_blocks: int = 0, n_first: int = 0) -> None:
+    def __init__(
+        self,
+        n_features: int,
+        *,
+        units: Units | None = None,
+        n_blocks: int = MAX_BLOCKS,
+        n_first: int = 0,
+    ) -> None:
         if not 0 <= n_first < n_features:
             raise ValueError(
                 f"the first group must have 1 to {n_features - 1} of {n_features} features, "
@@ -183,7 +278,7 @@ class Smoothness(Accumulator):
             )
         self.n_features = n_features
         self.n_first = n_first
-        super().__init__(n_blocks)
+        super().__init__(units, n_blocks)
 
     @torch.no_grad()
     def update(
@@ -215,7 +310,7 @@ class Smoothness(Accumulator):
             "block_means": self._parts(slope_BF) / n_active_BP.clamp(min=1),
             "block_contexts": n_active_BP > 0,
         }
-        self._add_to_blocks(sums)
+        self._add_to_blocks(sums, self._blocks_of(len(features), features.device))
         self.n_contexts += len(features)
 
     def compute(self) -> SmoothnessResult:
@@ -228,11 +323,14 @@ class Smoothness(Accumulator):
             groups=value_P[1:],
         )
 
-    def resample(self, weights_RG: Tensor) -> Tensor:
-        """`value`, and `groups` if there are any, of resampled blocks, [R, 1] or [R, 3]."""
-        self._require_batches()
-        means = self._drawn("block_means", weights_RG)
-        return means / self._drawn("block_contexts", weights_RG)
+    def rows(self) -> Tensor:
+        """`value`, and `groups` if there are any: of all, and without each block, [1 + G, P]."""
+        state = self._require_batches()
+        means, contexts = (
+            with_deleted(state[name], self.n_used, True)
+            for name in ("block_means", "block_contexts")
+        )
+        return means / contexts
 
     def _parts(self, x_BF: Tensor) -> Tensor:
         """Sums over all features and, with groups, over the first and the rest: [B, 1 or 3]."""

@@ -1,6 +1,6 @@
 """Autocorrelation of SAE features along the positions of a context, and what follows from it.
 
-Shapes: B contexts of a batch, T positions, F features, K = max_lag, G bootstrap blocks.
+Shapes: B contexts of a batch, T positions, F features, K = max_lag, G blocks of documents.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcsae.metrics.bootstrap import Accumulator
-from tcsae.metrics.masks import checked_masks, pair_weights, require_shape
-
-# A feature whose standard deviation is under 1e-7 of its root mean square, the resolution of
-# float32, is constant as far as anyone can tell.
-CONSTANT = 1e-14
+from tcsae.metrics.accumulator import with_deleted
+from tcsae.metrics.masks import checked_masks, pair_weights
+from tcsae.metrics.position_sums import (
+    Added,
+    MeanProducts,
+    PositionSums,
+    pairs_of_blocks,
+    scale_without,
+)
+from tcsae.metrics.units import MAX_BLOCKS, Units
 
 # Features multiplied at a time: the working set then stays in the processor's cache.
 _FEATURE_CHUNK = 128
-# Contexts added at a time, so that memory does not grow with the batch.
-_CONTEXT_CHUNK = 64
 
 
 def autocorrelation(
@@ -30,25 +32,29 @@ def autocorrelation(
     *,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
+    units: Units | None = None,
 ) -> Tensor:
     """Autocorrelation of each feature over positions, pooled over contexts.
 
-    With mu_j(t) the mean over contexts of the valid f[:, t, j], and d = f - mu_j(t):
+    With mu_j(t) the mean of f[:, t, j] over documents, and the pairs of positions (t, t + k) that
+    are both valid and in one segment:
 
-        c_j(k)   = sum of d[n, t] d[n, t + k] over counted pairs / number of counted pairs
+        c_j(k)   = mean over counted pairs of f[n, t] f[n, t + k] - mu_j(t) mu_j(t + k)
         rho_j(k) = c_j(k) / c_j(0)
 
-    A pair counts if both its positions are valid and in one segment. Centring by position keeps
-    a trend over positions from passing for memory; centring by context would push rho down by
-    about (correlation time) / T (Marriott and Pope 1954). Estimating mu_j(t) from N contexts
-    shrinks every c_j(k) by about 1 - 1 / N, which cancels in rho; a position seen in a single
-    context adds nothing, and with one context in all every rho is NaN.
+    Centring by position keeps a trend over positions from passing for memory; centring by context
+    would push rho down by about (correlation time) / T (Marriott and Pope 1954). The products of
+    means are estimated from pairs of different documents (`position_sums`), so that c has no bias
+    however few documents there are, however alike the contexts of one are, and however much of a
+    lag's pairs masks and segments leave. A position seen in a single document is centred by the
+    mean over all tokens; with one document in all every rho is NaN.
 
     Args:
         features: [B, T, F].
         max_lag: largest lag in positions, below T.
         segments: [B, T], the number of the document within the context. None: one document.
         valid: [B, T] bool. None: every position is valid.
+        units: which contexts are from one document. None: each from its own.
 
     Returns:
         rho, [max_lag + 1, F] float64, no unit. NaN for a feature that does not vary about its
@@ -63,73 +69,88 @@ def autocorrelation(
         torch.Size([33, 16])
     """
     checked_masks(features, segments, valid)
-    accumulator = Autocorrelation(features.shape[2], features.shape[1], max_lag)
+    accumulator = Autocorrelation(features.shape[2], features.shape[1], max_lag, units=units)
     accumulator.update(features, segments=segments, valid=valid)
     return accumulator.compute()
 
 
-class Autocorrelation(Accumulator):
+class Autocorrelation:
     """`autocorrelation` over any number of batches, exact in one pass.
 
-    mu_j(t) is known only at the end, so the sums kept are those that allow centring by it later:
-    products, and for every lag and position the sums of f over the pairs that start and end
-    there. Everything is taken relative to the position means of the first contexts, so that nothing
-    is lost to cancellation.
-
-    Memory: 16 T (K + 1) F bytes (156 MB at T = 128, K = 32, F = 2304), and with blocks
-    4 G (T + K + 1) F bytes more (95 MB at G = 64).
+    Memory: that of `PositionSums`, and 16 G (K + 1) F bytes more (78 MB at G = 64, K = 32,
+    F = 2304).
 
     Args:
         n_features: F.
         n_positions: T.
         max_lag: K, below T.
-        n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
-            0: none, and no intervals.
+        units, n_blocks: see `Accumulator`.
+        sums: those that are shared with other metrics and updated by their owner, who then calls
+            `add`. None: its own.
     """
 
     def __init__(
-        self, n_features: int, n_positions: int, max_lag: int, *, n_blocks: int = 0
+        self,
+        n_features: int,
+        n_positions: int,
+        max_lag: int,
+        *,
+        units: Units | None = None,
+        n_blocks: int = MAX_BLOCKS,
+        sums: PositionSums | None = None,
     ) -> None:
         if not 0 <= max_lag < n_positions:
             raise ValueError(
                 f"max_lag must be 0 to {n_positions - 1} for {n_positions} positions, not {max_lag}"
             )
-        self.n_features = n_features
-        self.n_positions = n_positions
         self.max_lag = max_lag
-        super().__init__(n_blocks)
+        own = PositionSums(n_features, n_positions, units=units, n_blocks=n_blocks)
+        self.sums = sums or own
+        self._state: dict[str, Tensor] = {}
 
-    @torch.no_grad()
+    @property
+    def n_contexts(self) -> int:
+        """Contexts seen."""
+        return self.sums.n_contexts
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self.sums.reset()
+        self._state = {}
+
     def update(
         self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
         """Add a batch: features [B, T, F], segments [B, T], valid [B, T]."""
-        require_shape(features, self.n_features, self.n_positions)
-        segments, valid = checked_masks(features, segments, valid)
-        if not self._state:
-            self._start(features[:_CONTEXT_CHUNK], valid[:_CONTEXT_CHUNK])
-        parts = (x.split(_CONTEXT_CHUNK) for x in (features, segments, valid))
-        for chunk in zip(*parts, strict=True):
-            self._add(*chunk)
+        for added in self.sums.add(features, segments=segments, valid=valid):
+            self.add(added)
 
-    def _add(self, features: Tensor, segments: Tensor, valid: Tensor) -> None:
-        state = self._state
-        d_BTF = torch.where(valid[..., None], features - state["origin"], 0.0)
-        early_BKT = pair_weights(segments, valid, self.max_lag, torch.float64)
-        late_BKT = torch.zeros_like(early_BKT)
+    @torch.no_grad()
+    def add(self, added: Added) -> None:
+        """Add contexts that `sums` has taken in."""
+        d_BTF = added.d
+        if not self._state:
+            self._start(d_BTF)
+        early_BKT = pair_weights(added.segments, added.valid, self.max_lag, torch.float64)
+        ends_BKT = early_BKT.clone()
         for lag in range(self.max_lag + 1):
-            late_BKT[:, lag, lag:] = early_BKT[:, lag, : self.n_positions - lag]
-        products_BKF = pair_products(d_BTF, early_BKT)
-        state["products"] += products_BKF.sum(0)
-        state["pairs"] += early_BKT.sum(0)
-        ends_TKB = torch.cat([early_BKT, late_BKT], 1).permute(2, 1, 0)
-        state["ends"].baddbmm_(ends_TKB, d_BTF.transpose(0, 1))
-        if self.n_blocks:
-            block = self._blocks_of(len(features), d_BTF.device)
-            state["block_products"].index_add_(0, block, products_BKF.float())
-            state["block_sums"].index_add_(0, block, d_BTF.float())
-            state["block_pairs"].index_add_(0, block, early_BKT.float())
-        self.n_contexts += len(features)
+            ends_BKT[:, lag, lag:] += early_BKT[:, lag, : d_BTF.shape[1] - lag]
+        values = {
+            "products": pair_products(d_BTF, early_BKT),
+            "ends": torch.bmm(ends_BKT, d_BTF),
+            "pairs": early_BKT,
+        }
+        for name, value in values.items():
+            self._state[name].index_add_(0, added.block, value)
+
+    def _start(self, d_BTF: Tensor) -> None:
+        blocks, lags, (_, t, f) = self.sums.n_blocks, self.max_lag + 1, d_BTF.shape
+        self._state = {
+            "products": d_BTF.new_zeros(blocks, lags, f),
+            "ends": d_BTF.new_zeros(blocks, lags, f),
+            "pairs": d_BTF.new_zeros(blocks, lags, t),
+        }
+        self._origin_F = self.sums.origin_F
 
     def compute(self) -> Tensor:
         """rho, [max_lag + 1, F] float64; see `autocorrelation`."""
@@ -141,81 +162,114 @@ class Autocorrelation(Accumulator):
         c_j(0) is the energy of a feature; it is exactly 0 for one that does not vary, and NaN at
         lags without a counted pair.
         """
-        state = self._require_batches()
-        c_KF = self._products_about(self._position_means())
-        square_F = self._products_about(-state["origin"])[0]
-        c_KF[:, c_KF[0] <= CONSTANT * square_F] = 0.0
-        return c_KF / state["pairs"].sum(1)[:, None]
+        return self.covariances(deletions=False)[0]
+
+    def covariances(self, deletions: bool = True) -> Tensor:
+        """`covariance`, and the same without each block, [1 + G, max_lag + 1, F]."""
+        sums = self.sums.centred()
+        state = self._moved()
+        n_used = self.sums.n_used
+        products_RKF = with_deleted(state["products"], n_used, deletions)
+        pairs_RK = with_deleted(state["pairs"].sum(2), n_used, deletions)
+        means_RKF = self._mean_products(sums, deletions)
+        c_RKF = (products_RKF - means_RKF) / pairs_RK[..., None]
+        energy_RF = c_RKF[:, 0]
+        told = self._different(sums["block_counts"])[0].any()
+        gone_RF = self.sums.constant(energy_RF) | ~energy_RF.isfinite() | ~told
+        c_RKF.masked_fill_(gone_RF[:, None] & (pairs_RK > 0)[..., None], 0.0)
+        return c_RKF
 
     def pairs(self) -> Tensor:
         """Number of counted pairs at every lag, [max_lag + 1] float64; the first is the number
         of valid tokens."""
-        return self._require_batches()["pairs"].sum(1)
+        self.sums._require_batches()
+        return self._state["pairs"].sum((0, 2))
 
-    def block_sums(self) -> tuple[Tensor, Tensor]:
-        """What the bootstrap over contexts resamples.
+    def position_means(self, deletions: bool = True) -> tuple[Tensor, Tensor]:
+        """Of mu_j(t)^2, the mean over tokens, about the mean over all of them: [1 + G, F]; and the
+        number of tokens it is the mean over, [1 + G]."""
+        sums = self.sums.centred()
+        counts_GT = sums["block_counts"]
+        seen_T = self._different(counts_GT)[0] > 0
+        n_R = with_deleted((counts_GT * seen_T).sum(1), self.sums.n_used, deletions)
+        return self._mean_products(sums, deletions)[:, 0] / n_R[:, None], n_R
 
-        Returns:
-            Sums of d[n, t] d[n, t + k] over the counted pairs of each block, [G, K + 1, F], and
-            the numbers of those pairs, [G, K + 1]. Centred by mu_j(t) of all the contexts. Added
-            over blocks they give the exact sums; a single block is exact when no position is
-            masked, else its sums over pair ends are taken in proportion to its position means.
-        """
-        state = self._require_batches()
-        mean_TF = self._position_means()
-        sums_GKF = self._block_products_about(mean_TF)
-        pairs_GK = state["block_pairs"].sum(2)
-        rest_KF = self._products_about(mean_TF) - sums_GKF.sum(0)
-        share_GK = pairs_GK / pairs_GK.sum(0).clamp(min=1.0)
-        return sums_GKF + (share_GK[..., None] * rest_KF).float(), pairs_GK
+    def energies(self, kept_G: Tensor) -> Tensor:
+        """c_j(0) from some of the blocks, [G] bool, and the same without each block in use:
+        [1 + G, F]. May be negative by noise."""
+        sums, state = self.sums.centred(), self._moved()
+        index = kept_G.nonzero().flatten()
+        sums_GTF, counts_GT = sums["block_sums"][index], sums["block_counts"][index]
+        different_T = pairs_of_blocks(counts_GT, counts_GT)
+        r_T1 = torch.where(different_T > 0, counts_GT.sum(0) / different_T.clamp(min=1), 0.0)[
+            :, None
+        ]
+        total_TF = sums_GTF.sum(0)
+        # Block by block, without a second copy of the sums.
+        forms = MeanProducts(
+            (r_T1 * total_TF.square()).sum(0)[None],
+            torch.stack([(r_T1 * S.square()).sum(0, keepdim=True) for S in sums_GTF]),
+            torch.stack([(2 * r_T1 * total_TF * S).sum(0, keepdim=True) for S in sums_GTF]),
+        )
+        total_T = counts_GT.sum(0)
+        without_G1 = (different_T - 2 * counts_GT * (total_T - counts_GT)).sum(1, keepdim=True)
+        tokens_G1 = counts_GT.sum(1, keepdim=True)
+        means_RF = forms.rows(scale_without(tokens_G1, different_T.sum()[None], without_G1))[:, 0]
+        products_RF = with_deleted(state["products"][index, 0], len(index), True)
+        tokens_R1 = with_deleted(tokens_G1, len(index), True)
+        found_RF = (products_RF - means_RF) / tokens_R1
+        rows_RF = found_RF[0].repeat(self.sums.n_used + 1, 1)
+        rows_RF[index + 1] = found_RF[1:]
+        return rows_RF
 
-    def _start(self, features: Tensor, valid: Tensor) -> None:
-        t, f, lags = self.n_positions, self.n_features, self.max_lag + 1
-        device = features.device
-        f_BTF = torch.where(valid[..., None], features, 0.0).double()
-        sums_TF, counts_T1 = f_BTF.sum(0), valid.sum(0)[:, None].double()
-        overall_F = sums_TF.sum(0) / counts_T1.sum().clamp(min=1.0)
-        origin_TF = torch.where(counts_T1 > 0, sums_TF / counts_T1.clamp(min=1.0), overall_F)
-        self._state = {
-            "origin": origin_TF,
-            "products": origin_TF.new_zeros(lags, f),
-            "ends": origin_TF.new_zeros(t, 2 * lags, f),
-            "pairs": origin_TF.new_zeros(lags, t),
-        }
-        if self.n_blocks:
-            blocks = self.n_blocks
-            self._state |= {
-                "block_products": torch.zeros(blocks, lags, f, device=device),
-                "block_sums": torch.zeros(blocks, t, f, device=device),
-                "block_pairs": torch.zeros(blocks, lags, t, device=device),
-            }
+    def _moved(self) -> dict[str, Tensor]:
+        """The sums about the origin that `sums` has now."""
+        state, shift_F = self._state, self.sums.origin_F - self._origin_F
+        pairs_GK1 = state["pairs"].sum(2)[..., None]
+        state["products"] -= (state["ends"] - pairs_GK1 * shift_F) * shift_F
+        state["ends"] -= 2 * pairs_GK1 * shift_F
+        self._origin_F = self.sums.origin_F
+        return state
 
-    def _position_means(self) -> Tensor:
-        """mu_j(t) relative to the origin, [T, F]."""
-        counts_T = self._state["pairs"][0].clamp(min=1.0)
-        return self._state["ends"][:, 0] / counts_T[:, None]
+    def _different(self, counts_GT: Tensor) -> Tensor:
+        """Pairs of tokens of different blocks at (t, t + k), [K + 1, T]; 0 past the end."""
+        n_positions = counts_GT.shape[1]
+        different_KT = counts_GT.new_zeros(self.max_lag + 1, n_positions)
+        for lag in range(self.max_lag + 1):
+            n = n_positions - lag
+            different_KT[lag, :n] = pairs_of_blocks(counts_GT[:, :n], counts_GT[:, lag:])
+        return different_KT
 
-    def _products_about(self, shift_TF: Tensor) -> Tensor:
-        """Sums over counted pairs of (d[t] - shift[t]) (d[t + k] - shift[t + k]), [K + 1, F]."""
-        state, lags = self._state, self.max_lag + 1
-        products_KF = state["products"].clone()
-        for lag in range(lags):
-            n = self.n_positions - lag
-            early, late = state["ends"][:n, lag], state["ends"][lag:, lags + lag]
-            here, there = shift_TF[:n], shift_TF[lag:]
-            count = state["pairs"][lag, :n, None]
-            products_KF[lag] -= (here * late + there * early - here * there * count).sum(0)
-        return products_KF
+    def _mean_products(self, sums: dict[str, Tensor], deletions: bool) -> Tensor:
+        """Sums over counted pairs of U(t, t + k), [1 + G, K + 1, F]."""
+        sums_GTF, counts_GT = sums["block_sums"], sums["block_counts"]
+        n_used = len(counts_GT)
+        pairs_GKT = self._state["pairs"][:n_used]
+        different_KT = self._different(counts_GT)
+        r_KT = torch.where(different_KT > 0, pairs_GKT.sum(0) / different_KT.clamp(min=1), 0.0)
+        total_TF = sums_GTF.sum(0, keepdim=True)
+        whole_KF = pair_products(total_TF, r_KT[None])[0]
+        r_GKT = r_KT.expand(n_used, -1, -1)
+        own_GKF = pair_products(sums_GTF, r_GKT)
+        if not deletions:
+            return MeanProducts(whole_KF, own_GKF, own_GKF).rows(None)
+        # A few blocks at a time: of all at once the sums would be held twice.
+        both = [pair_products(S + total_TF, r_GKT[: len(S)]) for S in sums_GTF.split(8)]
+        with_whole_GKF = torch.cat(both) - whole_KF - own_GKF
+        without_GK = torch.stack(
+            [self._without(counts_GT, different_KT, lag) for lag in range(self.max_lag + 1)], 1
+        )
+        scale_GK = scale_without(pairs_GKT.sum(2), different_KT.sum(1), without_GK)
+        return MeanProducts(whole_KF, own_GKF, with_whole_GKF).rows(scale_GK)
 
-    def _block_products_about(self, shift_TF: Tensor) -> Tensor:
-        """`_products_about` for every block, [G, K + 1, F], with the sums over pair ends taken
-        as position mean times number of pairs: keeping them apart would cost G times `ends`."""
-        weights_GKT = self._state["block_pairs"]
-        counts_GT = weights_GKT[:, 0].clamp(min=1.0)
-        mean_GTF = self._state["block_sums"] / counts_GT[..., None]
-        before = pair_products(mean_GTF, weights_GKT)
-        after = pair_products(mean_GTF - shift_TF.float(), weights_GKT)
-        return self._state["block_products"] + after - before
+    @staticmethod
+    def _without(counts_GT: Tensor, different_KT: Tensor, lag: int) -> Tensor:
+        """Sum over t of `_different` without each block, [G]."""
+        n = counts_GT.shape[1] - lag
+        total_T = counts_GT.sum(0)
+        here, there = counts_GT[:, :n], counts_GT[:, lag:]
+        gone_GT = here * total_T[lag:] + total_T[:n] * there - 2 * here * there
+        return (different_KT[lag, :n] - gone_GT).sum(1)
 
 
 def pair_products(x_BTF: Tensor, weights_BKT: Tensor) -> Tensor:
@@ -275,7 +329,8 @@ def integrated_time(autocorrelation: Tensor) -> Tensor:
         tau(M) = 1 + 2 sum_{k=1}^{M} rho_k,  M the first lag with M >= 5 tau(M)
 
     (Sokal 1997, "Monte Carlo Methods in Statistical Mechanics", section 3). Without such a lag M
-    is the largest lag measured, and tau is a lower bound; take max_lag = T // 4.
+    is the largest lag measured, and tau is a lower bound (`integrated_time_censored`); take
+    max_lag = T // 4.
 
     Args:
         autocorrelation: rho, [max_lag + 1, F] (any leading axes).
@@ -284,9 +339,21 @@ def integrated_time(autocorrelation: Tensor) -> Tensor:
         [F], in positions: 1 for white noise, (1 + phi) / (1 - phi) for an AR(1) process. NaN
         where rho is.
     """
+    tau, settled = _windowed_time(autocorrelation)
+    return _at_lag(tau, _first_lag(settled, autocorrelation))
+
+
+def integrated_time_censored(autocorrelation: Tensor) -> Tensor:
+    """Where `integrated_time` is a lower bound only, [F] bool: no lag measured is 5 tau or more."""
+    _, settled = _windowed_time(autocorrelation)
+    return autocorrelation[..., 0, :].isfinite() & ~settled.any(-2)
+
+
+def _windowed_time(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
+    """tau(M) for every lag M, and whether M >= 5 tau(M); [..., K + 1, F] both."""
     tau = 2.0 * autocorrelation.cumsum(-2) - 1.0
     lags = torch.arange(tau.shape[-2], device=tau.device)[:, None]
-    return _at_lag(tau, _first_lag(lags >= 5.0 * tau, autocorrelation))
+    return tau, lags >= 5.0 * tau
 
 
 class CorrelationLength(NamedTuple):

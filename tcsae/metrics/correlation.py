@@ -12,6 +12,7 @@ in `lags[i, j]` means that feature j lags feature i: j does what i did, k positi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -157,6 +158,14 @@ class _LagMoments:
             product.addr_(head.mean[rows], tail.mean, alpha=-n)
             self.product_FF[rows] += product.to(self.product_FF.dtype)
 
+    def plus(self, other: _LagMoments) -> _LagMoments:
+        """The sums over the pairs of both, in memory of their own."""
+        merged = deepcopy(self)
+        if other.n:
+            merged.absorb(other.n, other.head, other.tail)
+            merged.product_FF += other.product_FF
+        return merged
+
     def pearson(self, rows: slice, *, swapped: bool) -> Tensor:
         """R_ij(lag), or with `swapped` R_ij(-lag), for i in rows: [rows, F]; -inf if undefined."""
         product = self.product_FF[:, rows].T if swapped else self.product_FF[rows]
@@ -170,7 +179,8 @@ class FeatureCorrelation:
     """Pearson correlation of all pairs of features over lags -K..K, one batch at a time.
 
     Holds an [F, F] matrix per lag 0..K in `dtype` (float32: 191 MB for 2304 features and K = 8,
-    1.07 GB a lag for 16k). Too much: several passes with `min_lag`, joined by `larger_of`.
+    1.07 GB a lag for 16k). Too much: several passes with `min_lag`, joined by `larger_of`. Lag 0
+    is held once more where `update` is told of two halves of the contexts.
     """
 
     def __init__(
@@ -192,24 +202,63 @@ class FeatureCorrelation:
         self._moments = {
             lag: _LagMoments.zeros(self.n_features, self.dtype, self.device) for lag in self.lags
         }
+        # Lag 0 of the contexts of the second half; `_moments[0]` has the others.
+        self._second_half: _LagMoments | None = None
 
     def update(
-        self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+        self,
+        features: Tensor,
+        *,
+        segments: Tensor | None = None,
+        valid: Tensor | None = None,
+        half: Tensor | None = None,
     ) -> None:
-        """Take in features [B, T, F], with segments [B, T] int and valid [B, T] bool."""
+        """Take in features [B, T, F], with segments [B, T] int and valid [B, T] bool.
+
+        Args:
+            half: [B] bool, in which of two halves each context is, for `compute_halves`. None:
+                all in the first.
+        """
         require_shape(features, self.n_features)
         segments, valid = checked_masks(features, segments, valid)
         rows_NF = features.detach().flatten(0, 1).to(self.device)
         share = rows_NF.count_nonzero().item() / max(rows_NF.numel(), 1)
         codes = to_csr(rows_NF) if self.device.type == "cpu" and share < SPARSE_BELOW else None
-        for lag, moments in self._moments.items():
-            heads, tails = (r.to(self.device) for r in _pair_rows(segments, valid, lag))
-            if len(heads) == 0:
-                continue
-            if codes is not None:
-                moments.add_sparse(codes[heads.numpy()], codes[tails.numpy()])
+        for lag in self.lags:
+            for moments, counted in self._halves(lag, valid, half):
+                heads, tails = (r.to(self.device) for r in _pair_rows(segments, counted, lag))
+                if len(heads) == 0:
+                    continue
+                if codes is not None:
+                    moments.add_sparse(codes[heads.numpy()], codes[tails.numpy()])
+                else:
+                    moments.add_dense(rows_NF[heads], rows_NF[tails])
+
+    def _halves(
+        self, lag: int, valid: Tensor, half: Tensor | None
+    ) -> list[tuple[_LagMoments, Tensor]]:
+        """Which sums take which positions [B, T]."""
+        if lag > 0 or half is None:
+            return [(self._moments[lag], valid)]
+        if self._second_half is None:
+            self._second_half = _LagMoments.zeros(self.n_features, self.dtype, self.device)
+        second = half.to(valid.device)[:, None]
+        return [(self._moments[0], valid & ~second), (self._second_half, valid & second)]
+
+    def compute_halves(self) -> tuple[Tensor, Tensor]:
+        """Zero-lag coefficients [F, F] of the two halves of the contexts, each on its own.
+
+        NaN in a half in which one of the two features does not vary.
+        """
+        shape = (self.n_features, self.n_features)
+        found = []
+        for moments in (self._moments[0], self._second_half):
+            if moments is None or moments.n < 2:
+                found.append(torch.full(shape, torch.nan, dtype=self.dtype, device=self.device))
             else:
-                moments.add_dense(rows_NF[heads], rows_NF[tails])
+                r = moments.pearson(slice(0, self.n_features), swapped=False)
+                found.append(r.masked_fill_(r == -torch.inf, torch.nan))
+        return found[0], found[1]
 
     def compute(self, max_lag: int | None = None) -> LaggedCorrelation:
         """Largest coefficient over the lags up to `max_lag` (default: all), with its lag.
@@ -220,7 +269,10 @@ class FeatureCorrelation:
         shape = (self.n_features, self.n_features)
         values = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
         lags = torch.zeros(shape, dtype=torch.int16, device=self.device)
-        known = {lag: moments for lag, moments in self._moments.items() if moments.n > 1}
+        moments_of = dict(self._moments)
+        if self._second_half is not None:
+            moments_of[0] = moments_of[0].plus(self._second_half)
+        known = {lag: moments for lag, moments in moments_of.items() if moments.n > 1}
         for rows in _blocks(self.n_features):
             for lag in (k for k in known if max_lag is None or k <= max_lag):
                 for swapped in (False, True) if lag else (False,):

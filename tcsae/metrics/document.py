@@ -1,7 +1,6 @@
 """What a feature keeps over a document, apart from what it keeps over a few tokens.
 
-Shapes: B contexts of a batch, T positions, F features, L bands of lags, G bootstrap blocks, R
-resamples.
+Shapes: B contexts of a batch, T positions, F features, L bands of lags, G blocks of documents.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tcsae.metrics.autocorrelation import CONSTANT
-from tcsae.metrics.bootstrap import Accumulator
-from tcsae.metrics.masks import checked_masks, require_shape
+from tcsae.metrics.accumulator import with_deleted
+from tcsae.metrics.autocorrelation import Autocorrelation
+from tcsae.metrics.position_sums import Added, MeanProducts, scale_without
+from tcsae.metrics.units import MAX_BLOCKS, Units
 
-# Contexts added at a time, so that memory does not grow with the batch.
+# Contexts multiplied at a time, so that memory does not grow with the batch.
 _CONTEXT_CHUNK = 16
 # 1 - D under this is rounding: nothing is left over for the local part.
 _NOTHING_LEFT = 1e-6
@@ -65,32 +65,29 @@ def nested_shares(omega: Tensor, document: Tensor, consistency: Tensor) -> dict[
     return {name: torch.where(known, value, torch.nan) for name, value in shares.items()}
 
 
-class LongLags(Accumulator):
+class LongLags:
     """Mean autocorrelation over bands of long lags, over any number of batches.
 
-    With d = f - mu_j(t), mu_j(t) the mean over contexts, and the pairs (t, t') whose lag lies in
-    the band, both valid and in one segment:
+    Over the pairs (t, t') whose lag lies in the band, both valid and in one segment:
 
-        D_j = (sum over pairs of d d' / P) / (sum over tokens of d^2 / P_0)
+        D_j = (mean over pairs of f f' - mu_j(t) mu_j(t')) / c_j(0)
 
-    mu_j(t) is estimated from the same contexts, which takes 1 / n_t of a token's variance away
-    and, where a pair is seen in n_tt' contexts within one segment, 1 / n_t + 1 / n_t' -
-    n_tt' / (n_t n_t') of its covariance: P and P_0 are the numbers of pairs and tokens less that.
-    Without masks both lose 1 / N, and D is the plain ratio. With short segments the covariance
-    loses more than the variance, and the plain ratio would be too low.
+    with the products of means from different documents, as in `autocorrelation`: D has no bias
+    however few documents there are, and however few of the pairs lie in one segment.
 
-    Exact in one pass: kept are the products, and for every position the sum of d over the
-    partners of the pairs there. One [T, T] by [T, F] product per band and context.
+    Exact in one pass. One [T, T] by [T, F] product per band and context.
 
-    Memory: 8 (2 + L) T F bytes, and with blocks 4 G T (F + L T) bytes more (92 MB at G = 64, L = 4,
-    T = 128, F = 2304).
+    Memory: that of `PositionSums` and of `Autocorrelation`, and 16 G L F bytes more.
 
     Args:
         n_features: F.
         n_positions: T.
         bands: (first, last) lag of each band, in positions.
-        n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
-            0: none, and no intervals.
+        units, n_blocks: see `Accumulator`.
+        memory: that shares its sums, is updated by its owner, who then calls `add`. None: its own.
+
+    Raises:
+        ValueError: a band does not fit into the positions.
     """
 
     def __init__(
@@ -99,168 +96,133 @@ class LongLags(Accumulator):
         n_positions: int,
         bands: Sequence[tuple[int, int]],
         *,
-        n_blocks: int = 0,
+        units: Units | None = None,
+        n_blocks: int = MAX_BLOCKS,
+        memory: Autocorrelation | None = None,
     ) -> None:
-        if any(not 1 <= first <= last < n_positions for first, last in bands):
-            raise ValueError(
-                f"bands of lags must lie in 1 to {n_positions - 1} for {n_positions} positions, "
-                f"not {list(bands)}"
-            )
-        self.n_features = n_features
-        self.n_positions = n_positions
+        if not all(0 < first <= last < n_positions for first, last in bands):
+            raise ValueError(f"bands of lags must lie in 1 to {n_positions - 1}, not {bands}")
         self.bands = tuple(bands)
-        super().__init__(n_blocks)
+        self._memory = memory or Autocorrelation(
+            n_features, n_positions, 0, units=units, n_blocks=n_blocks
+        )
+        self._sums = self._memory.sums
+        self._state: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def update(
         self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
         """Add a batch: features [B, T, F], segments [B, T], valid [B, T]."""
-        require_shape(features, self.n_features, self.n_positions)
-        segments, valid = checked_masks(features, segments, valid)
-        if not self._state:
-            self._start(features, valid)
-        parts = (x.split(_CONTEXT_CHUNK) for x in (features, segments, valid))
-        for chunk in zip(*parts, strict=True):
+        for added in self._sums.add(features, segments=segments, valid=valid):
+            self._memory.add(added)
+            self.add(added)
+
+    @torch.no_grad()
+    def add(self, added: Added) -> None:
+        """Add contexts that the shared sums have taken in."""
+        # The products need the precision of the features, their sums that of float64.
+        dtype = torch.promote_types(added.features.dtype, torch.float32)
+        parts = (added.d.to(dtype), added.segments, added.valid, added.block)
+        for chunk in zip(*(x.split(_CONTEXT_CHUNK) for x in parts), strict=True):
             self._add(*chunk)
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self._memory.reset()
+        self._state = {}
 
     def compute(self) -> Tensor:
         """D, [L, F] float64, no unit. NaN for a feature that does not vary about its position
-        means, in a band without a pair, and with a single context."""
-        state = self._require_batches()
-        mean_TF = state["sums"] / state["counts"].clamp(min=1.0)[:, None]
-        energy_F = self._squares_about(mean_TF)
-        raw_F = self._squares_about(-state["origin"])
-        n_pairs_L, n_tokens = self._effective()
-        energy_F = torch.where(energy_F > CONSTANT * raw_F, energy_F, torch.nan)
-        covariance_LF = self._products_about(mean_TF) / n_pairs_L[:, None]
-        return covariance_LF / (energy_F / n_tokens)
+        means, in a band without a pair, and with a single document."""
+        energy_F = self._memory.covariance()[0]
+        return self.covariances(deletions=False)[0] / torch.where(energy_F > 0, energy_F, torch.nan)
+
+    def covariances(self, deletions: bool = True) -> Tensor:
+        """The numerator of D, of all and without each block, [1 + G, L, F] float64."""
+        sums, state, n_used = self._sums.centred(), self._moved(), self._sums.n_used
+        products_RLF = with_deleted(state["products"], n_used, deletions)
+        pairs_RL = with_deleted(state["block_pairs"], n_used, deletions)
+        means_RLF = self._mean_products(sums, deletions)
+        return (products_RLF - means_RLF) / torch.where(pairs_RL > 0, pairs_RL, torch.nan)[
+            ..., None
+        ]
 
     def pairs(self) -> Tensor:
         """Number of counted pairs of every band, [L] float64."""
-        return self._require_batches()["pairs"].sum((1, 2)) / 2
+        self._sums._require_batches()
+        return self._state["pairs"].sum((1, 2)) / 2
 
-    def block_sums(self) -> tuple[Tensor, Tensor]:
-        """What the bootstrap over contexts resamples, to give to `resampled`.
-
-        Returns:
-            [G, L + 1, F], the sums of d d' over the pairs of every band and, last, of d^2 over
-            the tokens; and the numbers P and P_0 of each, [G, L + 1]. Centred by mu_j(t) of all
-            the contexts. Added over blocks they give the exact sums; a single block is exact when
-            no position is masked, else its sums over partners are taken in proportion to its
-            position means.
-        """
-        state = self._require_batches()
-        mean_TF = state["sums"] / state["counts"].clamp(min=1.0)[:, None]
-        products_GLF = state["block_products"] + self._block_change(mean_TF)
-        pairs_GL = state["block_pairs"].sum((2, 3))
-        share_GL = pairs_GL / pairs_GL.sum(0).clamp(min=1.0)
-        rest_LF = self._products_about(mean_TF) - products_GLF.sum(0)
-        products_GLF = products_GLF + (share_GL[..., None] * rest_LF).float()
-        mean_TF = mean_TF.float()
-        squares_GF = state["block_squares"] - _cross(
-            2 * state["block_sums"] - state["block_counts"][..., None] * mean_TF, mean_TF
-        )
-        n_pairs_L, n_tokens = self._effective()
-        tokens_G = state["block_counts"].sum(1)
-        n_GL = torch.cat([share_GL * n_pairs_L, (tokens_G / tokens_G.sum() * n_tokens)[:, None]], 1)
-        return torch.cat([products_GLF, squares_GF[:, None]], 1), n_GL.float()
-
-    def _add(self, features: Tensor, segments: Tensor, valid: Tensor) -> None:
-        state = self._state
-        d_BTF = torch.where(valid[..., None], features - state["origin"].to(features.dtype), 0.0)
-        near_BTT = (segments[:, :, None] == segments[:, None]) & valid[:, :, None] & valid[:, None]
-        pairs_BLTT = (near_BTT[:, None] & self._in_band(valid.device)).to(d_BTF.dtype)
+    def _add(self, d_BTF: Tensor, segments_BT: Tensor, valid_BT: Tensor, block_B: Tensor) -> None:
+        if not self._state:
+            self._start(d_BTF)
+        near_BTT = segments_BT[:, :, None] == segments_BT[:, None]
+        near_BTT &= valid_BT[:, :, None] & valid_BT[:, None]
+        pairs_BLTT = (near_BTT[:, None] & self._in_band(d_BTF.device)).to(d_BTF.dtype)
         partners_BLTF = (pairs_BLTT.flatten(1, 2) @ d_BTF).unflatten(1, pairs_BLTT.shape[1:3])
-        sums = {
-            "sums": d_BTF,
-            "squares": d_BTF.square().sum(1),
-            "counts": valid,
+        values = {
             "products": (partners_BLTF * d_BTF[:, None]).sum(2),
-            "pairs": pairs_BLTT,
+            "ends": 2 * partners_BLTF.sum(2),
+            "block_pairs": pairs_BLTT.sum((2, 3)),
         }
-        state["partners"] += partners_BLTF.sum(0)
-        block = self._blocks_of(len(features), d_BTF.device)
-        for name, value in sums.items():
-            state[name] += value.sum(0)
-            if self.n_blocks:
-                state[f"block_{name}"].index_add_(0, block, value.float())
-        self.n_contexts += len(features)
+        for name, value in values.items():
+            self._state[name].index_add_(0, block_B, value.double())
+        self._state["pairs"] += pairs_BLTT.sum(0)
+
+    def _start(self, d_BTF: Tensor) -> None:
+        _, t, f = d_BTF.shape
+        blocks, bands = self._sums.n_blocks, len(self.bands)
+        shapes = {
+            "products": (blocks, bands, f),
+            "ends": (blocks, bands, f),
+            "block_pairs": (blocks, bands),
+            "pairs": (bands, t, t),
+        }
+        zeros = d_BTF.new_zeros((), dtype=torch.float64)
+        self._state = {name: zeros.new_zeros(shape) for name, shape in shapes.items()}
+        self._origin_F = self._sums.origin_F
 
     def _in_band(self, device: torch.device) -> Tensor:
         """[L, T, T] bool: the lag between two positions, either way, lies in the band."""
-        t = torch.arange(self.n_positions, device=device)
+        t = torch.arange(self._sums.n_positions, device=device)
         lag_TT = (t[:, None] - t).abs()
         limits_L2 = torch.tensor(self.bands, device=device).reshape(-1, 2)
         first_L11, last_L11 = limits_L2[:, :, None, None].unbind(1)
         return (lag_TT >= first_L11) & (lag_TT <= last_L11)
 
-    def _start(self, features: Tensor, valid: Tensor) -> None:
-        t, f, bands = self.n_positions, self.n_features, len(self.bands)
-        f_BTF = torch.where(valid[..., None], features, 0.0).double()
-        counts_T1 = valid.sum(0)[:, None].double()
-        overall_F = f_BTF.sum((0, 1)) / counts_T1.sum().clamp(min=1.0)
-        origin_TF = torch.where(counts_T1 > 0, f_BTF.sum(0) / counts_T1.clamp(min=1.0), overall_F)
-        shapes: dict[str, tuple[int, ...]] = {
-            "sums": (t, f),
-            "squares": (f,),
-            "counts": (t,),
-            "products": (bands, f),
-            "pairs": (bands, t, t),
-        }
-        self._state = {"origin": origin_TF, "partners": origin_TF.new_zeros(bands, t, f)}
-        for name, shape in shapes.items():
-            self._state[name] = origin_TF.new_zeros(shape)
-            if self.n_blocks:
-                zeros = torch.zeros(self.n_blocks, *shape, device=features.device)
-                self._state[f"block_{name}"] = zeros
+    def _moved(self) -> dict[str, Tensor]:
+        """The sums about the origin that the shared sums have now."""
+        state, shift_F = self._state, self._sums.origin_F - self._origin_F
+        pairs_GL1 = state["block_pairs"][..., None]
+        state["products"] -= (state["ends"] - pairs_GL1 * shift_F) * shift_F
+        state["ends"] -= 2 * pairs_GL1 * shift_F
+        self._origin_F = self._sums.origin_F
+        return state
 
-    def _effective(self) -> tuple[Tensor, Tensor]:
-        """P (every pair twice) [L] and P_0 []; NaN where nothing is left."""
-        counts_T = self._state["counts"]
-        lost_T = torch.where(counts_T > 0, 1.0 / counts_T.clamp(min=1.0), 0.0)
+    def _mean_products(self, sums: dict[str, Tensor], deletions: bool) -> Tensor:
+        """Sums over counted pairs, either way, of U(t, t'), [1 + G, L, F]."""
+        sums_GTF, counts_GT = sums["block_sums"], sums["block_counts"]
+        total_TF, total_T = sums_GTF.sum(0), counts_GT.sum(0)
+        different_TT = total_T[:, None] * total_T - counts_GT.T @ counts_GT
         pairs_LTT = self._state["pairs"]
-        kept_LTT = 1.0 - lost_T[:, None] - lost_T + pairs_LTT * lost_T[:, None] * lost_T
-        n_pairs_L = (pairs_LTT * kept_LTT).sum((1, 2))
-        n_tokens = counts_T.sum() - (counts_T > 0).sum()
-        return (
-            torch.where(n_pairs_L > 0, n_pairs_L, torch.nan),
-            torch.where(n_tokens > 0, n_tokens, torch.nan),
-        )
-
-    def _squares_about(self, shift_TF: Tensor) -> Tensor:
-        """Sums over tokens of (d - shift)^2, [F]."""
-        state = self._state
-        moved_TF = 2 * state["sums"] - state["counts"][:, None] * shift_TF
-        return state["squares"] - _cross(moved_TF, shift_TF)
-
-    def _products_about(self, shift_TF: Tensor) -> Tensor:
-        """Sums over counted pairs, either way, of (d - shift) (d' - shift'), [L, F]."""
-        state = self._state
-        moved_LTF = 2 * state["partners"] - state["pairs"] @ shift_TF
-        return state["products"] - _cross(moved_LTF, shift_TF)
-
-    def _block_change(self, shift_TF: Tensor) -> Tensor:
-        """What `_products_about` takes from and adds to the products of every block, [G, L, F],
-        with sums over partners as position mean times number of pairs."""
-        state, shift_TF = self._state, shift_TF.float()
-        counts_GT1 = state["block_counts"].clamp(min=1.0)[..., None]
+        r_LTT = torch.where(different_TT > 0, pairs_LTT / different_TT.clamp(min=1), 0.0)
+        whole_LF = _cross(r_LTT @ total_TF, total_TF)
         # Block by block: [G, L, T, F] at once would take gigabytes.
-        changes = [
-            _cross(pairs_LTT @ (shift_TF - 2 * sums_TF / counts_T1), shift_TF)
-            for pairs_LTT, sums_TF, counts_T1 in zip(
-                state["block_pairs"], state["block_sums"], counts_GT1, strict=True
-            )
-        ]
-        return torch.stack(changes)
-
-
-def resampled(block_sums: Tensor, block_counts: Tensor, weights_RG: Tensor) -> Tensor:
-    """D of resampled blocks, [R, L, F], from what `LongLags.block_sums` gave."""
-    drawn = (weights_RG @ block_sums.flatten(1)).unflatten(1, block_sums.shape[1:])
-    mean = drawn / (weights_RG @ block_counts)[..., None]
-    energy = mean[:, -1:]
-    return mean[:, :-1] / torch.where(energy > 0, energy, torch.nan)
+        own, with_whole = [], []
+        for sums_TF in sums_GTF:
+            partners_LTF = r_LTT @ sums_TF
+            own.append(_cross(partners_LTF, sums_TF))
+            with_whole.append(2 * _cross(partners_LTF, total_TF))
+        forms = MeanProducts(whole_LF, torch.stack(own), torch.stack(with_whole))
+        if not deletions:
+            return forms.rows(None)
+        inside_LTT = (pairs_LTT > 0).to(different_TT)
+        counted_GLT = (inside_LTT @ counts_GT.T).permute(2, 0, 1)
+        gone_GL = 2 * (counted_GLT * (total_T - counts_GT)[:, None]).sum(2)
+        different_L = (inside_LTT * different_TT).sum((1, 2))
+        scale_GL = scale_without(
+            self._state["block_pairs"][: len(counts_GT)], different_L, different_L - gone_GL
+        )
+        return forms.rows(scale_GL)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:

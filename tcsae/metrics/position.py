@@ -2,7 +2,7 @@
 
 Consistent and position-invariant are two things: a feature can be constant within windows and
 still belong to one stretch of positions. Shapes: B contexts of a batch, T positions, F features,
-G bootstrap blocks, R resamples.
+G blocks of documents.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcsae.metrics.autocorrelation import CONSTANT
-from tcsae.metrics.bootstrap import Accumulator
-from tcsae.metrics.masks import checked_masks, require_shape
+from tcsae.metrics.accumulator import with_deleted
+from tcsae.metrics.autocorrelation import Autocorrelation
+from tcsae.metrics.masks import checked_masks
+from tcsae.metrics.position_sums import Added
+from tcsae.metrics.units import MAX_BLOCKS, Units
 
 # Positions before this one are near the start of the context, where models behave differently.
 EDGE = 8
 
-# Sums over tokens that a resample draws as often as the block; sums of squares of whole contexts,
-# the pairs of a context with itself, that it draws with the square of that.
-_OF_TOKENS = ("sums", "fires", "counts")
-_OF_CONTEXTS = ("own_squares", "own_tokens")
-_MOVING = ("sums", "squares", "counts", "own_squares", "own_cross", "own_tokens")
+# Features whose pairs of blocks are held at a time.
+_FEATURE_CHUNK = 64
 
 
 class PositionResult(NamedTuple):
@@ -31,8 +30,8 @@ class PositionResult(NamedTuple):
 
     Attributes:
         eta_squared: share of the variance that lies between positions, 0 to 1.
-        omega_squared: the same without the bias of few contexts, whatever a feature keeps over a
-            context; may be slightly negative.
+        omega_squared: the same without the bias of few documents, whatever a feature keeps over a
+            context or a document; may be slightly negative.
         mutual_information: between position and firing, in nats; may be slightly negative.
         mutual_information_share: divided by the entropy of firing. NaN if that is 0.
         profile_rate: [T, F], share of valid tokens at a position on which the feature fires.
@@ -47,7 +46,9 @@ class PositionResult(NamedTuple):
     profile_mean: Tensor
 
 
-def position_dependence(features: Tensor, *, valid: Tensor | None = None) -> PositionResult:
+def position_dependence(
+    features: Tensor, *, valid: Tensor | None = None, units: Units | None = None
+) -> PositionResult:
     """Dependence of each feature on the position within the context.
 
     With n_t valid tokens at position t, n in all, T positions that were seen, and the sums of
@@ -55,36 +56,36 @@ def position_dependence(features: Tensor, *, valid: Tensor | None = None) -> Pos
     as the factor:
 
         eta^2   = SSB / SST
-        omega^2 = b / v, the variance between positions from pairs of DIFFERENT contexts
-        I       = H(p) - sum_t (n_t / n) H(p_t) - (T - 1) / (2 n)
+        omega^2 = b / v, the variance between positions from pairs of DIFFERENT documents
+        I       = (H(p) - sum_t (n_t / n) H(p_t)) * b' / b''
 
-    With S_t and Q_t the sums over contexts of f and f^2 at position t, R_n and Y_n the sum of f
-    and the number of valid tokens of context n:
+    With U as in `position_sums`, m2 the same for the means over all tokens of a document:
 
-        m2 = ((sum_n R_n)^2 - sum_n R_n^2) / ((sum_n Y_n)^2 - sum_n Y_n^2)
-        b  = sum_t (S_t^2 - Q_t) / (n_t - 1) / sum_t n_t - m2       (positions with n_t >= 2)
-        v  = sum_t Q_t / sum_t n_t - m2
+        b = sum_t n_t U(t, t) / n - m2       (positions seen in two documents)
+        v = mean over tokens of f^2 - m2
 
-    No product of a context with itself is in b, so it is 0 on average for a feature that does not
-    know its position even if it keeps its value over the whole context. Hays' omega^2 (1963)
+    No product of a document with itself is in b, so it is 0 on average for a feature that does not
+    know its position even if it keeps its value over a whole document. Hays' omega^2 (1963)
     takes the tokens of a context for independent, and is too low by D / N where a share D of the
     variance is common to a context. Everything is taken about the mean over all tokens: with
     masks the estimate depends a little on the origin.
 
-    H is the entropy of firing in nats, p_t the firing rate at t and p the rate overall. I is the
-    mutual information of position and firing (Voita et al. 2023, arXiv 2309.04827), less its bias
-    (Miller 1955). With as many tokens at every position it is (1 / T) sum_t [p_t ln(p_t / p) +
-    (1 - p_t) ln((1 - p_t) / (1 - p))] - (T - 1) / (2 N T). For features that fire less often than
-    there are positions that bias is overstated, and I comes out a little under 0.
+    H is the entropy of firing in nats, p_t the firing rate at t and p the rate overall; H(p) less
+    the mean of H(p_t) is the mutual information of position and firing (Voita et al. 2023, arXiv
+    2309.04827). It is too large by what the p_t vary by chance. Miller's correction (T - 1) / (2 n)
+    (1955) takes tokens for independent; here b'' is the variance of the p_t as seen, b' the same
+    from pairs of different documents, as b above: 0 on average, and I with it, for a feature that
+    does not know its position, however long it lasts.
 
     eta^2 of a feature without any dependence is (T - 1) / (n - 1), about 1 / N for N contexts.
-    With a single context nothing can be told apart from noise, and everything but the profiles is
+    With a single document nothing can be told apart from noise, and everything but the profiles is
     NaN; so is a feature that does not vary. A feature that always fires has I = 0, one that never
     fires NaN.
 
     Args:
         features: [B, T, F].
         valid: [B, T] bool. None: every position is valid.
+        units: which contexts are from one document. None: each from its own.
 
     Raises:
         ValueError: shapes do not fit.
@@ -94,173 +95,262 @@ def position_dependence(features: Tensor, *, valid: Tensor | None = None) -> Pos
         torch.Size([16])
     """
     checked_masks(features, None, valid)
-    accumulator = PositionDependence(features.shape[2], features.shape[1])
+    accumulator = PositionDependence(features.shape[2], features.shape[1], units=units)
     accumulator.update(features, valid=valid)
     return accumulator.compute()
 
 
-class PositionDependence(Accumulator):
+class PositionDependence:
     """`position_dependence` over any number of batches.
 
-    Memory: 24 T F bytes, and with blocks 12 G T F bytes more (226 MB at G = 64, T = 128,
-    F = 2304).
+    Memory: that of `PositionSums`, and 4 G T F bytes more (75 MB at G = 64, T = 128, F = 2304).
 
     Args:
         n_features: F.
         n_positions: T.
-        n_blocks: G, groups of whole contexts whose sums are kept apart for the bootstrap.
-            0: none, and no intervals.
+        units, n_blocks: see `Accumulator`.
+        memory: that shares its sums, is updated by its owner, who then calls `add`. None: its own.
     """
 
-    def __init__(self, n_features: int, n_positions: int, *, n_blocks: int = 0) -> None:
-        self.n_features = n_features
+    def __init__(
+        self,
+        n_features: int,
+        n_positions: int,
+        *,
+        units: Units | None = None,
+        n_blocks: int = MAX_BLOCKS,
+        memory: Autocorrelation | None = None,
+    ) -> None:
         self.n_positions = n_positions
-        super().__init__(n_blocks)
+        self._memory = memory or Autocorrelation(
+            n_features, n_positions, 0, units=units, n_blocks=n_blocks
+        )
+        self._sums = self._memory.sums
+        self._state: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def update(
         self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
         """Add a batch: features [B, T, F], valid [B, T]. `segments` changes nothing: the position
         in the context is what the model sees."""
-        require_shape(features, self.n_features, self.n_positions)
-        _, valid = checked_masks(features, segments, valid)
+        for added in self._sums.add(features, segments=segments, valid=valid):
+            self._memory.add(added)
+            self.add(added)
+
+    @torch.no_grad()
+    def add(self, added: Added) -> None:
+        """Add contexts that the shared sums have taken in."""
+        f_BTF, valid_BT = added.features, added.valid
         if not self._state:
-            self._start(features, valid)
-        state = self._state
-        d_BTF = torch.where(valid[..., None], features - state["origin"], 0.0)
-        tokens_B = valid.sum(1).double()
-        context_BF = d_BTF.sum(1)
-        sums = {
-            "sums": d_BTF,
-            "squares": d_BTF.square(),
-            "fires": ((features > 0) & valid[..., None]).float(),
-            "counts": valid,
-            "own_squares": context_BF.square(),
-            "own_cross": context_BF * tokens_B[:, None],
-            "own_tokens": tokens_B.square(),
-            "energy": torch.where(valid, features.square().sum(2, dtype=torch.float64), 0.0),
-        }
-        block = self._blocks_of(len(features), d_BTF.device)
-        for name, value in sums.items():
-            state[name] += value.sum(0)
-            if self.n_blocks:
-                state[f"block_{name}"].index_add_(0, block, value.float())
-        self.n_contexts += len(features)
+            (_, t, f), blocks = f_BTF.shape, self._sums.n_blocks
+            self._state = {
+                "fires": torch.zeros(blocks, t, f, device=f_BTF.device),
+                "energy": added.d.new_zeros(blocks, t),
+            }
+        fires_BTF = (f_BTF > 0) & valid_BT[..., None]
+        energy_BT = torch.where(valid_BT, f_BTF.square().sum(2, dtype=torch.float64), 0.0)
+        self._state["fires"].index_add_(0, added.block, fires_BTF.float())
+        self._state["energy"].index_add_(0, added.block, energy_BT)
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self._memory.reset()
+        self._state = {}
 
     def compute(self) -> PositionResult:
         """The result over all batches; see `position_dependence`."""
-        state = self._centred()
-        counts_T = state["counts"]
-        counts_T1 = counts_T[:, None]
-        rate_T = _pair_rate(counts_T, counts_T)
-        drawn = {name: state[name] for name in ("sums", "fires", "counts", *_OF_CONTEXTS)}
-        drawn["squares"] = state["squares"].sum(0)
-        drawn["own_pairs"] = rate_T @ state["squares"]
+        shares = {name: value[0] for name, value in self.shares(deletions=False).items()}
+        sums = self._sums.centred()
+        counts_T1 = sums["block_counts"].sum(0)[:, None]
         return PositionResult(
-            **self._shares(drawn | {"rate": rate_T}),
-            profile_rate=state["fires"] / counts_T1,
-            profile_mean=state["sums"] / counts_T1 + state["origin"],
+            **shares,
+            profile_rate=self._state["fires"].sum(0).double() / counts_T1,
+            profile_mean=sums["block_sums"].sum(0) / counts_T1 + self._sums.origin_F,
         )
 
-    def resample(self, weights_RG: Tensor) -> dict[str, Tensor]:
-        """The four shares of resampled blocks, [R, F] each, by their names in PositionResult.
-
-        Pairs of contexts i, j count w_i w_j times; a context drawn twice never meets its copy.
-        """
-        state = self._centred()
-        twice_RG = weights_RG.square()
-        drawn = {name: self._drawn(f"block_{name}", weights_RG) for name in _OF_TOKENS}
-        drawn |= {name: self._drawn(f"block_{name}", twice_RG) for name in _OF_CONTEXTS}
-        rate_RT = _pair_rate(drawn["counts"], self._drawn("block_counts", twice_RG))
-        # One product for both sums of squares, so that no [R, T, F] of them is made.
-        by_token = weights_RG[..., None].expand(*weights_RG.shape, self.n_positions)
-        by_pair = twice_RG[..., None] * rate_RT[:, None]
-        squares_GTF = state["block_squares"]
-        rows = torch.cat([by_token, by_pair]).flatten(1).to(squares_GTF.dtype)
-        drawn["squares"], drawn["own_pairs"] = (rows @ squares_GTF.flatten(0, 1)).chunk(2)
-        return self._shares(drawn | {"rate": rate_RT})
+    def shares(self, deletions: bool = True) -> dict[str, Tensor]:
+        """The four shares by their names in PositionResult: of all, and without each block,
+        [1 + G, F]; eta_squared of all only, [1, F]."""
+        information_RF, entropy_RF = self._information(deletions)
+        share_RF = information_RF / torch.where(entropy_RF > 0, entropy_RF, torch.nan)
+        return {
+            "eta_squared": self._eta_squared()[None],
+            "omega_squared": self._omega_squared(deletions),
+            "mutual_information": information_RF,
+            "mutual_information_share": share_RF,
+        }
 
     def energy_by_position(self) -> Tensor:
         """E_t, sum over features of the mean of f^2 over the valid tokens at a position, over its
         mean from position 8 on; [T] float64, NaN where no token is valid."""
-        state = self._require_batches()
-        energy_T, counts_T = state["energy"], state["counts"]
+        counts_T = self._sums.centred()["block_counts"].sum(0)
+        energy_T = self._state["energy"].sum(0)
         rest = energy_T[EDGE:].sum() / counts_T[EDGE:].sum()
         return energy_T / counts_T / torch.where(rest > 0, rest, torch.nan)
 
-    def edge_energy(self) -> Tensor:
-        """Mean over tokens of the energy at positions 1 to 7, over that from position 8 on; []
-        float64, NaN where either has no valid token or no feature is on."""
-        state = self._require_batches()
-        return _edge_energy(state["energy"], state["counts"])
+    def edge_energy(self, deletions: bool = True) -> Tensor:
+        """Mean over tokens of the energy at positions 1 to 7, over that from position 8 on, of all
+        and without each block; [1 + G] float64, NaN where either has no valid token or no feature
+        is on."""
+        n_used, counts_GT = self._sums.n_used, self._sums.centred()["block_counts"]
+        energy_RT = with_deleted(self._state["energy"], n_used, deletions)
+        counts_RT = with_deleted(counts_GT, n_used, deletions)
+        near, rest = (
+            energy_RT[:, part].sum(1) / counts_RT[:, part].sum(1)
+            for part in (slice(1, EDGE), slice(EDGE, None))
+        )
+        return near / torch.where(rest > 0, rest, torch.nan)
 
-    def resample_edge_energy(self, weights_RG: Tensor) -> Tensor:
-        """`edge_energy` of resampled blocks, [R]."""
-        self._require_batches()
-        names = ("block_energy", "block_counts")
-        return _edge_energy(*(self._drawn(name, weights_RG) for name in names))
+    def counted_twice(self, energy_F: Tensor, seen_F: Tensor) -> dict[str, Tensor]:
+        """What the jackknife has too much in the variance of `omega_squared` [F], and of the means
+        over features `omega_squared_mean`, `mutual_information`, `mutual_information_share` [].
 
-    def reset(self) -> None:
-        super().reset()
-        self._n_centred = 0
+        Where nothing hangs on the position b is a sum over pairs of documents in which no document
+        has a part alone, and the jackknife gives twice its variance (Efron and Stein 1981). What
+        is too much is 2 sum over pairs of K^2, with K what the pair adds to b, less the means of
+        its two documents.
 
-    def _shares(self, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The [..., F] fields of PositionResult from the sums of all or of resampled contexts."""
-        state = self._state
-        sums, counts = drawn["sums"], drawn["counts"]
-        eta = variance_share(sums, drawn["squares"], counts)
-        omega = _paired_share(drawn)
-        information, entropy = position_information(drawn["fires"], counts)
-        total, origin = state["counts"].sum(), state["origin"]
-        squares = state["squares"].sum(0)
-        raw_squares = squares + (2 * state["sums"].sum(0) + total * origin) * origin
-        varying = squares - state["sums"].sum(0) ** 2 / total > CONSTANT * raw_squares
-        information = torch.where(state["fires"].sum(0) > 0, information, torch.nan)
+        Args:
+            energy_F: c_j(0), 0 for features that are left out.
+            seen_F: bool, those whose information enters the means of it.
+        """
+        sums, fires_GTF = self._sums.centred(), self._state["fires"][: self._sums.n_used]
+        counts_GT, totals_GTF = sums["block_counts"], sums["block_sums"]
+        omega_F = self._omega_squared(False)[0]
+        known_F = omega_F.isfinite() & (energy_F > 0)
+        variance_F = torch.where(known_F, energy_F / (1.0 - omega_F), torch.nan)
+        rate_F = fires_GTF.sum((0, 1), dtype=torch.float64) / counts_GT.sum()
+        entropy_F = _binary_entropy(rate_F)
+        seen_energy_F = torch.where(seen_F, energy_F, 0.0)
+        scale_F = torch.where(entropy_F > 0, seen_energy_F / (2 * rate_F * (1 - rate_F)), 0.0)
+        weights_F3 = torch.stack(
+            [known_F.double(), scale_F, torch.where(entropy_F > 0, scale_F / entropy_F, 0.0)], 1
+        )
+        pairs_GG3 = counts_GT.new_zeros(*[len(counts_GT)] * 2, 3)
+        single = []
+        for some in torch.arange(len(energy_F)).split(_FEATURE_CHUNK):
+            kernel_GGF = _pair_kernel(totals_GTF[..., some], counts_GT)
+            single.append(_second_order(kernel_GGF) / variance_F[some].square())
+            pairs_GG3[..., :1] += kernel_GGF @ weights_F3[some, :1]
+            kernel_GGF = _pair_kernel(fires_GTF[..., some].double(), counts_GT)
+            pairs_GG3[..., 1:] += kernel_GGF @ weights_F3[some, 1:]
+        of_means_3 = _second_order(pairs_GG3)
+        total = seen_energy_F.sum().square()
         return {
-            "eta_squared": torch.where(varying, eta, torch.nan),
-            "omega_squared": torch.where(varying, omega, torch.nan),
-            "mutual_information": information,
-            "mutual_information_share": information / torch.where(entropy > 0, entropy, torch.nan),
+            "omega_squared": torch.cat(single),
+            "omega_squared_mean": of_means_3[0] / variance_F.nansum().square(),
+            "mutual_information": of_means_3[1] / total,
+            "mutual_information_share": of_means_3[2] / total,
         }
 
-    def _centred(self) -> dict[str, Tensor]:
-        """The sums, with the origin moved to the mean over all tokens."""
-        state = self._require_batches()
-        if self._n_centred != self.n_contexts:
-            shift_F = state["sums"].sum(0) / state["counts"].sum().clamp(min=1)
-            state |= self._moved(shift_F)
-            state["origin"] = state["origin"] + shift_F
-            self._n_centred = self.n_contexts
-        return state
+    def _eta_squared(self) -> Tensor:
+        sums = self._sums.centred()
+        counts_T = sums["block_counts"].sum(0)
+        eta_F = variance_share(sums["block_sums"].sum(0), sums["block_squares"].sum(0), counts_T)
+        return torch.where(self._varying(), eta_F, torch.nan)
 
-    def _moved(self, shift_F: Tensor) -> dict[str, Tensor]:
-        """Every sum that changes when `shift_F` is subtracted from the features."""
-        moved: dict[str, Tensor] = {}
-        for prefix in ("", "block_") if self.n_blocks else ("",):
-            own = {name: self._state[prefix + name] for name in _MOVING}
-            by = shift_F.to(own["sums"].dtype)
-            counts, tokens = own["counts"][..., None], own["own_tokens"][..., None]
-            changed = {
-                "sums": own["sums"] - counts * by,
-                "squares": own["squares"] - (2 * own["sums"] - counts * by) * by,
-                "own_squares": own["own_squares"] - (2 * own["own_cross"] - tokens * by) * by,
-                "own_cross": own["own_cross"] - tokens * by,
+    def _omega_squared(self, deletions: bool) -> Tensor:
+        sums, n_used = self._sums.centred(), self._sums.n_used
+        at_position_RF, paired_R = self._memory.position_means(deletions)
+        total_GF, tokens_G1 = sums["block_sums"].sum(1), sums["block_counts"].sum(1)[:, None]
+        s, s2, n, n2, squares = (
+            with_deleted(x, n_used, deletions)
+            for x in (
+                *(total_GF, total_GF.square(), tokens_G1, tokens_G1.square()),
+                sums["block_squares"],
+            )
+        )
+        pairs = n.square() - n2
+        overall_RF = (s.square() - s2) / torch.where(pairs > 0, pairs, torch.nan)
+        variance_RF = squares / n - overall_RF
+        known_RF = (paired_R[:, None] > 0) & (variance_RF > 0) & self._varying()
+        return torch.where(known_RF, at_position_RF - overall_RF, torch.nan) / variance_RF
+
+    def _varying(self) -> Tensor:
+        """[F] bool: the feature is no constant."""
+        sums = self._sums.centred()
+        # The sums are about the mean over all tokens.
+        mean_square_F = sums["block_squares"].sum(0) / sums["block_counts"].sum().clamp(min=1)
+        return ~self._sums.constant(mean_square_F)
+
+    def _information(self, deletions: bool) -> tuple[Tensor, Tensor]:
+        """I less its bias and the entropy of firing, [1 + G, F]."""
+        n_used, counts_GT = self._sums.n_used, self._sums.centred()["block_counts"]
+        fires_GTF = self._state["fires"][:n_used]
+        fires_TF, counts_T = fires_GTF.sum(0, dtype=torch.float64), counts_GT.sum(0)
+        own = {
+            "own_at": torch.linalg.vector_norm(fires_GTF, dim=0, dtype=torch.float64).square(),
+            "own": fires_GTF.sum(1).double().square().sum(0),
+            "own_at_tokens": counts_GT.square().sum(0),
+            "own_tokens": counts_GT.sum(1).square().sum(),
+        }
+        rows = [_corrected_information(fires_TF, counts_T, **own)]
+        for f_TF, n_T in zip(fires_GTF, counts_GT, strict=True) if deletions else ():
+            f_TF = f_TF.double()
+            left = {
+                "own_at": own["own_at"] - f_TF.square(),
+                "own": own["own"] - f_TF.sum(0).square(),
+                "own_at_tokens": own["own_at_tokens"] - n_T.square(),
+                "own_tokens": own["own_tokens"] - n_T.sum().square(),
             }
-            moved |= {prefix + name: value for name, value in changed.items()}
-        return moved
+            rows.append(_corrected_information(fires_TF - f_TF, counts_T - n_T, **left))
+        information_RF, entropy_RF = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        if n_used < 2:
+            information_RF = torch.full_like(information_RF, torch.nan)
+        return torch.where(fires_TF.sum(0) > 0, information_RF, torch.nan), entropy_RF
 
-    def _start(self, features: Tensor, valid: Tensor) -> None:
-        t, f, device = self.n_positions, self.n_features, features.device
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("sums", "squares", "fires"), (t, f))
-        shapes |= dict.fromkeys(("counts", "energy"), (t,))
-        shapes |= {"own_squares": (f,), "own_cross": (f,), "own_tokens": ()}
-        f_BTF = torch.where(valid[..., None], features, 0.0).double()
-        self._state = {"origin": f_BTF.sum((0, 1)) / valid.sum().clamp(min=1)}
-        for name, shape in shapes.items():
-            self._state[name] = torch.zeros(shape, dtype=torch.float64, device=device)
-            if self.n_blocks:
-                self._state[f"block_{name}"] = torch.zeros(self.n_blocks, *shape, device=device)
+
+def _corrected_information(
+    fires_TF: Tensor,
+    counts_T: Tensor,
+    *,
+    own_at: Tensor,
+    own: Tensor,
+    own_at_tokens: Tensor,
+    own_tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """I less its bias, and the entropy of firing, [F] each.
+
+    Args:
+        own_at, own: sums over blocks of their squared firings, at each position [T, F] and over
+            all positions [F]; own_at_tokens [T], own_tokens []: of their squared tokens.
+    """
+    information_F, entropy_F = position_information(fires_TF, counts_T)
+    rate_F, n = fires_TF.sum(0) / counts_T.sum(), counts_T.sum()
+    at_TF = fires_TF / counts_T.clamp(min=1)[:, None]
+    seen_F = (counts_T[:, None] * (at_TF - rate_F).square()).sum(0) / n
+    pairs_T = counts_T.square() - own_at_tokens
+    different_TF = (fires_TF.square() - own_at) / pairs_T.clamp(min=1)[:, None]
+    weights_T = torch.where(pairs_T > 0, counts_T, 0.0)
+    overall_F = (fires_TF.sum(0).square() - own) / (n.square() - own_tokens).clamp(min=1)
+    between_F = (weights_T[:, None] * different_TF).sum(0) / weights_T.sum() - overall_F
+    share_F = torch.where(seen_F > 0, between_F / seen_F, 0.0)
+    return information_F * share_F, entropy_F
+
+
+def _pair_kernel(sums_GTF: Tensor, counts_GT: Tensor) -> Tensor:
+    """What each pair of blocks adds to the variance between positions b, [G, G, F]."""
+    counts_T, totals_GF = counts_GT.sum(0), sums_GTF.sum(1)
+    pairs_T = counts_T.square() - counts_GT.square().sum(0)
+    rate_T = torch.where(pairs_T > 0, counts_T / pairs_T.clamp(min=1), 0.0)
+    rate_T /= torch.where(pairs_T > 0, counts_T, 0.0).sum().clamp(min=1)
+    n, n2 = counts_T.sum(), counts_GT.sum(1).square().sum()
+    rows_FGT = sums_GTF.permute(2, 0, 1)
+    at_position_FGG = (rows_FGT * rate_T) @ rows_FGT.transpose(1, 2)
+    overall_FGG = totals_GF.T[:, :, None] * totals_GF.T[:, None] / (n.square() - n2).clamp(min=1)
+    return (at_position_FGG - overall_FGG).permute(1, 2, 0)
+
+
+def _second_order(kernel_GGF: Tensor) -> Tensor:
+    """2 sum over ordered pairs of K^2, K less the means of the rows of its two blocks, [F]."""
+    n = len(kernel_GGF)
+    apart_GG1 = 1.0 - torch.eye(n, dtype=kernel_GGF.dtype, device=kernel_GGF.device)[..., None]
+    kernel_GGF = kernel_GGF * apart_GG1
+    # Off the diagonal: K - a_g - a_h with the row means taken out exactly.
+    row_GF = kernel_GGF.sum(1) / max(n - 2, 1)
+    centre_F = kernel_GGF.sum((0, 1)) / max((n - 1) * (n - 2), 1)
+    left_GGF = (kernel_GGF - row_GF[:, None] - row_GF[None] + centre_F) * apart_GG1
+    return 2.0 * left_GGF.square().sum((0, 1))
 
 
 def variance_share(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
@@ -277,52 +367,18 @@ def variance_share(sums: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
     return between / torch.where((total > groups) & (overall > 0), overall, torch.nan)
 
 
-def _pair_rate(counts: Tensor, own_counts: Tensor) -> Tensor:
-    """What a pair of different contexts at a position counts in the mean over tokens: tokens over
-    (ordered) pairs there, 0 at positions without a pair. [..., T] from sums of w and of w^2."""
-    pairs = counts.square() - own_counts
-    return torch.where(pairs > 0, counts / pairs.clamp(min=1.0), 0.0)
-
-
-def _paired_share(drawn: dict[str, Tensor]) -> Tensor:
-    """omega^2 [..., F]; see `position_dependence`. NaN without a pair of different contexts at a
-    position, or where nothing varies."""
-    sums, counts, rate = drawn["sums"], drawn["counts"], drawn["rate"]
-    paired = torch.where(rate > 0, counts, 0.0).sum(-1)[..., None]
-    at_position = ((rate[..., None] * sums.square()).sum(-2) - drawn["own_pairs"]) / paired
-    total = counts.sum(-1)[..., None]
-    tokens = total.square() - drawn["own_tokens"][..., None]
-    overall = (sums.sum(-2).square() - drawn["own_squares"]) / torch.where(
-        tokens > 0, tokens, torch.nan
-    )
-    variance = drawn["squares"] / total - overall
-    known = (paired > 0) & (variance > 0)
-    return torch.where(known, at_position - overall, torch.nan) / variance
-
-
-def _edge_energy(energy: Tensor, counts: Tensor) -> Tensor:
-    """Energy per token at positions 1 to EDGE - 1 over that of the rest; [...] from [..., T]."""
-    near, rest = (
-        energy[..., part].sum(-1) / counts[..., part].sum(-1)
-        for part in (slice(1, EDGE), slice(EDGE, None))
-    )
-    return near / torch.where(rest > 0, rest, torch.nan)
-
-
 def position_information(fires: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mutual information of position and firing, and the entropy of firing, in nats [..., F], from
-    firings by position [..., T, F] and tokens by position [..., T].
+    """Mutual information of position and firing as it is seen, bias included, and the entropy of
+    firing, in nats [..., F], from firings by position [..., T, F] and tokens by position [..., T].
 
-    NaN where no position was seen twice. The bias is not taken off a feature that always or never
-    fires: its information is 0 for certain.
+    NaN where no position was seen twice.
     """
     total = counts.sum(-1)[..., None]
     groups = (counts > 0).sum(-1)[..., None]
     weights = (counts / total)[..., None]
     entropy = _binary_entropy(fires.sum(-2) / total)
     within = (weights * _binary_entropy(fires / counts.clamp(min=1)[..., None])).sum(-2)
-    bias = torch.where(entropy > 0, (groups - 1) / (2 * total), 0.0)
-    return torch.where(total > groups, entropy - within - bias, torch.nan), entropy
+    return torch.where(total > groups, entropy - within, torch.nan), entropy
 
 
 def _binary_entropy(p: Tensor) -> Tensor:

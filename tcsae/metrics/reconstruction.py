@@ -2,8 +2,9 @@
 
 `ReconstructionMetrics` compares activations with their reconstructions, `ModelMetrics` the language
 model's predictions with and without the SAE. Both keep float64 sums per context: their totals give
-the metric, resampled totals its bootstrap interval. Definitions follow SAEBench (arXiv 2503.09532;
-sae-bench 0.6.0, `evals/core/main.py`); where one differs, the docstring says how and why.
+the metric, totals without each document in turn its interval. Definitions follow SAEBench (arXiv
+2503.09532; sae-bench 0.6.0, `evals/core/main.py`); where one differs, the docstring says how and
+why.
 
 Shape legend: B contexts in a batch, N contexts seen, T positions, R valid tokens of a batch,
 D = d_in, F = d_sae features, V vocabulary.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tcsae.metrics.bootstrap import MIN_BLOCKS, interval, resampling_weights
+from tcsae.metrics.units import MIN_UNITS, Units, jackknife_interval
 
 # Elements of one logits chunk in float32: 16 MB, which is 16 rows of Gemma's 262,144 tokens.
 _LOGITS_CHUNK = 2**22
@@ -57,23 +58,29 @@ class _ContextAccumulator:
         return {name: value.sum(dim=0) for name, value in self._columns().items()}
 
     def compute_intervals(
-        self, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+        self, level: float = 0.95, *, units: Units | None = None
     ) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals over contexts, of every metric that is a mean or a ratio.
+        """Intervals over documents, of every metric that is a mean or a ratio.
 
-        Contexts without a counted token are not drawn; with fewer than `bootstrap.MIN_BLOCKS`
-        others the ends are NaN. The draws depend on the seed and the number of contexts only, so
-        that runs over the same contexts can be paired. Takes 12 x n_boot x N bytes.
+        Each is computed again without each block of documents (`units.jackknife_interval`). The
+        ends are NaN with fewer than `units.MIN_UNITS` documents that have a counted token.
+
+        Args:
+            level: coverage.
+            units: of the contexts in the order seen. None: each from a document of its own.
         """
-        columns, estimates = self._columns(), self._ratios(self._totals())
-        drawn = columns["n_tokens"] > 0
-        n_contexts = int(drawn.sum())
-        if n_contexts < MIN_BLOCKS:
+        columns = self._columns()
+        units = units or Units.of_contexts(len(columns["n_tokens"]))
+        counted = units.document[columns["n_tokens"] > 0].unique()
+        estimates = self._ratios(self._totals())
+        if len(counted) < MIN_UNITS:
             return dict.fromkeys(estimates, (math.nan, math.nan))
-        weights = resampling_weights(n_contexts, n_contexts, n_boot, seed).double()
-        resampled = self._ratios({name: weights @ value[drawn] for name, value in columns.items()})
-        ends = {name: interval(resampled[name], estimates[name], level) for name in estimates}
-        return {name: (_as_float(low), _as_float(high)) for name, (low, high) in ends.items()}
+        rows = self._ratios({name: units.without_each(v) for name, v in columns.items()})
+        found = {}
+        for name, value_R in rows.items():
+            low, high = jackknife_interval(value_R[1:], value_R[0], level)
+            found[name] = (_as_float(low), _as_float(high))
+        return found
 
     def context_sums(self) -> dict[str, Tensor]:
         """Per-context sums over counted tokens, [N] float64 each, in the order seen."""

@@ -5,7 +5,7 @@ Shapes: T positions, F features, P pairs of features, J chosen features, k partn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tcsae.metrics.masks import checked_masks, require_shape
+from tcsae.metrics.twins import pair_records
+from tcsae.metrics.twins import position_twins as position_twins
+from tcsae.metrics.twins import profile_overlap as profile_overlap
+from tcsae.metrics.twins import similar_decoder_pairs as similar_decoder_pairs
+from tcsae.metrics.twins import twins_report as twins_report
 
 _BLOCK_ROWS = 1024
 # A variance below this share of the squared mean is rounding: the feature is constant there.
 _CONSTANT = 1e-12
+_PERMUTATIONS = 200
 
 
 class FeaturePairs(NamedTuple):
@@ -100,14 +106,6 @@ def redundancy_groups(pairs: FeaturePairs, n_features: int) -> list[list[int]]:
     return sorted(members.values(), key=lambda group: (-len(group), group))
 
 
-def _pair_records(pairs: FeaturePairs, n: int) -> list[dict[str, Any]]:
-    columns = (column[:n].tolist() for column in pairs)
-    return [
-        {"features": [i, j], "correlation": r, "cosine": cosine, "lag": lag}
-        for i, j, r, cosine, lag in zip(*columns, strict=True)
-    ]
-
-
 def redundancy_report(pairs: FeaturePairs, live: Tensor, n_examples: int = 20) -> dict[str, Any]:
     """What `redundant_pairs` found, ready for JSON.
 
@@ -129,113 +127,53 @@ def redundancy_report(pairs: FeaturePairs, live: Tensor, n_examples: int = 20) -
         "n_redundant": n_spare,
         "redundant_share": n_spare / n_live if n_live else None,
         "groups": groups[:n_examples],
-        "examples": _pair_records(pairs, n_examples),
+        "examples": pair_records(pairs, n_examples),
     }
     if n_live == 0:
         report["redundant_share_reason"] = "no feature fired"
     return report
 
 
-def similar_decoder_pairs(W_dec: Tensor, threshold: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs first < second with decoder cosine above the threshold: first, second, cosine."""
-    unit = normalize(W_dec.detach().cpu().float(), dim=1)
-    found = []
-    for start in range(0, len(unit), _BLOCK_ROWS):
-        cosine = (unit[start : start + _BLOCK_ROWS] @ unit.T).triu(start + 1)
-        row, column = (cosine > threshold).nonzero(as_tuple=True)
-        found.append((row + start, column, cosine[row, column]))
-    if not found:
-        return torch.empty(0).long(), torch.empty(0).long(), torch.empty(0)
-    first, second, cosine = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return first, second, cosine
+def effective_rank(values: Tensor, halves: tuple[Tensor, Tensor] | None = None) -> float:
+    """Participation ratio of the eigenvalues of the correlation matrix R, 1 to F.
 
-
-def profile_overlap(profiles: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Overlap coefficient of the position profiles of pairs of features, [P] in [0, 1].
-
-    sum over t of min(p_i(t), p_j(t)), p being a feature's firing rate by position divided by its
-    sum. 1: same positions; 0: disjoint. NaN if a feature never fires.
+    (sum lambda)^2 / sum lambda^2 = tr(R)^2 / |R|_F^2: m groups of identical features, equal in
+    size, give m. The squared noise of every coefficient would add to |R|^2, the more the longer
+    features last, so the squares are products of the coefficients of two halves of the documents,
+    whose noise is independent: F^2 / (F + sum over i != j of r_ij(A) r_ij(B)) (cross-validation;
+    unbiased in the denominator). F counts the features that vary in both halves. Where noise makes
+    the sum negative, nothing is shared and the rank is F.
 
     Args:
-        profiles: firing rate by position [T, F]; NaN counts as 0 (a position never valid).
+        values: zero-lag coefficients [F, F]. One matrix alone cannot tell noise from what is
+            shared: it only says which features vary.
+        halves: [F, F] each, of two disjoint halves of the documents
+            (`FeatureCorrelation.compute_halves`).
+
+    Returns:
+        NaN without halves, and where no feature varies in both.
     """
-    rate_TF = profiles.detach().cpu().double().nan_to_num(nan=0.0)
-    p_TF = rate_TF / rate_TF.sum(dim=0)
-    parts = zip(first.split(65536), second.split(65536), strict=True)
-    overlaps = [torch.minimum(p_TF[:, i], p_TF[:, j]).sum(dim=0) for i, j in parts]
-    return torch.cat(overlaps) if overlaps else torch.empty(0, dtype=torch.double)
-
-
-def position_twins(
-    correlation: Tensor | Callable[[Tensor, Tensor], Tensor],
-    W_dec: Tensor,
-    profiles: Tensor,
-    *,
-    cosine_threshold: float = 0.7,
-    correlation_threshold: float = 0.3,
-    overlap_threshold: float = 0.3,
-) -> FeaturePairs:
-    """Pairs that stand for one thing at different positions: one direction, apart in position.
-
-    Decoder cosine above, zero-lag Pearson coefficient below, and overlap of the position profiles
-    below their thresholds. Dead and constant features, which have no coefficient, are no twins.
-
-    Args:
-        correlation: zero-lag coefficients [F, F], or a function of (first [P], second [P]) that
-            gives those of chosen pairs [P] (`SparseFeatureCorrelation.of_pairs`).
-        W_dec: decoder [F, d_in].
-        profiles: firing rate by position [T, F].
-    """
-    first, second, cosine = similar_decoder_pairs(W_dec, cosine_threshold)
-    r = correlation(first, second) if callable(correlation) else correlation.cpu()[first, second]
-    overlap = profile_overlap(profiles, first, second)
-    twins = (r < correlation_threshold) & (overlap < overlap_threshold)
-    first, second, r, cosine = (x[twins] for x in (first, second, r, cosine))
-    order = cosine.argsort(descending=True, stable=True)
-    first, second, r, cosine = (x[order] for x in (first, second, r, cosine))
-    return FeaturePairs(first, second, r, cosine, torch.zeros_like(first, dtype=torch.int16))
-
-
-def twins_report(pairs: FeaturePairs, live: Tensor, n_examples: int = 20) -> dict[str, Any]:
-    """Number of position twins, share of live features that have one, and examples, for JSON."""
-    n_live = int(live.sum())
-    n_twinned = len(torch.cat([pairs.first, pairs.second]).unique())
-    report: dict[str, Any] = {
-        "n_pairs": len(pairs.first),
-        "n_features": n_twinned,
-        "twinned_share": n_twinned / n_live if n_live else None,
-        "examples": _pair_records(pairs, n_examples),
-    }
-    if n_live == 0:
-        report["twinned_share_reason"] = "no feature fired"
-    return report
-
-
-def effective_rank(values: Tensor) -> float:
-    """Participation ratio of the eigenvalues of a correlation matrix, 1 to F; NaN if none varies.
-
-    (sum lambda)^2 / sum lambda^2 = tr(R)^2 / |R|_F^2, so no eigenvalue is needed. m groups of
-    identical features, equal in size, give m. Sampling noise adds about 1 / n to every squared
-    coefficient: with n counted positions the value is at most about n.
-
-    Args:
-        values: zero-lag coefficients [F, F]; features whose diagonal is NaN are left out.
-    """
-    live = ~values.diagonal().isnan()
-    squares = sum(
-        values[rows][:, live].square().sum(dtype=torch.float64)
-        for rows in live.nonzero().flatten().split(_BLOCK_ROWS)
+    if halves is None:
+        return float("nan")
+    first, second = halves
+    varies = ~(values.diagonal().isnan() | first.diagonal().isnan() | second.diagonal().isnan())
+    n = int(varies.sum())
+    if n == 0:
+        return float("nan")
+    shared = sum(
+        float((first[rows][:, varies].double() * second[rows][:, varies].double()).sum())
+        for rows in varies.nonzero().flatten().split(_BLOCK_ROWS)
     )
-    trace = values.diagonal()[live].sum(dtype=torch.float64)
-    return float(trace**2 / squares) if live.any() else float("nan")
+    shared -= float((first.diagonal() * second.diagonal())[varies].double().sum())
+    return float(min(max(n**2 / max(n + shared, 1e-9), 1.0), n))
 
 
 class PositionCorrelation:
     """Position-by-position correlation of chosen features across contexts, T x T for each.
 
     For positions t and u of feature j: Pearson's coefficient of f_j(t) and f_j(u) over the
-    contexts in which both are valid and in one segment. Holds 3 J T^2 + T^2 float64 numbers
-    (25 MB for 64 features at T = 128).
+    contexts in which both are valid and in one segment. Holds 2 (3 J T^2 + T^2) float64 numbers,
+    as the sums of two halves of the contexts are kept apart (50 MB for 64 features at T = 128).
     """
 
     def __init__(self, feature_ids: Sequence[int] | Tensor, n_positions: int) -> None:
@@ -245,15 +183,34 @@ class PositionCorrelation:
 
     def reset(self) -> None:
         square = (self.n_positions, self.n_positions)
-        self._n_TT = torch.zeros(square, dtype=torch.float64)
-        self._sums = torch.zeros(3, len(self.feature_ids), *square, dtype=torch.float64)
+        # Of the first and of the second half of the contexts.
+        self._n = torch.zeros(2, *square, dtype=torch.float64)
+        self._sums = torch.zeros(2, 3, len(self.feature_ids), *square, dtype=torch.float64)
 
     def update(
-        self, features: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+        self,
+        features: Tensor,
+        *,
+        segments: Tensor | None = None,
+        valid: Tensor | None = None,
+        half: Tensor | None = None,
     ) -> None:
-        """Take in features [B, T, F], with segments [B, T] int and valid [B, T] bool."""
+        """Take in features [B, T, F], with segments [B, T] int and valid [B, T] bool.
+
+        Args:
+            half: [B] bool, in which of two halves each context is, for `compute_halves`. None:
+                all in the first.
+        """
         require_shape(features, features.shape[-1], self.n_positions)
         segments, valid = checked_masks(features, segments, valid)
+        if half is None:
+            half = torch.zeros(len(features), dtype=torch.bool)
+        for side, chosen in enumerate((~half, half)):
+            if chosen.any():
+                some = chosen.to(features.device)
+                self._add(side, features[some], segments[some], valid[some])
+
+    def _add(self, side: int, features: Tensor, segments: Tensor, valid: Tensor) -> None:
         # One row for every segment of every context, so that all sums become matrix products.
         number = segments.long() - segments.min() + 1
         number += torch.arange(len(segments), device=number.device)[:, None] * number.max()
@@ -265,20 +222,31 @@ class PositionCorrelation:
         f_JRT = here_RT.repeat(len(f_JBT), 1, 1)
         here_RT[row_BT, position] = valid.double().cpu()
         f_JRT[:, row_BT, position] = f_JBT
-        self._n_TT += here_RT.T @ here_RT
-        self._sums[0] += f_JRT.transpose(1, 2) @ here_RT
-        self._sums[1] += f_JRT.square().transpose(1, 2) @ here_RT
-        self._sums[2] += f_JRT.transpose(1, 2) @ f_JRT
+        self._n[side] += here_RT.T @ here_RT
+        self._sums[side, 0] += f_JRT.transpose(1, 2) @ here_RT
+        self._sums[side, 1] += f_JRT.square().transpose(1, 2) @ here_RT
+        self._sums[side, 2] += f_JRT.transpose(1, 2) @ f_JRT
 
     def compute(self) -> Tensor:
         """Coefficients [J, T, T] float64; NaN where fewer than two contexts count, or f_j is
         constant at one of the two positions."""
-        mean_JTU, square_JTU, product_JTU = self._sums / self._n_TT
+        return self._coefficients(self._n.sum(dim=0), self._sums.sum(dim=0))
+
+    def compute_halves(self) -> tuple[Tensor, Tensor]:
+        """The same of each of the two halves of the contexts."""
+        first, second = (
+            self._coefficients(*side) for side in zip(self._n, self._sums, strict=True)
+        )
+        return first, second
+
+    @staticmethod
+    def _coefficients(n_TT: Tensor, sums: Tensor) -> Tensor:
+        mean_JTU, square_JTU, product_JTU = sums / n_TT
         variance = square_JTU - mean_JTU.square()
         variance[variance <= _CONSTANT * square_JTU] = torch.nan
         covariance = product_JTU - mean_JTU * mean_JTU.transpose(1, 2)
         r = covariance * variance.rsqrt() * variance.transpose(1, 2).rsqrt()
-        r[:, self._n_TT < 2] = torch.nan
+        r[:, n_TT < 2] = torch.nan
         return r.clamp_(-1, 1)
 
 
@@ -292,19 +260,61 @@ def diagonal_means(correlation: Tensor) -> Tensor:
     return torch.stack(means, dim=1)
 
 
-def toeplitz_share(correlation: Tensor) -> Tensor:
-    """How far R(t, u) depends on u - t only: [J], 1 for a stationary feature.
+def toeplitz_share(
+    correlation: Tensor, halves: tuple[Tensor, Tensor] | None = None, *, seed: int = 0
+) -> Tensor:
+    """How far R(t, u) depends on u - t only: [J] in [0, 1], 1 for a stationary feature.
 
-    Share of the variance of the entries above the diagonal of [J, T, T] that the diagonal means
-    explain (1 - residual / total sum of squares, undefined entries left out). NaN if the entries
-    do not vary. Noise lowers it: with N contexts each entry has variance about (1 - R^2)^2 / N,
-    so a feature without any memory has a share near 2 / T, and few contexts prove nothing.
+    Share of the variance of the entries above the diagonal that the diagonal means explain. The
+    noise of the entries is in neither of its two sums, as both are products of the entries of two
+    halves A and B of the documents: 1 - sum e_A e_B / sum d_A d_B, with e an entry less its
+    diagonal's mean and d an entry less the mean of all. Entries that are undefined in a half are
+    left out of both.
+
+    Args:
+        correlation: [J, T, T]; an entry that is undefined here is left out too.
+        halves: [J, T, T] each, of the halves (`PositionCorrelation.compute_halves`).
+        seed: of the permutations.
+
+    Returns:
+        NaN where it cannot be told: without halves, and where sum d_A d_B is no more than noise. It
+        is, unless it lies 6 standard deviations above what it is when the positions of one half
+        are permuted (Mantel 1967): a feature that is constant in a context, or white, is as
+        stationary as can be, but has nothing that distance could explain.
     """
-    n_positions = correlation.shape[-1]
+    n_features, n_positions = correlation.shape[:2]
+    share = torch.full((n_features,), torch.nan, dtype=torch.float64)
+    if halves is None:
+        return share
     t, u = torch.triu_indices(n_positions, n_positions, offset=1)
-    entries = correlation[:, t, u]
-    residual = entries - diagonal_means(correlation)[:, u - t]
-    total = entries - entries.nanmean(dim=1, keepdim=True)
-    total_squares = total.square().nansum(dim=1)
-    explained = 1 - residual.square().nansum(dim=1) / total_squares
-    return torch.where(total_squares > _CONSTANT, explained, torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n_positions, generator=generator) for _ in range(_PERMUTATIONS)]
+    for j, (whole, *pair) in enumerate(zip(correlation, *halves, strict=True)):
+        known = torch.stack([whole, *pair]).isfinite().all(dim=0)
+        defined = known[t, u]
+        if not defined.any():
+            continue
+        entries = [r.double()[t, u].where(defined, torch.nan) for r in pair]
+        d_A, d_B = (r - r.nanmean() for r in entries)
+        e_A, e_B = (r - _of_diagonals(r, u - t) for r in entries)
+        total = float((d_A * d_B).nansum())
+        if total > _permuted_limit(d_A, d_B, n_positions, orders):
+            share[j] = 1 - float((e_A * e_B).nansum()) / total
+    return share.clamp(0, 1)
+
+
+def _of_diagonals(entries: Tensor, distance: Tensor) -> Tensor:
+    """The mean of each entry's diagonal, without NaN."""
+    defined = entries.isfinite().double()
+    size = torch.zeros(int(distance.max()) + 1).double().index_add_(0, distance, defined)
+    total = torch.zeros_like(size).index_add_(0, distance, entries.nan_to_num())
+    return (total / size)[distance]
+
+
+def _permuted_limit(d_A: Tensor, d_B: Tensor, n_positions: int, orders: Sequence[Tensor]) -> float:
+    """What sum d_A d_B must be above: 6 standard deviations over its mean by permutation."""
+    t, u = torch.triu_indices(n_positions, n_positions, offset=1)
+    square = torch.zeros(n_positions, n_positions, dtype=torch.float64)
+    square[t, u] = square[u, t] = d_B.nan_to_num()
+    by_chance = torch.stack([(square[p[t], p[u]] * d_A).nansum() for p in orders])
+    return float(by_chance.mean() + 6 * by_chance.std() + _CONSTANT)

@@ -1,73 +1,52 @@
 """All consistency metrics of a set of SAE features in one pass, per feature and summarised.
 
-Shapes: B contexts of a batch, T positions, F features, K = max_lag, G bootstrap blocks,
-R resamples.
+Shapes: B contexts of a batch, T positions, F features, K = max_lag, G blocks of documents,
+R = 1 + G rows: of all documents, and without each block of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcsae.base.json_numbers import plain
-from tcsae.metrics.activity import Activity, Smoothness
-from tcsae.metrics.autocorrelation import (
-    Autocorrelation,
-    correlation_length,
-    integrated_time,
-    normalised,
-    window_consistency,
+from tcsae.metrics.autocorrelation import correlation_length, integrated_time_censored
+from tcsae.metrics.density import N_BINS, bin_and_place, density_bin
+from tcsae.metrics.position import EDGE
+from tcsae.metrics.suite_rows import (
+    CENSORED,
+    FROM_ACTIVITY,
+    MOST_CENSORED,
+    OF_SEEN,
+    SMOOTHNESS,
+    SuiteRows,
 )
-from tcsae.metrics.bootstrap import (
-    MIN_BLOCKS,
-    Accumulator,
-    median,
-    resampling_weights,
-    weighted_mean,
-)
-from tcsae.metrics.document import LongLags, long_lags, resampled
-from tcsae.metrics.position import EDGE, PositionDependence
 from tcsae.metrics.summarise import curve, over_features, single
-from tcsae.metrics.windows import (
-    SPARSE,
-    document_left_out,
-    made_of_windows,
-    shares_window,
-    weighed,
-    window_metric_names,
-    windows_left_out,
-)
-
-_FROM_RHO = ("correlation_length", "tau_int")
-_FROM_POSITION = ("eta_squared", "omega_squared", "mutual_information", "mutual_information_share")
-_SHARES = ("share_position", "share_document", "share_window", "share_flicker")
-_FROM_ACTIVITY = ("persistence", "run_length", "density", "mean_activation", "amplitude_cv")
-
-_SMOOTHNESS = ("smoothness", "smoothness_first_group", "smoothness_second_group")
+from tcsae.metrics.windows import SPARSE, weighed
 
 _WITHOUT_VALUE = {
     "run_length": "no run of on was seen to end",
+    "amplitude_cv": "no feature was on in two documents",
     "persistence": "no live feature was seen both on and off before a counted neighbour",
     "mutual_information": "no position was seen in two contexts",
     "mutual_information_share": "every live feature always fires",
 }
-
-# Resamples worked on at a time: each holds [T, F] sums.
-_RESAMPLES_AT_ONCE = 10
+_BIASED = "sampling alone raises it, by about 1 / contexts: omega_squared is without that"
 
 
-class ConsistencySuite:
+class ConsistencySuite(SuiteRows):
     """Consistency metrics over any number of batches of contexts.
 
-    Intervals come from a bootstrap over contexts: blocks of contexts are resampled, the features
-    are not. With the same seed and the same contexts in the same order two suites draw the same
-    resamples, so that `draws()` of two SAEs may be subtracted for a paired interval.
+    Intervals are about other documents of the same kind, for these features: everything is
+    computed again without each block of whole documents (`units`), and the spread of what comes
+    out is the error. Two suites over the same contexts in the same order leave out the same
+    documents, so that `draws()` of two SAEs may be subtracted for a paired interval.
 
-    Memory at T = 128, K = 32, F = 2304, 64 blocks: 600 MB, in proportion to F (see the
-    accumulators for the terms); n_blocks=0 leaves 190 MB and no intervals.
+    Memory at T = 128, K = 32, F = 2304, 64 blocks: 350 MB, in proportion to F (see the
+    accumulators for the terms).
 
     Args:
         n_features: F.
@@ -75,11 +54,13 @@ class ConsistencySuite:
         max_lag: K; None: T // 4.
         windows: W of every window consistency to report; those that need lags beyond K, or lags
             at which no pair was seen, are left out with the reason.
-        n_blocks: G.
-        seed: of the bootstrap.
-        n_boot: R.
+        n_blocks: G where there are no units; 0: no intervals.
+        seed: of the draws.
+        n_boot: how many of them.
         groups: sizes of the groups of features of an SAE that has some, in order; smoothness is
             then also given for the first and for the rest.
+        units: which contexts, in the order in which they will come, are from one document. None:
+            every context is a document of its own.
 
     Example:
         >>> suite = ConsistencySuite(n_features=16, n_positions=128)
@@ -87,123 +68,87 @@ class ConsistencySuite:
         >>> suite.summary()["metrics"]["C_8"]["median"]
     """
 
-    def __init__(
-        self,
-        n_features: int,
-        n_positions: int,
-        *,
-        max_lag: int | None = None,
-        windows: Sequence[int] = (2, 4, 8, 16, 32),
-        n_blocks: int = 64,
-        seed: int = 0,
-        n_boot: int = 1000,
-        groups: Sequence[int] = (),
-    ) -> None:
-        if min(windows, default=2) < 2:
-            raise ValueError(f"windows must be 2 positions or more, not {min(windows)}")
-        self.n_features = n_features
-        self.max_lag = n_positions // 4 if max_lag is None else max_lag
-        self.windows = tuple(windows)
-        self.n_blocks = n_blocks
-        self.seed = seed
-        self.n_boot = n_boot
-        self._autocorrelation = Autocorrelation(
-            n_features, n_positions, self.max_lag, n_blocks=n_blocks
-        )
-        self._position = PositionDependence(n_features, n_positions, n_blocks=n_blocks)
-        self._activity = Activity(n_features, n_positions, n_blocks=n_blocks)
-        n_first = groups[0] if len(groups) > 1 else 0
-        self._smoothness = Smoothness(n_features, n_blocks=n_blocks, n_first=n_first)
-        bands = {w: long_lags(w, n_positions) for w in self.windows}
-        self._bands = {w: (first, last) for w, (first, last) in bands.items() if first <= last}
-        self._long = LongLags(
-            n_features, n_positions, tuple(self._bands.values()), n_blocks=n_blocks
-        )
-        self._draws: dict[str, Tensor] | None = None
-
-    def update(
-        self,
-        features: Tensor,
-        *,
-        segments: Tensor | None = None,
-        valid: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> None:
-        """Add a batch of whole contexts.
-
-        Args:
-            features: [B, T, F].
-            segments: [B, T], the number of the document within the context. None: one document.
-            valid: [B, T] bool. None: every position is valid.
-            inputs: [B, T, d_in], what the SAE was given; needed for smoothness only.
-        """
-        for accumulator in (self._autocorrelation, self._position, self._activity, self._long):
-            accumulator.update(features, segments=segments, valid=valid)
-        if inputs is not None:
-            self._smoothness.update(features, inputs, segments=segments, valid=valid)
-        self._draws = None
-
-    def reset(self) -> None:
-        """Forget every batch."""
-        for accumulator in self._accumulators():
-            accumulator.reset()
-        self._draws = None
-
-    @property
-    def n_contexts(self) -> int:
-        """Contexts seen."""
-        return self._autocorrelation.n_contexts
-
     def per_feature(self) -> dict[str, Tensor]:
         """Every metric for every feature, float64, NaN where it has no value.
 
         [F] each: `c0` (variance about the position means, the weight of energy-weighted means),
         `rho_1`, `C_W`, `D_W` and `L_W` (see `document`) for every window, `share_position`,
         `share_document`, `share_window`, `share_flicker` (at the summary's `shares_window`),
-        `correlation_length` (and bool `correlation_length_censored`), `tau_int`, `persistence`,
-        `run_length`, `eta_squared`, `omega_squared`, `mutual_information`,
-        `mutual_information_share`, `density`, `mean_activation`, `amplitude_cv`, and `smoothness`
-        if inputs were given. Further `rho` [K + 1, F], `profile_rate` and `profile_mean` [T, F].
-        Units are those of the functions and results of the same names.
+        `correlation_length` (and bool `correlation_length_censored`), `tau_int` (and bool
+        `tau_int_censored`), `persistence`, `run_length`, `eta_squared`, `omega_squared` (and the
+        low end of its 95 % interval, `omega_squared_low`), `mutual_information`,
+        `mutual_information_share`, `density`, `contexts_on` (contexts in which it is on),
+        `mean_activation`, `amplitude_cv`, and `smoothness` if inputs were given. Further `rho`
+        [K + 1, F], `profile_rate` and `profile_mean` [T, F]. Units are those of the functions and
+        results of the same names.
         """
-        covariance_KF = self._autocorrelation.covariance()
-        values = {"rho": normalised(covariance_KF), "c0": covariance_KF[0]}
-        values |= self._memory(values["rho"])
+        rows = self._all_rows
+        values = {name: value[0] for name, value in rows.items()}
         values["correlation_length_censored"] = correlation_length(values["rho"]).censored
-        activity = self._activity.compute()._asdict()
-        del activity["frac_alive"]
-        values |= activity | self._position.compute()._asdict()
-        values |= self._document(values, self._long.compute())
+        values["tau_int_censored"] = integrated_time_censored(values["rho"])
+        values["contexts_on"] = self._activity.contexts_on().double()
+        values["omega_squared_low"] = self._low(rows["omega_squared"])
+        position = self._position.compute()
+        values |= {name: getattr(position, name) for name in ("profile_rate", "profile_mean")}
         if self._smoothness.n_contexts:
             values["smoothness"] = self._smoothness.compute().per_feature
         return values
 
     def draws(self) -> dict[str, Tensor]:
-        """The bootstrap resamples that the intervals are read from.
+        """Draws of the error around each estimate, that the intervals are read from.
 
         Returns:
             For every metric that has a value [R, 2]: energy-weighted mean and median over the live
-            features. `autocorrelation` [R, K + 1]: the energy-weighted curve. [R]: `edge_energy`,
-            and `smoothness` (and of groups), if inputs were given. Empty if there are no intervals
-            to be had (see `summary`).
+            features (NaN for one without a value). `autocorrelation` [R, K + 1]: the
+            energy-weighted curve. [R]: `edge_energy`, `live_share`, and `smoothness` (and of
+            groups), if inputs were given. R is n_boot. Empty if there are no intervals to be had
+            (see `summary`).
+        """
+        return {} if self._interval_reason() else self._draws
+
+    def by_density(self) -> dict[str, Tensor]:
+        """Sums over the live features of alike density, to compare two SAEs at equal density by.
+
+        Returns:
+            For `rho_1`, every `C_W` and `omega_squared` [1 + G, b, 5]: of all documents, and
+            without each block; b bins of `density.DENSITY_EDGES`, by the density over all
+            documents; sums of e, e y, e x, e x^2 and e x y, with e = c_j(0), y the metric and x
+            the log10 density less the lower edge of the bin. Empty without intervals.
         """
         if self._interval_reason():
             return {}
-        if self._draws is None:
-            parts = list(self._resampled())
-            self._draws = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self._draws
+        rows = self._all_rows
+        live_F = rows["density"][0] > 0
+        bin_F, x_F = bin_and_place(density_bin(rows["density"][0][live_F]))
+        energy_RF = rows["c0"][:, live_F].clamp(min=0.0)
+        names = [n for n in rows if n in ("rho_1", "omega_squared") or n.startswith("C_")]
+        found = {}
+        for name in names:
+            y_RF = rows[name][:, live_F]
+            e_RF = torch.where(y_RF.isfinite(), energy_RF, 0.0)
+            y_RF = torch.where(y_RF.isfinite(), y_RF, 0.0)
+            terms = torch.stack([e_RF, e_RF * y_RF, e_RF * x_F, e_RF * x_F**2, e_RF * x_F * y_RF])
+            sums = terms.new_zeros(*terms.shape[:2], N_BINS)
+            found[name] = sums.index_add_(2, bin_F, terms).permute(1, 2, 0).contiguous()
+        return found
 
     def summary(self, level: float = 0.95) -> dict[str, Any]:
         """Everything in numbers that JSON can hold: None where there is no value, with the reason.
 
-        Live features are those that fired on a valid token. `metrics` has for each metric its
-        median, quartiles, 99th percentile, mean and energy-weighted mean (weight c_j(0)) over the
-        live features that have a value, their number n, and the intervals of the energy-weighted
-        mean and of the median. L_W is weighted by c_j(0) (1 - D_j), which makes it the ratio of
-        the weighted sums of C_W - D and of 1 - D: a feature without anything but its document has
-        no local part. `C_W_sparse` and `L_W_sparse` are the same over the features on at less than
-        10 % of the valid tokens.
+        Live features are those that fired on a valid token; how many there are in all is estimated
+        in `live_share`. `metrics` has for each metric its median, quartiles, 99th percentile and
+        mean over the live features that have a value and were seen in `seen_contexts` contexts,
+        their number n, its energy-weighted mean over all live ones, and the intervals of the
+        energy-weighted mean and of the median.
+
+        The weight is c_j(0), so that sums over features come before the ratio (rho, C_W, D_W);
+        c_j(0) (1 - D_j) for L_W: a feature without anything but its document has no local part;
+        the whole variance for omega^2 and the shares. For what is measured from single firings
+        (density, run length, ...) the weights are those of one half of the documents and the
+        values those of the other, and back, so that no feature weighs more for what it happened to
+        do. What could not be measured to the end (`n_censored`) is above all that could in the
+        quantiles, and the mean is null where that is more than 1 % of the energy. `C_W_sparse`
+        and `L_W_sparse` are over the features on at less than 10 % of the valid tokens.
 
         `autocorrelation` is the energy-weighted curve sum_j c_j(k) / sum_j c_j(0) with its band,
         lag by lag; `energy_by_position` [T] and `edge_energy` are those of `PositionDependence`.
@@ -214,157 +159,78 @@ class ConsistencySuite:
         """
         values = self.per_feature()
         live_F = values["density"] > 0
-        draws = self.draws()
-        pairs_K = self._autocorrelation.pairs()
+        seen_F = self._seen(values["contexts_on"])
+        rows, has_intervals = self._rows_once, self._interval_reason() is None
+        pairs_K = self._memory.pairs()
         return {
             "n_features": self.n_features,
             "n_live": int(live_F.sum()),
             "frac_alive": float(live_F.double().mean()),
+            "n_seen": int(seen_F.sum()),
+            "seen_contexts": self._seen_contexts(),
+            "n_documents": self.n_documents,
             "n_contexts": self.n_contexts,
             "n_valid_tokens": int(pairs_K[0]),
             "max_lag": self.max_lag,
             "windows": self._usable_windows(),
             "windows_left_out": {str(w): why for w, why in self._windows_left_out().items()},
             "level": level,
-            "n_boot": self.n_boot if draws else 0,
-            "n_blocks": self._n_used(),
+            "n_boot": self.n_boot if has_intervals else 0,
+            "n_blocks": self._sums.n_used,
             "interval_reason": self._interval_reason(),
             "shares_window": self._shares_window(),
             "metrics": {
-                name: self._summarised(name, values, live_F, draws.get(name), level)
+                name: self._summarised(name, values, live_F & seen_F, rows[name], level)
                 for name in self._metric_names()
             },
-            "autocorrelation": self._curve(values, live_F, draws, level),
+            "autocorrelation": self._curve(rows["autocorrelation"], int(live_F.sum()), level),
             "energy_by_position": plain(self._position.energy_by_position()),
+            "live_share": single(
+                rows["live_share"],
+                level,
+                self._activity.live_share(deletions=False).reason or "no token was valid",
+            ),
             "edge_energy": single(
-                self._position.edge_energy(),
-                draws.get("edge_energy"),
+                rows["edge_energy"],
                 level,
                 f"no energy, or no valid token, before or from position {EDGE} on",
             ),
-            **self._smoothness_summary(draws, level),
+            **self._smoothness_summary(rows, level),
         }
 
-    def _accumulators(self) -> tuple[Accumulator, ...]:
-        parts = (self._autocorrelation, self._position, self._activity)
-        return (*parts, self._long, self._smoothness)
-
-    def _memory(self, rho: Tensor) -> dict[str, Tensor]:
-        """The metrics that follow from the autocorrelation [..., K + 1, F]."""
-        values = {"rho_1": rho[..., 1, :]} if self.max_lag else {}
-        values |= {f"C_{w}": window_consistency(rho, w) for w in self._usable_windows()}
-        values["correlation_length"] = correlation_length(rho).values
-        values["tau_int"] = integrated_time(rho)
-        return values
-
-    def _document(self, values: dict[str, Tensor], document: Tensor) -> dict[str, Tensor]:
-        """D_W, L_W and the nested shares [..., F] from C_W, omega^2 and `LongLags` [..., L, F]."""
-        usable, shares_at = self._usable_windows(), self._shares_window()
-        return made_of_windows(values, document, list(self._bands), usable, shares_at)
-
-    def _shares_window(self) -> int | None:
-        left_out = self._document_left_out()
-        return shares_window([w for w in self._usable_windows() if w not in left_out])
-
-    def _document_left_out(self) -> dict[int, str]:
-        pairs = dict(zip(self._bands, self._long.pairs().tolist(), strict=True))
-        return document_left_out(self._usable_windows(), self._position.n_positions, pairs)
-
-    def _metric_names(self) -> list[str]:
-        windows = window_metric_names(self._usable_windows())
-        windows += _SHARES if self._shares_window() is not None else ()
-        first = ["rho_1"] if self.max_lag else []
-        return [*first, *windows, *_FROM_RHO, *_FROM_POSITION, *_FROM_ACTIVITY]
-
-    def _usable_windows(self) -> list[int]:
-        left_out = self._windows_left_out()
-        return [w for w in self.windows if w not in left_out]
-
-    def _windows_left_out(self) -> dict[int, str]:
-        return windows_left_out(self.windows, self.max_lag, self._autocorrelation.pairs())
-
-    def _n_used(self) -> int:
-        """Blocks that hold a context."""
-        return min(self.n_blocks, self.n_contexts)
-
-    def _interval_reason(self) -> str | None:
-        if not self.n_blocks:
-            return "no bootstrap blocks were kept (n_blocks=0)"
-        if self._n_used() < MIN_BLOCKS:
-            return (
-                f"{self._n_used()} blocks of contexts: too few for an interval, "
-                f"which takes at least {MIN_BLOCKS}"
-            )
-        if not (self._activity.compute().density > 0).any():
-            return "no feature fired on a valid token"
-        return None
-
-    def _resampled(self) -> Iterator[dict[str, Tensor]]:
-        """`draws`, a few resamples at a time."""
-        sums_GKF, pairs_GK = self._autocorrelation.block_sums()
-        weights_RG = resampling_weights(self._n_used(), self.n_blocks, self.n_boot, self.seed)
-        varying_F = self._autocorrelation.covariance()[0] > 0
-        density_F = self._activity.compute().density
-        live_F = density_F > 0
-        long_sums = self._long.block_sums()
-        for weights in weights_RG.to(sums_GKF.device).split(_RESAMPLES_AT_ONCE):
-            drawn = (weights @ sums_GKF.flatten(1)).unflatten(1, sums_GKF.shape[1:])
-            c_RKF = drawn / (weights @ pairs_GK)[..., None]
-            c_RKF = torch.where(varying_F, c_RKF, 0.0)[..., live_F]
-            values = self._memory(normalised(c_RKF))
-            others = self._position.resample(weights) | self._activity.resample(weights)
-            values |= {name: value[:, live_F] for name, value in others.items()}
-            drawn_RLF = resampled(*long_sums, weights)[..., live_F]
-            values |= self._document(values, drawn_RLF)
-            yield self._averaged(values, c_RKF, density_F[live_F]) | self._singles(weights)
-
-    def _averaged(
-        self, values: dict[str, Tensor], c_RKF: Tensor, density_F: Tensor
-    ) -> dict[str, Tensor]:
-        """The part of `draws` that is about single features, from resamples over live ones."""
-        energy_RF = c_RKF[:, 0]
-        part = {}
-        for name in self._metric_names():
-            value, weights = weighed(name, values, energy_RF, density_F)
-            if value.isfinite().any():
-                part[name] = torch.stack([weighted_mean(value, weights), median(value)], 1).double()
-        part["autocorrelation"] = (c_RKF.sum(-1) / energy_RF.sum(-1)[:, None]).double()
-        return part
-
-    def _singles(self, weights_RG: Tensor) -> dict[str, Tensor]:
-        """The part of `draws` that has one number for all features."""
-        part = {}
-        if self._position.edge_energy().isfinite():
-            part["edge_energy"] = self._position.resample_edge_energy(weights_RG).double()
-        if self._smoothness.n_contexts:
-            drawn_RP = self._smoothness.resample(weights_RG)
-            part |= dict(zip(_SMOOTHNESS, drawn_RP.unbind(1), strict=False))
-        return part
+    # -------------------------------------------------------------------------------- in words
 
     def _summarised(
         self,
         name: str,
         values: dict[str, Tensor],
-        live_F: Tensor,
-        draws_R2: Tensor | None,
+        counted_F: Tensor,
+        rows_R2: Tensor,
         level: float,
     ) -> dict[str, Any]:
         """One entry of `metrics`."""
-        value_F, weights_F = weighed(name, values, values["c0"], values["density"])
-        entry = over_features(value_F[live_F], weights_F[live_F], draws_R2, level)
+        value_F, _ = weighed(name, values, values["c0"], values["density"])
+        value_F = self._up_to_censored(name, value_F)
+        entry = over_features(value_F[counted_F], rows_R2, level)
         entry["reason"] = None
         if entry["energy_weighted"] is None:
-            entry["reason"] = self._reason(name, int(live_F.sum()), entry["n"])
-        if name == "correlation_length":
-            entry["n_censored"] = int(values["correlation_length_censored"][live_F].sum())
+            live = int((values["density"] > 0).sum())
+            entry["reason"] = self._reason(name, live, int((~value_F.isnan()).sum()))
+        if name in CENSORED:
+            entry["n_censored"] = int(self._censored(name)[values["density"] > 0].sum())
+        if name == "eta_squared":
+            entry["interval_reason"] = _BIASED
         return entry
 
     def _reason(self, name: str, n_live: int, n_known: int = 0) -> str:
         """Why a metric (n_known = 0), or only its energy-weighted mean, has no value."""
         if not n_live:
             return "no feature fired on a valid token"
-        if self.n_contexts == 1 and name not in _FROM_ACTIVITY:
+        if self.n_documents == 1 and name not in FROM_ACTIVITY:
             return "a single context: nothing can be told apart from its position means"
+        if (share := self._censored_energy(name)) > MOST_CENSORED:
+            why = CENSORED[name].format(max_lag=self.max_lag)
+            return f"cannot tell: of features with {100 * share:.0f} % of the energy {why}"
         if not n_known and name in _WITHOUT_VALUE:
             return _WITHOUT_VALUE[name]
         missing = self._document_left_out().items()
@@ -375,34 +241,27 @@ class ConsistencySuite:
             return (
                 f"no live feature that varies is on at less than {100 * SPARSE:.0f} % of the tokens"
             )
+        if name in OF_SEEN and n_known:
+            return f"cannot tell: no feature was on in {self._seen_contexts()} contexts"
         if n_known:
             return "no energy-weighted mean: no live feature varies about its position means"
         return "no live feature varies about its position means"
 
-    def _curve(
-        self, values: dict[str, Tensor], live_F: Tensor, draws: dict[str, Tensor], level: float
-    ) -> dict[str, Any]:
-        energy_F = values["c0"][live_F]
-        found = curve(values["rho"][:, live_F], energy_F, draws.get("autocorrelation"), level)
+    def _curve(self, rows_RK: Tensor, n_live: int, level: float) -> dict[str, Any]:
+        found = curve(rows_RK, level)
         reason = None
         if all(rho is None for rho in found["rho"]):
-            reason = self._reason("autocorrelation", len(energy_F))
+            reason = self._reason("autocorrelation", n_live)
         elif None in found["rho"]:
             reason = "null at lags without a pair of valid tokens in one segment"
         return found | {"reason": reason}
 
-    def _smoothness_summary(self, draws: dict[str, Tensor], level: float) -> dict[str, Any]:
+    def _smoothness_summary(self, rows: Mapping[str, Tensor], level: float) -> dict[str, Any]:
         """T-SAE's smoothness: one number for all features, with its interval; of an SAE with
         groups also for the first and for the rest."""
-        names = _SMOOTHNESS if self._smoothness.n_first else _SMOOTHNESS[:1]
+        names = SMOOTHNESS if self._smoothness.n_first else SMOOTHNESS[:1]
         if not self._smoothness.n_contexts:
-            nothing = torch.tensor(torch.nan)
             why = "the inputs of the SAE were not given"
-            return {name: single(nothing, None, level, why) for name in names}
-        result = self._smoothness.compute()
-        values = [result.value, *result.groups]
+            return {name: single(torch.full((1,), torch.nan), level, why) for name in names}
         why = "no context had an active feature and two valid neighbours"
-        return {
-            name: single(value, draws.get(name), level, why)
-            for name, value in zip(names, values, strict=True)
-        }
+        return {name: single(rows[name], level, why) for name in names}

@@ -1,6 +1,6 @@
 """Values of features as numbers that JSON can hold, with intervals and the reasons for gaps.
 
-Shapes: F features, K lags, R resamples.
+Shapes: F features, K lags, R rows: of all documents, and without each block of them.
 """
 
 from __future__ import annotations
@@ -11,61 +11,58 @@ import torch
 from torch import Tensor
 
 from tcsae.base.json_numbers import plain
-from tcsae.metrics.bootstrap import interval, median, weighted_mean
+from tcsae.metrics.units import jackknife_interval
 
 
-def over_features(
-    values_F: Tensor, weights_F: Tensor, draws_R2: Tensor | None, level: float
-) -> dict[str, Any]:
-    """Median, quartiles, 99th percentile, mean and weighted mean over the features that have a
-    value, their number n, and the intervals of the weighted mean and of the median.
+def over_features(values_F: Tensor, rows_R2: Tensor, level: float) -> dict[str, Any]:
+    """Quartiles, 99th percentile and mean over the features that have a value, their number n, the
+    weighted mean and the median, and the intervals of these two.
 
     Args:
-        values_F: NaN: none.
-        weights_F: of the weighted mean.
-        draws_R2: resamples of the weighted mean and of the median. None: no interval.
+        values_F: NaN: none; infinite: beyond what could be measured, so that quantiles are known
+            only up to there, and the mean is not.
+        rows_R2: weighted mean and median, of all documents and without each block of them; of all
+            only: no interval.
         level: coverage of the intervals.
     """
-    known_F = values_F.isfinite()
-    x, weights = values_F[known_F], weights_F[known_F]
-    found = plain([torch.nan] * 6)
+    x = values_F[~values_F.isnan()]
+    found: list[Any] = [torch.nan] * 4
     weighted = middle = plain([torch.nan, torch.nan])
     if len(x):
-        quantiles = x.quantile(x.new_tensor([0.25, 0.75, 0.99]))
-        estimate = torch.stack([weighted_mean(x, weights), median(x)])
-        found = plain([estimate[1], *quantiles, x.mean(), estimate[0]])
-        if draws_R2 is not None:
-            low, high = interval(draws_R2, estimate, level)
-            weighted, middle = plain([low[0], high[0]]), plain([low[1], high[1]])
+        quantiles = x.quantile(x.new_tensor([0.25, 0.75, 0.99]), interpolation="nearest")
+        if x.isfinite().all():
+            quantiles = x.quantile(x.new_tensor([0.25, 0.75, 0.99]))
+        found = [*quantiles, x.mean()]
+    estimate_2 = rows_R2[0]
+    if len(rows_R2) > 1:
+        low, high = jackknife_interval(rows_R2[1:], estimate_2, level)
+        weighted, middle = plain([low[0], high[0]]), plain([low[1], high[1]])
     names = ("median", "q25", "q75", "q99", "mean", "energy_weighted")
     return {
-        **dict(zip(names, found, strict=True)),
+        **dict(zip(names, plain([estimate_2[1], *found, estimate_2[0]]), strict=True)),
         "n": len(x),
         "energy_weighted_interval": weighted,
         "median_interval": middle,
     }
 
 
-def single(value: Tensor, draws_R: Tensor | None, level: float, reason: str) -> dict[str, Any]:
+def single(rows_R: Tensor, level: float, reason: str) -> dict[str, Any]:
     """One number for all features: its value, interval, and, if it is NaN, the reason."""
+    value = rows_R[0]
     if not value.isfinite():
         return {"value": None, "interval": [None, None], "reason": reason}
     ends = plain([torch.nan, torch.nan])
-    if draws_R is not None:
-        ends = plain(interval(draws_R, value, level))
+    if len(rows_R) > 1:
+        ends = plain(jackknife_interval(rows_R[1:], value, level))
     return {"value": float(value), "interval": ends, "reason": None}
 
 
-def curve(
-    rho_KF: Tensor, energy_F: Tensor, draws_RK: Tensor | None, level: float
-) -> dict[str, Any]:
+def curve(rows_RK: Tensor, level: float) -> dict[str, Any]:
     """The energy-weighted autocorrelation, lag by lag, with its band."""
-    # A constant feature has no rho; it has no energy either.
-    rho_KF, energy_F = rho_KF[:, energy_F > 0], energy_F[energy_F > 0]
-    curve_K = weighted_mean(rho_KF, energy_F.expand_as(rho_KF))
+    curve_K = rows_RK[0]
     low_K = high_K = torch.full_like(curve_K, torch.nan)
-    if draws_RK is not None:
-        low_K, high_K = interval(draws_RK, curve_K, level)
+    if len(rows_RK) > 1:
+        low_K, high_K = jackknife_interval(rows_RK[1:], curve_K, level)
     return {
         "lags": list(range(len(curve_K))),
         "rho": plain(curve_K),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tcsae.metrics.correlation import to_csr
 from tcsae.metrics.masks import checked_masks, require_shape
+from tcsae.metrics.units import Units
 
 
 class TopContext(NamedTuple):
@@ -102,6 +103,24 @@ class Firings(NamedTuple):
     """[N] int64, number of the context of each row."""
     position: np.ndarray
     """[N] int64, position in the context."""
+
+
+def firing_units(firings: Firings, documents: Units | Tensor | None) -> Units:
+    """The documents of the contexts of firings.
+
+    Args:
+        documents: units, or [contexts] the document of each context. None: each its own.
+
+    Raises:
+        ValueError: firings has more contexts than documents speak of.
+    """
+    n_contexts = int(firings.context.max()) + 1 if len(firings.context) else 0
+    if documents is None:
+        return Units.of_contexts(n_contexts)
+    units = documents if isinstance(documents, Units) else Units(documents)
+    if len(units) < n_contexts:
+        raise ValueError(f"documents of {len(units)} contexts for firings in {n_contexts}")
+    return units
 
 
 class FiringPatterns:

@@ -54,7 +54,8 @@ class Units:
         )
         self.n_documents = len(numbers)
         self.n_blocks = min(self.n_documents, MAX_BLOCKS)
-        self.block = self._dealt()
+        self._block = self._dealt()
+        self.block = torch.from_numpy(self._block)
 
     @classmethod
     def of_contexts(cls, n: int) -> Units:
@@ -64,17 +65,18 @@ class Units:
     def __len__(self) -> int:
         return len(self.document)
 
-    def _dealt(self) -> Tensor:
+    def _dealt(self) -> np.ndarray:
+        document_N = np.array(self.document.tolist(), dtype=np.int64)
         if self.n_documents <= MAX_BLOCKS:
-            return self.document.clone()
-        sizes = torch.bincount(self.document, minlength=self.n_documents)
+            return document_N
+        sizes = np.bincount(document_N, minlength=self.n_documents)
         filled = np.zeros(self.n_blocks, dtype=np.int64)
-        block_of = torch.zeros(self.n_documents, dtype=torch.long)
-        for document in sizes.argsort(descending=True, stable=True).tolist():
+        block_of = np.zeros(self.n_documents, dtype=np.int64)
+        for document in np.argsort(-sizes, kind="stable"):
             block = int(filled.argmin())
             block_of[document] = block
-            filled[block] += int(sizes[document])
-        return block_of[self.document]
+            filled[block] += sizes[document]
+        return block_of[document_N]
 
     def subset(self, contexts: Tensor) -> Units:
         """The units of some of the contexts, [M] indices."""
@@ -87,7 +89,9 @@ class Units:
         more, those evenly spaced in the order of the documents.
         """
         taken: list[int] = []
-        members = [(self.document == d).nonzero().flatten().tolist() for d in range(self.n_documents)]
+        members = [
+            (self.document == d).nonzero().flatten().tolist() for d in range(self.n_documents)
+        ]
         while len(taken) < min(n, len(self)):
             open_ = [i for i, left in enumerate(members) if left]
             wanted = min(n - len(taken), len(open_))
@@ -100,15 +104,26 @@ class Units:
 
         Blocks, so whole documents, are drawn in a seeded order and given to the smaller side.
         """
-        sizes = torch.bincount(self.block, minlength=self.n_blocks).tolist()
+        sizes = np.bincount(self._block, minlength=self.n_blocks)
         order = np.random.default_rng(seed).permutation(self.n_blocks)
-        order = sorted(order.tolist(), key=lambda g: -sizes[g])
-        side, filled = torch.zeros(self.n_blocks, dtype=torch.bool), [0, 0]
-        for g in order:
+        side, filled = np.zeros(self.n_blocks, dtype=bool), [0, 0]
+        for g in sorted(order.tolist(), key=lambda g: -sizes[g]):
             smaller = int(filled[1] < filled[0])
             side[g] = bool(smaller)
             filled[smaller] += sizes[g]
-        return side[self.block]
+        return torch.from_numpy(side[self._block])
+
+    def without_each(self, value: Tensor, contexts: Tensor | None = None) -> Tensor:
+        """Sums over contexts, of all and without each block: [1 + G, ...].
+
+        Args:
+            value: [N, ...], or [M, ...] of the contexts [M].
+            contexts: which ones `value` has. None: all.
+        """
+        block = self.block if contexts is None else self.block[contexts]
+        blocks = value.new_zeros(self.n_blocks, *value.shape[1:]).index_add_(0, block, value)
+        total = blocks.sum(0, keepdim=True)
+        return torch.cat([total, total - blocks])
 
     @property
     def interval_reason(self) -> str | None:
@@ -120,7 +135,7 @@ class Units:
 
 def too_few(n_documents: int) -> str:
     """Why so few documents allow no interval."""
-    documents = "1 document" if n_documents == 1 else f"{n_documents} documents"
+    documents = "one document" if n_documents == 1 else f"{n_documents} documents"
     return (
         f"the contexts are from {documents}: too few for an interval, "
         f"which takes at least {MIN_UNITS}"
@@ -162,11 +177,45 @@ def jackknife_draws(deleted: Tensor, estimate: Tensor, n_draws: int, seed: int =
     return estimate.double() - error.reshape(n_draws, *deleted.shape[1:])
 
 
+def jackknife_interval(deleted: Tensor, estimate: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Ends of an interval for an estimate [...] from the same without each block, [G, ...].
+
+    That of Student's t where documents are alike in what they add. Where a few add most, t with
+    documents - 1 degrees of freedom is too short on their side: the skewness of what each
+    block adds is taken out by Hall's cubic (1992, "On the removal of skewness by transformation"),
+    and the degrees of freedom are those that its kurtosis leaves the variance (Satterthwaite 1946).
+    NaN where a block could not be left out.
+    """
+    from scipy.stats import t
+
+    n = len(deleted)
+    flat = deleted.double().reshape(n, -1)
+    added = -(n - 1) * (flat - flat.mean(0))
+    spread = added.std(0, unbiased=False)
+    unit = added / torch.where(spread > 0, spread, torch.nan)
+    skew = unit.pow(3).mean(0) * (n * (n - 1)) ** 0.5 / max(n - 2, 1)
+    kurtosis = (unit.pow(4).mean(0) - 3.0).clamp(min=0.0)
+    df = (2 * (n - 1) / (2 + kurtosis * (n - 1) / n)).clamp(min=4.0).nan_to_num(nan=n - 1.0)
+    reach = torch.from_numpy(np.asarray(t.ppf((1 + level) / 2, df.cpu().numpy()))).to(flat)
+    error = spread / max(n - 1, 1) ** 0.5
+    ends = [_unskewed(sign * reach, skew, n) for sign in (1.0, -1.0)]
+    low, high = (estimate.double() - (error * end).reshape(deleted.shape[1:]) for end in ends)
+    return low, high
+
+
+def _unskewed(t: Tensor, skew: Tensor, n: int) -> Tensor:
+    """The value of the studentised mean at which Hall's cubic is t; t itself without skewness."""
+    a = torch.where(skew.abs() > 1e-6, skew, torch.nan) / n**0.5
+    inside = 1 + a * (t - a / 6)
+    root = inside.sign() * inside.abs().pow(1 / 3)
+    return torch.where(a.isnan(), t, 3 / a * (root - 1))
+
+
 def interval(draws: Tensor, estimate: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """The ends that hold `level` of the draws [R, ...], symmetric about the estimate [...].
 
-    Symmetric because a draw is the error of an estimate around it, and its skewness, known from
-    few documents, would sit on the wrong side. NaN where every draw or the estimate is NaN.
+    For differences, whose errors have little skewness; that of one estimate is better known from
+    `jackknife_interval`. NaN where every draw or the estimate is NaN.
     """
     distance = (draws - draws.nanmean(0)).abs().nanquantile(level, dim=0)
     return estimate - distance, estimate + distance

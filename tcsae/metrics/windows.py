@@ -102,12 +102,16 @@ def weighed(
 
     L_W has the weights energy (1 - D_W), with which its mean is the ratio of the energy-weighted
     sums of C_W - D_W and of 1 - D_W: a feature of nothing but its document has no local part, and
-    no weight. A name that ends in `_sparse` is NaN where the density is not under `SPARSE`.
+    no weight. omega^2 and the nested shares have the whole variance for weights, energy /
+    (1 - omega^2), with which their means are the shares of the summed variance. A name that ends
+    in `_sparse` is NaN where the density is not under `SPARSE`.
     """
     plain = name.removesuffix("_sparse")
     value, weights = values[plain], energy
     if plain != name:
         value = torch.where(density_F < SPARSE, value, torch.nan)
+    if plain == "omega_squared" or plain.startswith("share_"):
+        weights = energy / (1.0 - values["omega_squared"])
     if plain.startswith("L_"):
         weights = energy * (1.0 - values[f"D_{plain[2:]}"]).clamp(min=0.0)
     return value, weights

@@ -17,7 +17,8 @@ Fields, all of them JSON:
 
 runs      [{name, folder, status, reason, group, stream, seed, tokens}]; status "used", or with a
           reason: "unfinished", "damaged", "duplicate" (group, stream, seed, tokens are then null)
-streams   [{id, model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens}]
+streams   [{id, model, hook_name, layer, d_in, dataset, context_size, n_documents, n_contexts,
+          n_tokens, n_model_tokens, held_out}]
 metrics   names in the order of columns: core (explained_variance, l0, ...) and consistency (C_W,
           D_W, L_W for every W, C_W_sparse, L_W_sparse, rho_1, tau_int, omega_squared, share_...,
           ...: energy-weighted means over live features; edge_energy, smoothness).
@@ -38,12 +39,16 @@ groups    [{
         from position 8 on, mean over seeds; empty where it was not measured,
     match {kind, groups [ids], weights [..], l0, words}: what it is compared with at its own L0;
         kind "single", "interpolated", "none" (words say why, with the nearest), "self" (baseline)
-    deltas {name: {value, baseline, low, high, within_noise, reason}}: value minus that of the
-        baseline at matched L0, paired interval; {} if kind is none or self; within_noise: true if
-        the interval holds 0, null if there is no interval (reason says why)
-    density_matched {name: {value, baseline, delta, low, high, within_noise, overlap, reason}}:
-        the same after weighting both arms to one distribution of density (see `matching`), for
-        C_W, rho_1, omega_squared; {} like deltas, and where no feature of an arm varies
+    deltas {name: {value, baseline, low, high, within_noise, smallest, family_low, family_high,
+        reason}}: value minus that of the baseline at matched L0, with its own paired interval; {}
+        if kind is none or self; within_noise: false if it is a difference beside all others of
+        this group (`family`), null if there is no interval (reason says why); smallest: the
+        smallest difference that would have been one; family_low, family_high: value less and
+        plus that
+    density_matched {name: {value, baseline, delta, low, high, within_noise, smallest, family_low,
+        family_high, overlap, reason}}: the same after weighting both arms to one distribution of
+        density (see `matching`), for C_W, rho_1, omega_squared; {} like deltas, and where no
+        feature of an arm varies
     curve {lags, rho, low, high, reason}: energy-weighted autocorrelation, mean over seeds
     profile {positions, rate}: firing rate by position over its mean, mean over live features
     density {edges, share, C}: log10 density bins: edges [n + 1], share of live features [n],
@@ -55,7 +60,7 @@ grids     [{stream, label, windows [..], lambdas [..], groups [[id or null]], me
           [[value or null]]}, deltas {name: [[value or null]]}}], rows windows, columns lambdas;
           lambda 0 is the baseline in every row; only if two windows or two lambdas were run
 notices   [text]: what a reader must know: left-out runs, streams that are not compared, one seed,
-          several comparisons at 95 % each
+          what is called a difference
 level     0.95
 """
 
@@ -254,7 +259,8 @@ def _notices(
         notices.append(
             f"the runs were measured on {len(streams)} different sets of activations ({places}): "
             "each variant is compared with baselines of its own set only, and values of two sets "
-            "are not to be compared"
+            "are not to be compared; the same text, dataset.eval_key, eval_fraction, "
+            "n_eval_contexts and context_size give the same set"
         )
     for row in rows:
         if row["match"]["kind"] == "none":
@@ -269,13 +275,22 @@ def _notices(
     n = sum(e["within_noise"] is not None for row in rows for e in row["deltas"].values())
     if n:
         notices.append(
-            f"{n} differences, each with a 95 % interval of its own: where nothing differs, about "
-            "one in 20 lies outside its interval by chance"
+            f"{n} differences, each with a 95 % interval of its own. A setting is called different "
+            "from its baseline in a metric only where the difference is beyond what the largest of "
+            "all its metrics reaches by chance in one comparison of twenty; beside each is the "
+            "smallest that would have been"
         )
-    if any(row["density_matched"] for row in rows):
+    without = [run.name for g in groups for run in g.runs if not run.by_density]
+    if any(row["density_matched"] for row in rows) and without:
         notices.append(
-            "at matched density, intervals are over features; all others are over contexts (and "
-            "seeds where there are several)"
+            "at matched density the intervals are over features alone, for runs whose sums by "
+            f"document were not kept: {', '.join(without)}"
+        )
+    few = [stream[0].place for stream in streams if (stream[0].place["n_documents"] or 99) < 64]
+    for place in few:
+        notices.append(
+            f"{_place_said(place)}: an interval from so few documents is wide; a larger "
+            "dataset.eval_fraction, or text with more documents, narrows it"
         )
     older = [run.name for group in groups for run in group.runs if not run.paired_positions]
     if older:
@@ -291,9 +306,10 @@ def _notices(
 
 
 def _place_said(place: dict[str, Any]) -> str:
+    documents = f" from {n} documents" if (n := place["n_documents"]) else ""
     return (
         f"{place['model']} {place['hook_name']}, {place['n_contexts']} contexts of "
-        f"{place['context_size']} tokens of {place['dataset']}"
+        f"{place['context_size']} tokens{documents} of {place['dataset']}"
     )
 
 
@@ -339,7 +355,10 @@ def _differences_table(comparison: Comparison) -> str:
     header = ["minus the baseline", "at", *(label(name).name for name in names)]
     if window in comparison.metrics:
         header.append(f"{window} at matched density")
-    return markdown_table(header, rows, "---:") + "\n\n~ within noise: the 95 % interval holds 0"
+    return markdown_table(header, rows, "---:") + (
+        "\n\n~ within noise: no difference beside all others of its line; brackets: its own 95 % "
+        "interval"
+    )
 
 
 def _difference(entry: dict[str, Any], key: str = "value") -> str:
@@ -363,5 +382,6 @@ def _csv_row(comparison: Comparison, group: dict[str, Any]) -> dict[str, Any]:
             row |= {
                 f"{column}_high": entry["high"],
                 f"{column}_within_noise": entry["within_noise"],
+                f"{column}_smallest": entry["smallest"],
             }
     return row

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 
 from tcsae.base.json_numbers import plain
+from tcsae.report.at_l0 import at_l0
+from tcsae.report.family import jointly
 from tcsae.report.matching import (
+    FEATURE_DRAWS,
     Match,
+    Matched,
     Point,
+    at_density,
     density_histogram,
-    density_matched,
     live_features,
     match_l0,
     pareto_front,
 )
-from tcsae.report.paired import Estimate, Term, combine, holds_zero
+from tcsae.report.paired import LEVEL, ROUNDING, Estimate, Term, combine
 from tcsae.report.runs import (
     LOADED,
     SPARSITY_KEYS,
@@ -192,6 +196,15 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
     return {n: plain(getattr(estimate, n)) for n in named} | {"reason": estimate.reason}
 
 
+def _own(name: str, group: Group) -> Estimate:
+    """A metric of the group; of a single run with the interval that the run itself shows."""
+    found = combine(name, [group.term()])
+    own = group.runs[0].intervals.get(name) if len(group.runs) == 1 else None
+    if own is None or found.low is None:
+        return found
+    return found._replace(low=own[0], high=own[1])
+
+
 class Entries:
     """Makes the entries of all groups of a comparison.
 
@@ -216,6 +229,7 @@ class Entries:
         if not group.is_baseline:
             weighted = zip(match.groups, match.weights, strict=True)
             compared = [self.groups[i].term(weight) for i, weight in weighted]
+        deltas, density_matched = self._differences(group, match, compared)
         settings = {k: group.settings.get(v) for k, v in _SETTINGS.items()}
         return {
             "id": group.id,
@@ -227,13 +241,13 @@ class Entries:
             "is_baseline": group.is_baseline,
             "seeds": [run.seed for run in group.runs if run.seed is not None],
             "runs": [run.name for run in group.runs],
-            "metrics": {name: _entry(combine(name, [group.term()])) for name in self.metrics},
+            "metrics": {name: _entry(_own(name, group)) for name in self.metrics},
             "medians": _seed_means(self.metrics, [run.medians for run in group.runs]),
             "q99": _seed_means(self.metrics, [run.top for run in group.runs]),
             "energy_by_position": _energy(group.runs),
             "match": match._asdict(),
-            "deltas": self._deltas(group, compared),
-            "density_matched": self._density_matched(group, compared),
+            "deltas": deltas,
+            "density_matched": density_matched,
             "curve": self._curve(group),
             "profile": _profile(group.runs),
             "density": self._density(group),
@@ -264,36 +278,92 @@ class Entries:
             return match._replace(words=f"{match.words}; the one there is differs in {other}")
         return match
 
-    def _deltas(self, group: Group, baseline: Sequence[Term]) -> dict[str, Any]:
+    def _differences(
+        self, group: Group, match: Match, baseline: Sequence[Term]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`deltas` and `density_matched`, in which what is called different is so beside all
+        others of the group."""
         if not baseline:
-            return {}
-        minus = [Term(-term.weight, term.runs) for term in baseline]
+            return {}, {}
+        estimates = {name: self._delta(name, group, match) for name in self.metrics}
+        deltas = {
+            name: _entry(estimate) | {"baseline": plain(value)}
+            for name, (estimate, value) in estimates.items()
+        }
+        drawn_so_far = [len(e.draws) for e, _ in estimates.values() if e.draws is not None]
+        matched = self._at_density(group, baseline, (drawn_so_far or [FEATURE_DRAWS])[0])
+        shown = {("deltas", name): estimate.draws for name, (estimate, _) in estimates.items()}
+        shown |= {("density_matched", name): found.draws for name, found in matched.items()}
+        entries = {"deltas": deltas, "density_matched": {n: m.entry for n, m in matched.items()}}
+        value_of = {"deltas": "value", "density_matched": "delta"}
+        # L0 is what was matched: it is not looked at.
+        drawn = {
+            key: (entries[key[0]][key[1]][value_of[key[0]]], draws)
+            for key, draws in shown.items()
+            if draws is not None and draws.isfinite().all() and key[1] != "l0"
+        }
+        rounding = {
+            key: ROUNDING * abs(entries[key[0]][key[1]]["baseline"] or 0.0) for key in drawn
+        }
+        joint = jointly(drawn, LEVEL, rounding)
+        for key in shown:
+            entry, found = entries[key[0]][key[1]], joint.get(key)
+            value = entry[value_of[key[0]]]
+            smallest = None if found is None else found.smallest
+            ends = (None, None) if found is None else (value - smallest, value + smallest)
+            entry |= {
+                "within_noise": None if found is None else not found.is_different,
+                "smallest": smallest,
+                "family_low": ends[0],
+                "family_high": ends[1],
+            }
+        return entries["deltas"], entries["density_matched"]
+
+    def _delta(self, name: str, group: Group, match: Match) -> tuple[Estimate, Any]:
+        """A metric of the group less that of its baseline at the same L0, and the latter."""
+        terms = [self.groups[i].term() for i in match.groups]
+        own, others = combine(name, [group.term()]), [combine(name, [t]) for t in terms]
+        if own.value is None or group.point is None or any(e.value is None for e in others):
+            minus = [Term(-w, t.runs) for w, t in zip(match.weights, terms, strict=True)]
+            return combine(name, [group.term(), *minus]), combine(name, terms).value
+        front = self._front(group, name)
+        found = at_l0(name, group.point.l0, match.groups, front)
+        minus = [Term(-w, t.runs) for w, t in zip(found.weights, terms, strict=True)]
+        delta = combine(
+            name, [group.term(), *minus], value=own.value - found.value, error=found.error
+        )
+        return delta, found.value
+
+    def _front(self, group: Group, name: str) -> dict[int, tuple[float, float]]:
+        """L0 and the metric of the baselines on the front, and of those that stand in."""
+        near = [g for g in self.baseline_groups(group) if g.point is not None]
+        points = [g.point for g in near if g.point is not None]
+        shown = {point.group for point in pareto_front(points)} | set(self._match(group).groups)
         found = {}
-        for name in self.metrics:
-            entry = _entry(combine(name, [group.term(), *minus]))
-            entry |= {"baseline": plain(combine(name, baseline).value), "within_noise": None}
-            if entry["low"] is not None:
-                ends = entry["low"], entry["high"]
-                entry["within_noise"] = holds_zero(*ends, scale=entry["baseline"])
-            found[name] = entry
+        for g in near:
+            value = combine(name, [g.term()]).value
+            if g.id in shown and value is not None and g.point is not None:
+                found[g.id] = g.point.l0, float(value)
         return found
 
-    def _density_matched(self, group: Group, baseline: Sequence[Term]) -> dict[str, Any]:
+    def _at_density(
+        self, group: Group, baseline: Sequence[Term], n_draws: int
+    ) -> dict[str, Matched]:
         names = [
             name
             for name in self.metrics
             if (name.startswith("C_") or name in ("rho_1", "omega_squared"))
             and all(name in run.features for t in [group.term(), *baseline] for run in t.runs)
         ]
-        if not baseline or not names:
+        if not names:
             return {}
         arms = [live_features(terms, names) for terms in ([group.term()], baseline)]
         if arms[0] is None or arms[1] is None:
             return {}
-        return {name: density_matched(arms[0], arms[1], name) for name in names}
+        return {name: at_density(arms[0], arms[1], name, n_draws) for name in names}
 
     def _curve(self, group: Group) -> dict[str, Any]:
-        estimate = combine("autocorrelation", [group.term()])
+        estimate = _own("autocorrelation", group)
         rho = plain(estimate.value)
         bands = {k: plain(getattr(estimate, k)) for k in ("low", "high")}
         lags = list(range(len(rho))) if rho else []

@@ -2,25 +2,28 @@
 
 **Matched L0.** The groups of a baseline arm that no other group of it beats (less L0 and no less
 explained variance) are its Pareto front. At the variant's L0 every metric of the baseline is
-interpolated between the two neighbours on the front, linearly in log L0. Nothing is extrapolated:
-outside the front the nearest group of the arm stands in if its L0 is within 5 %, else there is no
-baseline.
+read off the front, between the two neighbours (`at_l0`). Nothing is extrapolated: outside the front
+the nearest group of the arm stands in if its L0 is within 5 %, moved along the slope there, else
+there is no baseline.
 
 **Matched density.** Features that fire often are more consistent than rare ones in any SAE, so a
 loss that only makes features denser moves energy-weighted means. Both arms are cut into bins of
-log10 density, 4 to a decade. With e_A(b) the share of arm A's energy (sum of c0) in bin b and
-m_A(b) the energy-weighted mean of a metric there,
+log10 density, 4 to a decade. With e_A(b) the share of arm A's energy (sum of c0) in bin b, m_A(b)
+the energy-weighted mean of a metric there, x_A(b) that of log10 density, and s(b) the slope of the
+metric on log10 density within the bin, common to both arms,
 
-    w(b) = min(e_A(b), e_B(b)),    matched mean of A = sum_b w(b) m_A(b) / sum_b w(b)
+    w(b) = min(e_A(b), e_B(b)),    d(b) = m_A(b) - m_B(b) - s(b) (x_A(b) - x_B(b))
+    difference = sum_b w(b) d(b) / sum_b w(b)
 
-and the same weights for B: two arms that differ in density alone have a difference of 0. The
-overlap sum_b w(b) is the share of both that is compared. Features of several seeds, or of two
-neighbours on a front, enter with their share of the weight. Intervals are from a bootstrap over
-features (Poisson weights), not over contexts. Features of one number and seed get the same weight
-in both arms: they began as the same feature, and what became the same of them is no noise of the
-difference; where they have nothing in common the pairing changes nothing.
+so that two arms that differ in density alone have a difference of 0. The overlap sum_b w(b) is the
+share of both that is compared. Features of several seeds, or of two neighbours on a front, enter
+with their share of the weight. The error has two parts, which are added (Owen 2007): that of other
+features, from Poisson weights over features, and that of other documents, from the sums without
+each block of them. Features of one number and seed get the same weight in both arms: they began as
+the same feature, and what became the same of them is no noise of the difference; where they have
+nothing in common the pairing changes nothing.
 
-Shapes: F features of an arm, b bins, R resamples.
+Shapes: F features of an arm, b bins, R draws, G blocks of documents.
 """
 
 from __future__ import annotations
@@ -32,17 +35,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tcsae.metrics.bootstrap import interval
+from tcsae.metrics.density import DENSITY_EDGES, N_BINS, bin_and_place, density_bin
+from tcsae.metrics.units import interval, jackknife_draws
+from tcsae.report.at_l0 import SAME_L0
 from tcsae.report.paired import LEVEL, Term, holds_zero
+from tcsae.report.runs import Run
 
-SAME_L0 = 0.05
+NEAR_L0 = 0.05
 """Relative difference of L0 up to which a group off the front's range may stand in."""
-_EQUAL = 1e-3
-BINS_A_DECADE = 4
-DENSITY_EDGES = torch.arange(-7 * BINS_A_DECADE, 1) / BINS_A_DECADE
-"""Edges of the bins, log10 of density."""
-FEATURE_DRAWS = 500
+FEATURE_DRAWS = 1000
 _AT_ONCE = 2**23
+_NO_SPREAD = 1e-9
+"""Spread of log10 density within a bin, as a share of all energy, that tells no slope."""
 _MOST_FEATURES = 2**30
 
 
@@ -86,7 +90,7 @@ def match_l0(l0: float, baseline: Sequence[Point]) -> Match:
         return abs(math.log(point.l0 / l0))
 
     front = pareto_front(points)
-    if front[0].l0 < l0 < front[-1].l0 and distance(min(front, key=distance)) > _EQUAL:
+    if front[0].l0 < l0 < front[-1].l0 and distance(min(front, key=distance)) > SAME_L0:
         upper = next(i for i, point in enumerate(front) if point.l0 >= l0)
         low, high = front[upper - 1], front[upper]
         share = math.log(l0 / low.l0) / math.log(high.l0 / low.l0)
@@ -94,10 +98,13 @@ def match_l0(l0: float, baseline: Sequence[Point]) -> Match:
         return Match("interpolated", [low.group, high.group], [1 - share, share], l0, words)
     on_front = front[0].l0 < l0 < front[-1].l0
     nearest = min(front if on_front else points, key=distance)
-    if abs(nearest.l0 / l0 - 1) > SAME_L0:
+    if abs(nearest.l0 / l0 - 1) > NEAR_L0:
         words = f"no baseline at this L0 ({l0:.4g}): the nearest has {nearest.l0:.4g}"
         return Match("none", [], [], None, words)
-    return Match("single", [nearest.group], [1.0], nearest.l0, f"L0 {nearest.l0:.4g}")
+    words = f"L0 {nearest.l0:.4g}"
+    if distance(nearest) >= SAME_L0:
+        words += f", moved to {l0:.4g}"
+    return Match("single", [nearest.group], [1.0], nearest.l0, words)
 
 
 # ---------------------------------------------------------------------------- matched density
@@ -109,17 +116,14 @@ class Features(NamedTuple):
     unit: Tensor
     """[F] int64, the same for features of one seed and number."""
     bin: Tensor
-    """[F] int64 of log10 density."""
+    """[F], the bin of log10 density and the place in it (`density_bin`)."""
     energy: Tensor
     """[F], shares that sum to 1."""
     metrics: Mapping[str, Tensor]
     """[F] each."""
-
-
-def density_bin(density: Tensor) -> Tensor:
-    """Bin of each density in (0, 1]; what is rarer than the first edge is in the first bin."""
-    inner = DENSITY_EDGES[1:-1].to(density.dtype)
-    return torch.bucketize(density.log10(), inner, right=True)
+    by_density: Mapping[str, Tensor] | None = None
+    """[1 + G, b, 5] each: sums over the features of all documents, and without each block
+    (`ConsistencySuite.by_density`), whose energy sums to 1. None: no documents are known."""
 
 
 def live_features(terms: Sequence[Term], names: Sequence[str]) -> Features | None:
@@ -140,82 +144,151 @@ def live_features(terms: Sequence[Term], names: Sequence[str]) -> Features | Non
     if not len(together):
         return None
     joined = {name: torch.cat(values) for name, values in metrics.items()}
-    return Features(torch.cat(unit), density_bin(together), torch.cat(energy), joined)
+    return Features(
+        torch.cat(unit),
+        density_bin(together),
+        torch.cat(energy),
+        joined,
+        _documents(runs, names),
+    )
 
 
-class _Binned(NamedTuple):
-    energy: Tensor
-    """[R, b], shares of the energy."""
-    mean: Tensor
-    """[R, b], energy-weighted mean of the metric; 0 where there is no energy."""
+def _documents(runs: Sequence[tuple[float, Run]], names: Sequence[str]) -> dict[str, Tensor] | None:
+    found: dict[str, Tensor] = {}
+    for name in names:
+        parts = [(weight, run.by_density.get(name)) for weight, run in runs]
+        known = [(weight, part) for weight, part in parts if part is not None]
+        if len(known) < len(parts) or len({part.shape for _, part in known}) > 1:
+            return None
+        found[name] = torch.stack(
+            [w * part / part[..., 0].sum(1)[:, None, None] for w, part in known]
+        ).sum(0)
+    return found
 
 
-def _binned(features: Features, name: str, weights_RF: Tensor) -> _Binned:
+def _binned(features: Features, name: str, weights_RF: Tensor) -> Tensor:
+    """Sums of e, e y, e x, e x^2, e x y by bin, [R, b, 5]; features without a value left out."""
     values = features.metrics[name]
     known = values.isfinite()
-    energy_F = torch.where(known, features.energy, 0.0)
-    sums = torch.zeros(len(values), 2 * (len(DENSITY_EDGES) - 1), dtype=torch.float64)
-    rows = torch.arange(len(values))
-    sums[rows, 2 * features.bin] = energy_F
-    sums[rows, 2 * features.bin + 1] = energy_F * torch.where(known, values, 0.0)
-    energy_Rb, moment_Rb = (weights_RF @ sums).unflatten(1, (-1, 2)).unbind(-1)
-    mean_Rb = torch.where(energy_Rb > 0, moment_Rb / energy_Rb, 0.0)
-    return _Binned(energy_Rb / energy_Rb.sum(1, keepdim=True), mean_Rb)
+    e_F = torch.where(known, features.energy, 0.0)
+    bin_F, x_F = bin_and_place(features.bin.double())
+    y_F = torch.where(known, values, 0.0)
+    terms_F5 = torch.stack([e_F, e_F * y_F, e_F * x_F, e_F * x_F**2, e_F * x_F * y_F], 1)
+    sums = terms_F5.new_zeros(len(values), N_BINS, 5, dtype=torch.float64)
+    sums[torch.arange(len(values)), bin_F] = terms_F5.double()
+    return (weights_RF @ sums.flatten(1)).unflatten(1, (N_BINS, 5))
 
 
-def _matched(first: _Binned, second: _Binned) -> Tensor:
-    """[R, 3]: both matched means and the overlap."""
-    w_Rb = torch.minimum(first.energy, second.energy)
-    overlap_R = w_Rb.sum(1)
-    means = [(w_Rb * arm.mean).sum(1) / overlap_R for arm in (first, second)]
-    return torch.stack([*means, overlap_R], 1)
+class _Matched(NamedTuple):
+    delta: Tensor
+    """[R]."""
+    baseline: Tensor
+    """[R], the second arm's mean, with these weights."""
+    overlap: Tensor
+    """[R]."""
 
 
-def _resampled_delta(first: Features, second: Features, name: str) -> Tensor:
-    """[R] differences of the matched means."""
+def _matched(first: Tensor, second: Tensor) -> _Matched:
+    """The second arm's sums and the first's by bin, [R, b, 5] each, laid side by side."""
+    energies, means, places, within = [], [], [], []
+    for sums in (first, second):
+        e, ey, ex, exx, exy = sums.unbind(-1)
+        some = torch.where(e > 0, e, torch.nan)
+        energies.append(e / e.sum(1, keepdim=True))
+        means.append((ey / some).nan_to_num(nan=0.0))
+        places.append((ex / some).nan_to_num(nan=0.0))
+        # About the bin's means, so that an arm's energy is no part of the slope.
+        within.append(
+            (
+                (exy - ex * means[-1]) / e.sum(1, keepdim=True),
+                (exx - ex * places[-1]) / e.sum(1, keepdim=True),
+            )
+        )
+    weights = torch.minimum(*energies)
+    joint, square = (within[0][i] + within[1][i] for i in (0, 1))
+    slope = torch.where(square > _NO_SPREAD, joint / square.clamp(min=_NO_SPREAD), 0.0)
+    apart = means[0] - means[1] - slope * (places[0] - places[1])
+    overlap = weights.sum(1)
+    delta, baseline = ((weights * x).sum(1) / overlap for x in (apart, means[1]))
+    return _Matched(delta, baseline, overlap)
+
+
+def _over_features(first: Features, second: Features, name: str, n_draws: int) -> Tensor:
+    """[R] differences of the matched means with other features."""
     units, place = torch.cat([first.unit, second.unit]).unique(return_inverse=True)
     at_first, at_second = place.split([len(first.unit), len(second.unit)])
     generator = torch.Generator().manual_seed(0)
     draws = []
-    for some in torch.arange(FEATURE_DRAWS).split(max(1, _AT_ONCE // len(units))):
+    for some in torch.arange(n_draws).split(max(1, _AT_ONCE // len(units))):
         rates = torch.ones(len(some), len(units), dtype=torch.float64)
         weights = torch.poisson(rates, generator=generator)
         arms = ((first, at_first), (second, at_second))
         matched = _matched(*(_binned(arm, name, weights[:, at]) for arm, at in arms))
-        draws.append(matched[:, 0] - matched[:, 1])
+        draws.append(matched.delta)
     return torch.cat(draws)
 
 
-def density_matched(first: Features, second: Features, name: str) -> dict[str, Any]:
-    """A metric of two arms weighted to one distribution of density; an entry of the JSON."""
+def _over_documents(first: Features, second: Features, name: str, n_draws: int) -> Tensor | None:
+    """[R] differences of the matched means without some documents; None where none are known."""
+    sums = [arm.by_density.get(name) if arm.by_density else None for arm in (first, second)]
+    if sums[0] is None or sums[1] is None or sums[0].shape != sums[1].shape:
+        return None
+    delta = _matched(sums[0].double(), sums[1].double()).delta
+    return jackknife_draws(delta[1:], delta[0], n_draws)
+
+
+class Matched(NamedTuple):
+    """A difference at equal density."""
+
+    entry: dict[str, Any]
+    """Of the JSON."""
+    draws: Tensor | None
+    """[R] around the difference."""
+
+
+def at_density(
+    first: Features, second: Features, name: str, n_draws: int = FEATURE_DRAWS
+) -> Matched:
+    """A metric of two arms weighted to one distribution of density, with `n_draws` draws."""
     single = [torch.ones(1, len(arm.energy), dtype=torch.float64) for arm in (first, second)]
-    estimate = _matched(_binned(first, name, single[0]), _binned(second, name, single[1]))[0]
-    value, baseline, overlap = estimate.tolist()
+    found = _matched(_binned(first, name, single[0]), _binned(second, name, single[1]))
+    delta, baseline, overlap = (x[0] for x in found)
     entry: dict[str, Any] = dict.fromkeys(
         ("value", "baseline", "delta", "low", "high", "within_noise", "reason")
     )
-    entry["overlap"] = overlap if overlap == overlap else 0.0
+    entry["overlap"] = float(overlap) if overlap.isfinite() else 0.0
     if not entry["overlap"] > 0:
-        return entry | {"reason": "the two have no density in common"}
-    entry |= {"value": value, "baseline": baseline, "delta": value - baseline}
-    delta = estimate[0] - estimate[1]
-    low, high = interval(_resampled_delta(first, second, name), delta, LEVEL)
+        return Matched(entry | {"reason": "the two have no density in common"}, None)
+    value = float(baseline + delta)
+    entry |= {"value": value, "baseline": float(baseline), "delta": float(delta)}
+    draws = _over_features(first, second, name, n_draws)
+    draws = draws - draws.nanmean()
+    if (documents := _over_documents(first, second, name, n_draws)) is not None:
+        draws = draws + documents - documents.mean()
+    low, high = interval(draws + delta, delta, LEVEL)
     if not low.isfinite():
-        return entry | {"reason": "too few features for an interval"}
-    ends = float(low), float(high)
-    inside = holds_zero(*ends, scale=baseline)
-    return entry | {"low": ends[0], "high": ends[1], "within_noise": inside}
+        return Matched(entry | {"reason": "too few features for an interval"}, None)
+    return Matched(entry | {"low": float(low), "high": float(high)}, draws + delta)
+
+
+def density_matched(first: Features, second: Features, name: str) -> dict[str, Any]:
+    """`at_density` of one metric alone: `within_noise` says whether its own interval holds 0."""
+    entry = at_density(first, second, name).entry
+    if entry["low"] is not None:
+        entry["within_noise"] = holds_zero(entry["low"], entry["high"], scale=entry["baseline"])
+    return entry
 
 
 def density_histogram(features: Features | None, name: str | None) -> dict[str, Any]:
     """Share of the live features by bin of density, and the energy-weighted metric there."""
     edges = DENSITY_EDGES.tolist()
-    n_bins = len(edges) - 1
     if features is None:
-        return {"edges": edges, "share": [0.0] * n_bins, "C": [None] * n_bins}
-    share = torch.bincount(features.bin, minlength=n_bins) / len(features.bin)
-    C: list[float | None] = [None] * n_bins
+        return {"edges": edges, "share": [0.0] * N_BINS, "C": [None] * N_BINS}
+    bin_F, _ = bin_and_place(features.bin)
+    share = torch.bincount(bin_F, minlength=N_BINS) / len(bin_F)
+    C: list[float | None] = [None] * N_BINS
     if name is not None:
-        binned = _binned(features, name, torch.ones(1, len(features.bin), dtype=torch.float64))
-        C = [float(m) if e > 0 else None for e, m in zip(*(x[0] for x in binned), strict=True)]
+        one = torch.ones(1, len(features.bin), dtype=torch.float64)
+        sums_b5 = _binned(features, name, one)[0]
+        C = [float(ey / e) if e > 0 else None for e, ey in sums_b5[:, :2].tolist()]
     return {"edges": edges, "share": share.tolist(), "C": C}

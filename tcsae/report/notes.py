@@ -15,7 +15,9 @@ from tcsae.base.labels import (
     SPREAD,
     decimals,
     difference_text,
+    from_documents,
     interval_text,
+    interval_words,
     label,
     listed,
     number,
@@ -97,10 +99,9 @@ def _what_was_run(contents: Contents) -> list[str]:
 
 def _core_results(contents: Contents) -> list[str]:
     summary = contents.summary
-    level = f"{100 * summary['level']:g} %"
     said = (
-        f"{summary['n_valid_tokens']:,} tokens in {summary['n_contexts']:,} held-out contexts. "
-        f"Brackets: {level} interval, bootstrap over contexts."
+        f"{summary['n_valid_tokens']:,} tokens in {summary['n_contexts']:,} held-out contexts"
+        f"{from_documents(summary)}. Brackets: {interval_words(summary)}"
     )
     rows = [
         (
@@ -135,6 +136,11 @@ def _consistency(contents: Contents) -> list[str]:
         f"Over the {summary['n_live']:,} live features of {summary['n_features']:,}. The weighted "
         "mean weighs a feature by its variance about its position means."
     )
+    if "n_seen" in summary:
+        said += (
+            f" Medians and quantiles are over the {summary['n_seen']:,} that were on in "
+            f"{summary['seen_contexts']} contexts or more."
+        )
     rows = [("metric", "weighted mean", "interval", "median", "interval", "99 %", "meaning")]
     for name, entry in summary["metrics"].items():
         if not entry["n"]:
@@ -184,6 +190,12 @@ def _where(contents: Contents) -> list[str]:
         )
         window = contents.summary["shares_window"]
         said.append(f"The variance of features lies {parts} (windows of {window} tokens).")
+    for name, entry in metrics.items():
+        if n := entry.get("n_censored"):
+            said.append(
+                f"{label(name).name}: {n:,} features last longer than could be measured, and are "
+                "in no mean."
+            )
     return ["", *(line for text in said for line in _paragraph(text, "- "))] if said else []
 
 
@@ -202,11 +214,19 @@ def _analysis_lines(contents: Contents) -> list[str]:
     lines += _paragraph(
         f"{twins['n_pairs']} pairs of position twins (decoder cosine above {limits['cosine']}, "
         f"correlation below {limits['twin_correlation']}, overlap of positions below "
-        f"{limits['twin_overlap']}); a share of {number(twins['twinned_share'])} of the live "
-        f"features has one. Effective rank of the correlations: "
+        f"{limits['twin_overlap']} and below chance); a share of "
+        f"{number(twins['twinned_share'])} of the live features has one"
+        f"{_untold(twins)}. Effective rank of the correlations: "
         f"{number(redundancy['effective_rank'])}."
     )
     return lines + _cluster_lines(contents.analysis.specialization)
+
+
+def _untold(twins: Mapping[str, Any]) -> str:
+    """Pairs of one direction of which it cannot be told whether they are apart in position."""
+    if not (n := twins.get("n_cannot_tell")):
+        return ""
+    return f" (of {n} of {twins['n_candidates']} pairs of one direction it cannot be told)"
 
 
 def _cluster_lines(specialization: Mapping[str, Any]) -> list[str]:
@@ -214,7 +234,7 @@ def _cluster_lines(specialization: Mapping[str, Any]) -> list[str]:
     checks = ("modularity", "modularity_excess", "ari_seeds", "ari_halves", "ami_decoder")
     lines = _heading("Clusters of features that fire together")
     chance = {
-        True: "stronger than in rewired graphs and with shuffled contexts (p < 0.01)",
+        True: "stronger than in rewired graphs and with shuffled documents (p < 0.01)",
         False: "not stronger than chance (p < 0.01 was asked)",
         None: f"not tested against chance: {summary.get('significant_reason')}",
     }[summary["significant"]]
@@ -275,6 +295,7 @@ def stream_words(stream: Mapping[str, Any]) -> str:
     return (
         f"{stream['model']}, {stream['hook_name']}, {stream['dataset']}: "
         f"{stream['n_contexts']:,} held-out contexts of {stream['context_size']} tokens"
+        f"{from_documents(stream)}"
     )
 
 
@@ -283,7 +304,7 @@ def _compared(content: Mapping[str, Any]) -> list[str]:
     lines = _heading("What was compared")
     lines += _paragraph(
         f"{len(used)} runs in {len(content['groups'])} settings. Seeds of one setting are pooled. "
-        f"Brackets: {100 * content['level']:g} % interval."
+        f"Brackets: {100 * content['level']:g} % interval, over documents and seeds."
     )
     labels = {group["id"]: group["label"] for group in content["groups"]}
     rows = [(run["name"], labels.get(run["group"], run["status"])) for run in content["runs"]]
@@ -351,7 +372,7 @@ def verdicts(group: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         if entry["within_noise"] is None:
             unknown.append(f"{label(name).name} ({text})")
         elif entry["within_noise"]:
-            noise.append(f"{label(name).name} ({text})")
+            noise.append(f"{label(name).name} ({text}{_would_show(entry)})")
         else:
             said.append(_clear(label(name).name, group["metrics"][name]["value"], entry, text))
     if noise:
@@ -374,9 +395,16 @@ def density_verdict(group: Mapping[str, Any], name: str) -> str:
     if entry["within_noise"] is None:
         return f"{said}: {text}, without an interval ({entry['reason']}). {overlap}"
     if entry["within_noise"]:
-        return f"{said}: within noise, so no difference was shown ({text}). {overlap}"
+        shown = _would_show(entry)
+        return f"{said}: within noise, so no difference was shown ({text}{shown}). {overlap}"
     moved = {**entry, "value": entry["delta"]}
     return f"{_clear(said, entry['value'], moved, text)} {overlap}"
+
+
+def _would_show(entry: Mapping[str, Any]) -> str:
+    """The smallest difference that would have been called one."""
+    smallest = entry.get("smallest")
+    return "" if smallest is None else f"; {number(smallest)} would have shown"
 
 
 def _clear(name: str, own: float, entry: Mapping[str, Any], text: str) -> str:
@@ -398,6 +426,6 @@ def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     said = (
         "Features that fire often are more consistent in any SAE. Both sides are weighted to one "
         "distribution of density here; the overlap is the share of them that this leaves. "
-        "Intervals are over features."
+        "Intervals are over features and documents."
     )
     return [*_heading("The same at equal density"), *_paragraph(said), *lines]

@@ -6,12 +6,22 @@ Shapes: F = d_sae features, T positions, M cells of the correlation picture.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tcsae.base.labels import HEADLINE, interval_text, label, number, spread_text, window_part
+from tcsae.base.labels import (
+    HEADLINE,
+    from_documents,
+    interval_text,
+    interval_words,
+    label,
+    number,
+    spread_text,
+    window_part,
+)
 from tcsae.measure.analysis import Analysis
 from tcsae.report import norm_limits, plots
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
@@ -203,6 +213,8 @@ def _context(contents: Contents) -> dict[str, Any]:
         "config_text": json.dumps(config.dump(), indent=2),
         "command": contents.command(),
         "summary": contents.summary,
+        "from_documents": from_documents(contents.summary),
+        "interval_words": interval_words(contents.summary),
         "tiles": _tiles(contents),
         "missing": contents.missing(),
         "core_rows": _core_rows(contents),
@@ -251,8 +263,9 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
             tiles.append(tile(name, value, band, entry["reason"] or ""))
             if window_part(name) and (spread := spread_text(entry)):
                 tiles[-1]["meaning"] += f"; {spread}"
-    if (edge := contents.singles.get("edge_energy")) is not None:
-        tiles.append(tile("edge_energy", edge["value"], edge["interval"], edge["reason"] or ""))
+    for name in ("live_share", "edge_energy"):
+        if (entry := contents.singles.get(name)) is not None:
+            tiles.append(tile(name, entry["value"], entry["interval"], entry["reason"] or ""))
     if contents.analysis is not None:
         redundancy = contents.analysis.redundancy
         for part, name in (("redundant", "redundant_share"), ("twins", "twinned_share")):
@@ -291,10 +304,18 @@ def _consistency_rows(contents: Contents) -> list[list[str]]:
                 number(entry.get("q99")),
                 number(entry["mean"]),
                 f"{entry['n']:,}",
-                entry["reason"] or label(name).meaning,
+                _meaning(name, entry),
             ]
         )
     return rows
+
+
+def _meaning(name: str, entry: Mapping[str, Any]) -> str:
+    """What a metric means, or why it has no mean, and how much of it could not be measured."""
+    said = entry["reason"] or label(name).meaning
+    if n := entry.get("n_censored"):
+        said += f"; {n:,} features last longer than could be measured and are in no mean"
+    return said
 
 
 def _single_rows(contents: Contents) -> list[list[str]]:

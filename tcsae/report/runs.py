@@ -17,6 +17,7 @@ from tcsae.base.files import read_json
 from tcsae.base.labels import HEADLINE, SINGLES
 from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
 from tcsae.config import Config, LoadedConfig, identity
+from tcsae.metrics.units import Units
 from tcsae.report.draws import core_draws
 from tcsae.runs.folder import LoadedRun, load_run
 
@@ -44,6 +45,10 @@ _NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts
 LOADED = "loaded from"
 """The setting that only SAEs have that were not trained here."""
 _ADVICE = "run its command again with rerun=true"
+OLDER = (
+    "evaluated by an older version, whose intervals drew contexts where documents are the unit; "
+    "run its command again with rerun=true"
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,14 @@ class Run:
     folder: Path
     config: Config | LoadedConfig
     place: dict[str, Any]
-    """model, hook_name, layer, d_in, dataset, context_size, n_contexts, n_tokens."""
+    """model, hook_name, layer, d_in, dataset, context_size, n_documents (None: not known),
+    n_contexts, n_tokens, n_model_tokens, held_out (a digest of the contexts; None: not known)."""
     contexts: Tensor
     """[2, N] valid tokens of every held-out context, and the sum of their norms."""
     values: dict[str, Tensor]
     """Every metric (0-dimensional), and the curve `autocorrelation` [K + 1]; NaN: none."""
     draws: dict[str, Tensor]
-    """Resamples over contexts of the same, [R, ...]; absent where there is no interval."""
+    """Draws of the error around the same, [R, ...]; absent where there is no interval."""
     reasons: dict[str, str]
     """Why a metric is NaN."""
     interval_reason: str
@@ -74,6 +80,10 @@ class Run:
     """[T], relative to the mean from position 8 on; empty if it was not measured."""
     paired_positions: bool = True
     """omega_squared is from pairs of contexts; else it is too low for features that last."""
+    by_density: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over features of alike density (`ConsistencySuite.by_density`); empty: not kept."""
+    intervals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Ends of the run's own intervals, and of the band of `autocorrelation`."""
 
     @property
     def seed(self) -> int | None:
@@ -139,10 +149,7 @@ def _run_of(loaded: LoadedRun, folder: Path) -> Run:
     for name, (value, reason) in _analysis_values(RunFiles(folder).analysis).items():
         values[name] = _number(value)
         reasons |= {name: reason} if reason else {}
-    d_in, n_boot = loaded.sae.d_in, config.evaluation.bootstrap
-    core = core_draws(kinds["reconstruction"], kinds["model"], d_in, n_boot)
-    suite = _suite_draws(loaded.draws)
-    why = summary["interval_reason"] or "evaluated by a version that kept no resamples"
+    draws, why = _draws(loaded, kinds)
     return Run(
         name=folder.resolve().name,
         folder=folder,
@@ -150,14 +157,16 @@ def _run_of(loaded: LoadedRun, folder: Path) -> Run:
         place=_place(loaded, kinds),
         contexts=torch.stack([kinds["reconstruction"][k] for k in ("n_tokens", "l2_norm_in")]),
         values=values,
-        draws=core | suite,
+        draws=draws,
         reasons=reasons,
-        interval_reason="" if suite else why,
+        interval_reason=why,
         medians=medians,
         features=_features(loaded.per_feature),
         top=top,
         energy_by_position=summary.get("energy_by_position", []),
         paired_positions="energy_by_position" in summary,
+        by_density={k: v.double() for k, v in loaded.by_density.items()},
+        intervals=_intervals(loaded) if draws else {},
     )
 
 
@@ -197,11 +206,32 @@ def _analysis_values(files: AnalysisFiles) -> dict[str, tuple[float | None, str 
     return found
 
 
-def _suite_draws(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        k: (v if v.ndim == 1 or k == "autocorrelation" else v[:, 0]).double()
-        for k, v in draws.items()
-    }
+def _draws(
+    loaded: LoadedRun, kinds: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], str]:
+    """Draws of every metric, and why there are none of the suite's."""
+    summary = loaded.consistency["summary"]
+    if "n_documents" not in summary:
+        return {}, OLDER
+    sums, n_draws = loaded.per_context, loaded.config.evaluation.bootstrap
+    units, through_model = Units(sums["document"]), sums["model_context"].long()
+    named = kinds["reconstruction"], kinds["model"]
+    draws = core_draws(*named, loaded.sae.d_in, n_draws, units, through_model)
+    for name, value in loaded.draws.items():
+        whole = value.ndim == 1 or name == "autocorrelation"
+        draws[name] = (value if whole else value[:, 0]).double()
+    known = {name: value for name, value in draws.items() if value.isfinite().any()}
+    return known, summary["interval_reason"] or ""
+
+
+def _intervals(loaded: LoadedRun) -> dict[str, tuple[Tensor, Tensor]]:
+    summary, curve = loaded.consistency["summary"], loaded.consistency["summary"]["autocorrelation"]
+    ends: dict[str, Any] = dict(loaded.core["eval_result_unstructured"]["intervals"])
+    ends |= {n: e["energy_weighted_interval"] for n, e in summary["metrics"].items()}
+    ends |= {name: summary[name]["interval"] for name in SINGLES if name in summary}
+    found = {n: (_number(e[0]), _number(e[1])) for n, e in ends.items() if None not in e}
+    low, high = (torch.stack([_number(x) for x in curve[key]]) for key in ("low", "high"))
+    return found | {"autocorrelation": (low, high)}
 
 
 def _features(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,10 +250,18 @@ def _place(loaded: LoadedRun, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict
         "d_in": loaded.sae.d_in,
         "dataset": config.dataset.name if path is None else f"{config.dataset.name} ({path})",
         "context_size": config.dataset.context_size,
+        "n_documents": loaded.consistency["summary"].get("n_documents"),
         "n_contexts": loaded.consistency["summary"]["n_contexts"],
         "n_tokens": loaded.consistency["summary"]["n_valid_tokens"],
         "n_model_tokens": int(kinds["model"]["n_tokens"].sum()),
+        "held_out": _held_out(loaded.folder),
     }
+
+
+def _held_out(folder: Path) -> str | None:
+    """The digest of the contexts that were measured on, of a run that kept it."""
+    file = RunFiles(folder).content
+    return read_json(file).get("held_out_contexts") if file.is_file() else None
 
 
 # --------------------------------------------------------------------------------- settings
@@ -278,6 +316,9 @@ def same_stream(first: Run, second: Run) -> bool:
     """One model, hook and set of held-out contexts: the activations themselves are compared."""
     names = ("model", "hook_name", "d_in", "context_size")
     if any(first.place[n] != second.place[n] for n in names):
+        return False
+    digests = first.place.get("held_out"), second.place.get("held_out")
+    if None not in digests and digests[0] != digests[1]:
         return False
     mine, theirs = first.contexts, second.contexts
     return (

@@ -71,8 +71,14 @@ class LoadedRun:
 
     @cached_property
     def draws(self) -> dict[str, Tensor]:
-        """The suite's resamples; {} in a run of a version that kept none."""
+        """The suite's draws of the error of each metric; {} in a run of a version without."""
         path = RunFiles(self.folder).eval.draws
+        return load_tensors(path, _ADVICE)[0] if path.is_file() else {}
+
+    @cached_property
+    def by_density(self) -> dict[str, Tensor]:
+        """Sums over features of alike density; {} in a run of a version that kept none."""
+        path = RunFiles(self.folder).eval.by_density
         return load_tensors(path, _ADVICE)[0] if path.is_file() else {}
 
     @cached_property

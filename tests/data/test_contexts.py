@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from tcsae.base.errors import UserError
 from tcsae.data.contexts import Contexts, SpecialIds, build_contexts, pack, segments_of, valid_of
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Document
+from tcsae.metrics.units import Units
 
 BOS = 0
 SMOLLM2 = SpecialIds(bos=0, boundaries=frozenset({0, 2}), masked=frozenset({0, 1, 2}))
@@ -63,6 +65,7 @@ def context_config(**changes: Any) -> Any:
         "eval_fraction": 0.3,
         "context_size": 8,
         "seed": 0,
+        "eval_key": 0,
     }
     return SimpleNamespace(**{**fields, **changes})
 
@@ -176,6 +179,28 @@ def test_contexts_are_the_tokens_of_the_documents(tokenizer: Any) -> None:
                 words = tokenizer.decode(ids[(segments == number) & (ids != BOS)])
                 # A cut may leave part of a name, which is no name: they are all of one length.
                 assert len(set(words.split()) & {document.id for document in corpus.texts}) <= 1
+
+
+@pytest.mark.parametrize(("seed", "n_contexts"), [(0, None), (0, 7), (5, 30)])
+def test_training_contexts_are_the_drawn_documents_one_after_another(
+    tokenizer: Any, seed: int, n_contexts: int | None
+) -> None:
+    corpus = numbered_texts(60)
+    cfg = context_config(seed=seed, n_contexts=n_contexts)
+    train, _ = build_contexts(corpus, tokenizer, SMOLLM2, cfg)
+
+    def drawn(text: str) -> int:
+        return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+
+    mine = [d for d in corpus.texts if drawn(d.group) >= int(0.3 * 2**64)]
+    mine.sort(key=lambda d: drawn(f"{seed}:{d.id}"))
+    ids = [tokenizer(d.text, add_special_tokens=False).input_ids for d in mine]
+    expected = pack_slowly(stream_of(ids).tolist(), BOS, 8)[:n_contexts]
+    assert train.ids.tolist() == expected and len(expected) > 5
+    # The document of a context is that of its first token, numbered by first appearance.
+    places = [number for number, tokens in enumerate(ids) for _ in tokens]
+    starts = np.cumsum([0] + [sum(t != BOS for t in row) for row in expected[:-1]])
+    assert train.documents.tolist() == Units([places[start] for start in starts]).document.tolist()
 
 
 def test_the_stream_of_one_side_is_its_documents_in_some_order(tokenizer: Any) -> None:
@@ -379,11 +404,14 @@ def test_shakespeare_gives_the_default_run_its_contexts(tokenizer: Any) -> None:
     )
     assert (train.ids.shape, held_out.ids.shape) == ((2048, 128), (256, 128))
     assert len(train.groups) > 25  # from all over the corpus
-    assert set(held_out.groups) <= {
+    assert set(held_out.groups) == {
         "comedies/a-midsummer-night-s-dream",
         "comedies/as-you-like-it",
         "tragedies/king-lear",
         "tragedies/othello",
     }
+    scenes = [d for d in corpus.documents() if d.group in held_out.groups]
+    assert held_out.n_documents == 73 <= len(scenes)  # packed one after another: 17
+    assert torch.bincount(held_out.documents).max() <= 5
     assert 0.98 < train.valid.float().mean() < 127 / 128 + 1e-6
     assert calls[-1] == (2304, 2304)

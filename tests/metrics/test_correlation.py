@@ -270,3 +270,34 @@ def test_sparse_coefficients_of_chosen_pairs_are_exact() -> None:
     expected = feature_correlation(features, **masks).values[first, second]
     torch.testing.assert_close(accumulator.of_pairs(first, second), expected.float())
     assert accumulator.of_pairs(first[:0], second[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_halves_are_what_each_gives_alone_and_leave_the_whole_as_it_is(density: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    on = torch.rand(40, 30, 12, generator=g) < density
+    f_BTF = 5 + on * torch.rand(40, 30, 12, generator=g) if density > 0.1 else on.float()
+    f_BTF = f_BTF.double()
+    f_BTF[::3, :, 4] = 0.25  # constant in one half
+    valid, half = torch.rand(40, 30, generator=g) < 0.9, torch.arange(40) % 3 == 0
+    accumulator = FeatureCorrelation(12, 2, torch.float64)
+    for rows in (slice(0, 7), slice(7, 8), slice(8, 40)):
+        accumulator.update(f_BTF[rows], valid=valid[rows], half=half[rows])
+    for found, side in zip(accumulator.compute_halves(), (~half, half), strict=True):
+        alone = feature_correlation(f_BTF[side], valid=valid[side]).values
+        np.testing.assert_allclose(found, alone, atol=1e-9)
+    assert accumulator.compute_halves()[1][4].isnan().all()
+    for lag in (0, 2):
+        whole = feature_correlation(f_BTF, lag, valid=valid)
+        found = accumulator.compute(max_lag=lag)
+        np.testing.assert_allclose(found.values, whole.values, atol=1e-9)
+
+
+def test_without_halves_the_second_is_undefined() -> None:
+    accumulator = FeatureCorrelation(3)
+    accumulator.update(torch.rand(4, 5, 3))
+    first, second = accumulator.compute_halves()
+    np.testing.assert_allclose(first, accumulator.compute().values, atol=1e-6)
+    assert second.shape == (3, 3) and second.isnan().all()
+    accumulator.reset()
+    assert accumulator.compute_halves()[0].isnan().all()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tcsae.metrics.autocorrelation import autocorrelation, window_consistency
-from tcsae.metrics.document import LongLags, local_part, long_lags, nested_shares, resampled
+from tcsae.metrics.document import LongLags, local_part, long_lags, nested_shares
 from tcsae.metrics.position import position_dependence
 from tests.metrics import synthetic
 from tests.metrics.synthetic import seeded, white_noise

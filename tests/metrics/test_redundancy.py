@@ -1,4 +1,4 @@
-"""Redundant pairs, position twins, effective rank and position-by-position correlation."""
+"""Redundant pairs, effective rank and position-by-position correlation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tcsae.metrics.correlation import SparseFeatureCorrelation, feature_correlation
+from tcsae.metrics.correlation import (
+    FeatureCorrelation,
+    SparseFeatureCorrelation,
+    feature_correlation,
+)
 from tcsae.metrics.redundancy import (
     PositionCorrelation,
     diagonal_means,
@@ -25,6 +29,7 @@ from tcsae.metrics.redundancy import (
     toeplitz_share,
     twins_report,
 )
+from tcsae.metrics.units import Units
 
 
 def random_codes(n_features: int, seed: int = 0) -> Tensor:
@@ -116,45 +121,6 @@ def test_a_dead_dictionary_is_reported_without_nan() -> None:
     assert np.isnan(effective_rank(values))
 
 
-def twins_family() -> tuple[Tensor, Tensor, Tensor]:
-    """0 and 1: one direction, first and second half. 2: that direction, everywhere. 3: first half,
-    another direction. 4 and 5: one direction, both in the first half. 6: dead, direction of 0."""
-    generator = torch.Generator().manual_seed(1)
-    on = torch.rand(200, 20, 7, generator=generator) < 0.3
-    early = (torch.arange(20) < 10)[:, None]
-    on[..., [0, 3, 4, 5]] &= early
-    on[..., [1]] &= ~early
-    on[..., 6] = False
-    f_BTF = on * torch.rand(200, 20, 7, generator=generator)
-    W_dec = torch.eye(7)[[0, 0, 0, 1, 2, 2, 0]] + 0.1 * torch.eye(7)
-    return f_BTF, W_dec, on.float().mean(dim=0)
-
-
-def test_position_twins_are_found_and_nothing_else() -> None:
-    f_BTF, W_dec, profiles = twins_family()
-    pairs = position_twins(feature_correlation(f_BTF).values, W_dec, profiles)
-    assert (pairs.first.tolist(), pairs.second.tolist()) == ([0], [1])
-    assert pairs.correlation[0] < 0
-    assert pairs.cosine[0] > 0.7
-    report = twins_report(pairs, torch.tensor([1, 1, 1, 1, 1, 1, 0]).bool())
-    assert (report["n_pairs"], report["n_features"], report["twinned_share"]) == (1, 2, 2 / 6)
-    json.dumps(report, allow_nan=False)
-
-
-def test_position_twins_of_a_sparse_accumulator() -> None:
-    f_BTF, W_dec, profiles = twins_family()
-    accumulator = SparseFeatureCorrelation(7)
-    accumulator.update(f_BTF)
-    pairs = position_twins(accumulator.of_pairs, W_dec, profiles)
-    assert (pairs.first.tolist(), pairs.second.tolist()) == ([0], [1])
-
-
-def test_features_that_fire_together_are_no_position_twins() -> None:
-    _, W_dec, profiles = twins_family()
-    pairs = position_twins(lambda first, _: torch.full((len(first),), 0.5), W_dec, profiles)
-    assert len(pairs.first) == 0
-
-
 def test_profile_overlap_runs_from_disjoint_to_same() -> None:
     profiles = torch.tensor(
         [[0.2, 0.0, 0.1, 0.0], [0.2, 0.0, 0.1, 0.0], [0.0, 0.5, 0.1, 0.0], [torch.nan] * 4]
@@ -165,7 +131,7 @@ def test_profile_overlap_runs_from_disjoint_to_same() -> None:
 
 
 def test_decoder_pairs_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcsae.metrics.redundancy._BLOCK_ROWS", 7)
+    monkeypatch.setattr("tcsae.metrics.twins._BLOCK_ROWS", 7)
     W_dec = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     cosine = np.corrcoef(np.hstack([W_dec, -W_dec]))  # of centred rows: the plain cosine
     expected = {(i, j) for i in range(40) for j in range(i + 1, 40) if cosine[i, j] > 0.7}
@@ -176,8 +142,12 @@ def test_decoder_pairs_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("n_groups", [1, 3, 6])
 def test_effective_rank_of_identical_groups_is_their_number(n_groups: int) -> None:
-    rank = effective_rank(torch.block_diag(*[torch.ones(4, 4)] * n_groups))
-    assert rank == pytest.approx(n_groups)
+    values = torch.block_diag(*[torch.ones(4, 4)] * n_groups)
+    assert effective_rank(values, (values, values)) == pytest.approx(n_groups)
+
+
+def test_one_matrix_is_not_enough_for_an_effective_rank() -> None:
+    assert np.isnan(effective_rank(torch.eye(4)))
 
 
 @given(seed=st.integers(0, 10**6), n_features=st.integers(2, 30))
@@ -190,7 +160,57 @@ def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues(
     values = feature_correlation(f_BTF).values
     eigenvalues = np.linalg.eigvalsh(values[1:, 1:].numpy())
     expected = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
-    assert effective_rank(values) == pytest.approx(expected, rel=1e-9)
+    assert effective_rank(values, (values, values)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_effective_rank_is_that_of_the_features_that_vary_in_both_halves() -> None:
+    f_BTF = random_codes(7)
+    half = torch.arange(30) % 3 == 0
+    f_BTF[half, :, 0] = 0
+    f_BTF[~half, :, 1] = 1
+    r_A, r_B = (feature_correlation(f_BTF[side][..., 2:]).values.numpy() for side in (~half, half))
+    shared = sum(r_A[i, j] * r_B[i, j] for i in range(5) for j in range(5) if i != j)
+    accumulator = FeatureCorrelation(7, dtype=torch.float64)
+    accumulator.update(f_BTF[:11], half=half[:11])
+    accumulator.update(f_BTF[11:], half=half[11:])
+    values = accumulator.compute().values
+    rank = effective_rank(values, accumulator.compute_halves())
+    assert rank == pytest.approx(min(25 / (5 + shared), 5))
+    eye = torch.eye(3)
+    against = 1.5 * eye - 0.5
+    assert effective_rank(eye, (against, -against + 2 * eye)) == 3  # noise only: all there are
+
+
+def lasting(
+    n_contexts: int, per_document: int, lasts: float, groups: bool = False
+) -> tuple[Tensor, Tensor]:
+    """[contexts, 16, 400] of which a share of the variance lasts a document; its halves."""
+    g = torch.Generator().manual_seed(3)
+    document = torch.arange(n_contexts) // per_document
+
+    def drawn(*shape: int) -> Tensor:
+        own = torch.randn(*shape, 400, generator=g)
+        if not groups:
+            return own
+        return 0.5**0.5 * (own + torch.randn(*shape, 100, generator=g).repeat_interleave(4, -1))
+
+    slow = drawn(n_contexts // per_document, 1)[document]
+    f_BTF = lasts**0.5 * slow + (1 - lasts) ** 0.5 * drawn(n_contexts, 16)
+    return f_BTF, Units(document).halves()
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("lasts", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize(("n_contexts", "per_document"), [(64, 1), (256, 1), (256, 4), (1024, 4)])
+def test_effective_rank_does_not_fall_with_what_lasts(
+    n_contexts: int, per_document: int, lasts: float, groups: bool
+) -> None:
+    f_BTF, half = lasting(n_contexts, per_document, lasts, groups)
+    accumulator = FeatureCorrelation(400)
+    accumulator.update(f_BTF, half=half)
+    rank = effective_rank(accumulator.compute().values, accumulator.compute_halves())
+    truth = 400 / 1.75 if groups else 400
+    assert rank == pytest.approx(truth, rel=0.08)
 
 
 def masked_batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,19 +240,23 @@ def test_position_by_position_correlation_equals_loops_in_any_split(seed: int, c
     f_BTF, segments, valid = masked_batch(seed)
     chosen = [3, 1]
     whole, split = (PositionCorrelation(chosen, 7) for _ in range(2))
+    half = torch.arange(12) % 2 == 0
     whole.update(f_BTF, segments=segments, valid=valid)
-    split.update(f_BTF[:cut], segments=segments[:cut], valid=valid[:cut])
-    split.update(f_BTF[cut:], segments=segments[cut:], valid=valid[cut:])
+    split.update(f_BTF[:cut], segments=segments[:cut], valid=valid[:cut], half=half[:cut])
+    split.update(f_BTF[cut:], segments=segments[cut:], valid=valid[cut:], half=half[cut:])
     expected = position_correlation_by_loops(f_BTF[..., chosen], segments, valid)
     np.testing.assert_allclose(whole.compute(), expected, atol=1e-9)
     np.testing.assert_allclose(split.compute(), expected, atol=1e-9)
+    for side, found in zip((~half, half), split.compute_halves(), strict=True):
+        alone = position_correlation_by_loops(f_BTF[side][..., chosen], segments[side], valid[side])
+        np.testing.assert_allclose(found, alone, atol=1e-9)
     whole.reset()
     assert whole.compute().isnan().all()
 
 
-def autoregression(phi: float, n_contexts: int, n_positions: int) -> Tensor:
+def autoregression(phi: float, n_contexts: int, n_positions: int, *features: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(n_contexts, n_positions, generator=generator).double()
+    noise = torch.randn(n_contexts, n_positions, *features, generator=generator).double()
     f_BT = noise.clone()
     for t in range(1, n_positions):
         f_BT[:, t] = phi * f_BT[:, t - 1] + (1 - phi**2) ** 0.5 * noise[:, t]
@@ -246,32 +270,66 @@ def test_a_stationary_feature_is_toeplitz_and_a_positional_one_is_not() -> None:
     drifting[:, 8:] = autoregression(0.8, 4000, 24)[:, 16:].roll(1, dims=0)
     accumulator = PositionCorrelation([0, 1, 2], 16)
     constant = torch.ones_like(stationary)
-    accumulator.update(torch.stack([stationary, drifting, constant], dim=2))
+    half = torch.arange(4000) % 2 == 0
+    accumulator.update(torch.stack([stationary, drifting, constant], dim=2), half=half)
     correlation = accumulator.compute()
     means = diagonal_means(correlation)
     np.testing.assert_allclose(means[0], 0.8 ** np.arange(16), atol=0.03)
-    share = toeplitz_share(correlation)
+    share = toeplitz_share(correlation, accumulator.compute_halves())
     assert share[0] > 0.98
     halves = np.arange(16) // 8
     truth = 0.8 ** abs(np.subtract.outer(np.arange(16), np.arange(16)))
     truth = truth * np.equal.outer(halves, halves)
     np.testing.assert_allclose(correlation[1], truth, atol=0.08)
-    assert share[1] == pytest.approx(toeplitz_share(torch.from_numpy(truth)[None]).item(), abs=0.02)
+    assert share[1] == pytest.approx(share_by_loops(truth, truth), abs=0.02)
     assert share[1] < 0.8
     assert share[2].isnan() and means[2].isnan().all()
 
 
-def test_toeplitz_share_is_the_share_a_lag_explains_in_an_analysis_of_variance() -> None:
-    matrix = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
-    t, u = np.triu_indices(6, k=1)
-    values, lag = matrix[0].numpy()[t, u], u - t
-    within = sum(((values[lag == d] - values[lag == d].mean()) ** 2).sum() for d in range(1, 6))
-    expected = 1 - within / ((values - values.mean()) ** 2).sum()
-    assert toeplitz_share(matrix).item() == pytest.approx(expected)
+def share_by_loops(first: np.ndarray, second: np.ndarray) -> float:
+    """1 - sum e_A e_B / sum d_A d_B over the entries above the diagonal defined in both."""
+    t, u = np.triu_indices(len(first), k=1)
+    both = np.isfinite(first[t, u]) & np.isfinite(second[t, u])
+    a, b, lag = first[t, u][both], second[t, u][both], (u - t)[both]
+    rest = 0.0
+    for d in np.unique(lag):
+        a_d, b_d = a[lag == d], b[lag == d]
+        rest += ((a_d - a_d.mean()) * (b_d - b_d.mean())).sum()
+    return float(1 - rest / ((a - a.mean()) * (b - b.mean())).sum())
+
+
+def test_toeplitz_share_is_the_share_a_lag_explains_in_an_analysis_of_covariance() -> None:
+    distance = abs(np.subtract.outer(np.arange(20), np.arange(20)))
+    pair = 0.7**distance + 0.1 * np.random.default_rng(0).random((2, 20, 20))
+    pair[0, 2, 5] = np.nan
+    first, second = torch.from_numpy(pair)
+    share = toeplitz_share(second[None], (first[None], second[None]))
+    assert share.item() == pytest.approx(share_by_loops(*pair))
+    assert toeplitz_share(second[None]).isnan().all()  # one matrix is not enough
+
+
+@pytest.mark.parametrize("n_contexts", [64, 256, 1024])
+@pytest.mark.parametrize(
+    ("constant", "phi"), [(0.95, 0.0), (0.6, 0.0), (0.0, 0.0), (0.0, 0.5), (0.0, 0.9)]
+)
+def test_toeplitz_share_of_stationary_features_is_one_or_cannot_be_told(
+    n_contexts: int, constant: float, phi: float
+) -> None:
+    f_BTJ = (1 - constant) ** 0.5 * autoregression(phi, n_contexts, 48, 6)
+    g = torch.Generator().manual_seed(5)
+    f_BTJ += constant**0.5 * torch.randn(n_contexts, 1, 6, generator=g)
+    accumulator = PositionCorrelation(range(6), 48)
+    accumulator.update(f_BTJ, half=torch.arange(n_contexts) % 2 == 0)
+    share = toeplitz_share(accumulator.compute(), accumulator.compute_halves())
+    if phi == 0:
+        assert share.isnan().all()
+    else:
+        assert share.isfinite().sum() >= 5
+        assert share.nanmean() == pytest.approx(1, abs=0.06)
 
 
 def test_one_context_has_no_position_correlation() -> None:
     accumulator = PositionCorrelation([0], 5)
     accumulator.update(torch.rand(1, 5, 1))
     assert accumulator.compute().isnan().all()
-    assert toeplitz_share(accumulator.compute()).isnan().all()
+    assert toeplitz_share(accumulator.compute(), accumulator.compute_halves()).isnan().all()

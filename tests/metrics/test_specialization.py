@@ -22,6 +22,7 @@ from tcsae.metrics.specialization import (
     shuffle_contexts,
 )
 from tcsae.metrics.top_contexts import FiringPatterns, Firings
+from tcsae.metrics.units import Units
 
 FAMILY = np.repeat(np.arange(6), 20)
 
@@ -164,6 +165,101 @@ def test_shuffled_contexts_keep_what_each_feature_does_inside_a_context() -> Non
         before = sorted(map(bytes, on[..., j].numpy().astype(np.uint8)))
         assert sorted(map(bytes, shuffled[..., j].astype(np.uint8))) == before
     assert not np.array_equal(shuffled, on)
+
+
+def documents_of(lengths: list[int]) -> Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+def rates_by_document(document: Tensor, seed: int, spread: float = 1.0) -> Tensor:
+    """[contexts, 64, 120], independent features, each with a rate of its own in each document."""
+    g = torch.Generator().manual_seed(seed)
+    normal = spread * torch.randn(int(document.max()) + 1, 1, 120, generator=g)
+    rate = 0.03 * (normal - spread**2 / 2).exp()[document]
+    return torch.rand(len(document), 64, 120, generator=g) < rate.clamp(max=0.9)
+
+
+def test_shuffled_documents_go_whole() -> None:
+    document = torch.arange(40) % 10  # contexts of a document need not lie side by side
+    on = noise(3, n_features=6)
+    shuffled = shuffle_contexts(firings_of(on), seed=0, documents=document).toarray()
+    before, after = (x.reshape(40, 50, 6) for x in (on.numpy().astype(int), shuffled.astype(int)))
+    for j in range(6):
+        whole = [[x[document == d][..., j].tobytes() for d in range(10)] for x in (before, after)]
+        assert sorted(whole[0]) == sorted(whole[1]) and whole[0] != whole[1]
+    assert not np.array_equal(after[..., 0].argsort(), after[..., 1].argsort())
+
+
+def test_documents_that_differ_in_length_are_cut_to_those_they_are_exchanged_with() -> None:
+    document = documents_of([20] * 6 + [18] * 2 + [5] * 8)
+    on = torch.zeros(len(document), 3, 2)
+    on[torch.arange(len(document)), 1] = 1  # every context once, both features
+    shuffled = shuffle_contexts(firings_of(on), seed=1, documents=document)
+    left = shuffled.toarray().reshape(len(document), 3, 2)
+    # 8 documents of 18 contexts kept, 8 of 5: nothing lands anywhere else.
+    assert np.array_equal(left.sum(axis=(0, 1)), [8 * 18 + 8 * 5] * 2)
+    kept = np.bincount(document, left[:, 1, 0])
+    assert kept.tolist() == [18] * 8 + [5] * 8
+
+
+@pytest.mark.parametrize("n_documents", [128, 64, 32, 16])
+def test_rates_by_document_make_no_clusters(n_documents: int) -> None:
+    document = torch.arange(128) // (128 // n_documents)
+    told = [
+        cluster_features(
+            firings_of(rates_by_document(document, seed)), documents=document, seed=seed
+        ).summary
+        for seed in range(4)
+    ]
+    assert sum(summary["significant"] for summary in told) <= 1
+    assert abs(np.mean([summary["modularity_excess"] for summary in told])) < 0.012
+    assert abs(np.mean([summary["ari_halves"] for summary in told])) < 0.02
+    assert {summary["n_documents"] for summary in told} == {n_documents}
+
+
+def test_rates_by_document_make_clusters_where_contexts_are_taken_for_documents() -> None:
+    document = torch.arange(128) // 8
+    firings = firings_of(rates_by_document(document, 0))
+    wrong = cluster_features(firings).summary
+    assert wrong["significant"] is True and wrong["modularity_excess"] > 0.05
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_documents_of_unequal_length_make_no_clusters(spread: float) -> None:
+    lengths = np.random.default_rng(4).geometric(0.15, 24)
+    document = documents_of(lengths.tolist())
+    told = [
+        cluster_features(
+            firings_of(rates_by_document(document, seed, spread)), documents=document, seed=seed
+        ).summary
+        for seed in range(4)
+    ]
+    assert sum(summary["significant"] for summary in told) <= 1
+    assert abs(np.mean([summary["modularity_excess"] for summary in told])) < 0.02
+    assert 0.5 < told[0]["contexts_exchanged"] < 1
+
+
+def test_planted_families_pass_with_documents_of_unequal_length() -> None:
+    document = documents_of([4] * 3 + [3] * 4 + [2] * 4 + [1] * 8)
+    summary = cluster_features(firings_of(planted()), documents=Units(document[:40])).summary
+    # Exchanged among 4, a quarter of the documents stay in line: the excess errs downwards.
+    assert summary["significant"] is True and summary["modularity_excess"] > 0.15
+    assert summary["ari_halves"] > 0.9
+
+
+def test_few_documents_cannot_tell() -> None:
+    document = torch.arange(40) % 15
+    summary = cluster_features(firings_of(planted()), documents=document).summary
+    assert summary["n_clusters"] == 6 and summary["null_rewired"]["p"] < 0.01
+    for name in ("ari_halves", "null_shuffled", "modularity_excess", "significant"):
+        assert summary[name] is None
+        assert "cannot tell: the contexts are from 15 documents" in summary[f"{name}_reason"]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_contexts_of_unknown_document_are_refused() -> None:
+    with pytest.raises(ValueError, match="documents of 39 contexts for firings in 40"):
+        cluster_features(firings_of(planted()), documents=torch.arange(39))
 
 
 def test_shuffled_contexts_stay_on_counted_positions() -> None:

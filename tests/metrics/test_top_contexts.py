@@ -16,7 +16,9 @@ from tcsae.metrics.top_contexts import (
     TopContexts,
     characteristic_tokens,
     cluster_names,
+    firing_units,
 )
+from tcsae.metrics.units import Units
 
 
 def random_batch(seed: int, ties: bool = False) -> tuple[Tensor, Tensor]:
@@ -177,3 +179,17 @@ def test_token_entropy_runs_from_one_token_to_all() -> None:
     statistics = token_sums(f_BTF, tokens, torch.ones(5, 8).bool(), 8)
     np.testing.assert_allclose(statistics.token_entropy, [0, np.log(8)], atol=1e-12)
     np.testing.assert_allclose(statistics.log_density, [np.log10(1 / 8), 0])
+
+
+def test_contexts_of_firings_are_their_own_documents_unless_these_are_given() -> None:
+    patterns = FiringPatterns(2)
+    patterns.update(torch.ones(6, 3, 2))
+    firings = patterns.compute()
+    assert firing_units(firings, None).n_documents == 6
+    document = torch.tensor([4, 4, 9, 9, 4, 4])
+    assert firing_units(firings, document).document.tolist() == [0, 0, 1, 1, 0, 0]
+    units = Units(document)
+    assert firing_units(firings, units) is units
+    with pytest.raises(ValueError, match="documents of 5 contexts for firings in 6"):
+        firing_units(firings, document[:5])
+    assert firing_units(FiringPatterns(2).compute(), None).n_documents == 0
