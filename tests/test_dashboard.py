@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment, run_here, small_job
+from helpers import environment, run_here, small_job, write_texts
 from run_folders import changed, codes, write_run
 from wandb_server import OfflineRun, Server, offline_runs
 
@@ -36,20 +36,22 @@ class Logged:
 
 
 @pytest.fixture(scope="module")
-def logged(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+def logged(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
     """A real run, and the comparison of a small sweep."""
     import wandb
 
     folder = tmp_path_factory.mktemp("dashboard")
     arguments = small_job(
         tiny_gpt2,
-        texts,
+        # Of fewer than 16 held-out documents rank, twins and clusters cannot be told.
+        write_texts(folder / "texts", documents=80),
         folder / "run",
         layer="1",
         tracking="offline",
         store__dir=str(folder / "store"),
         evaluation__windows="[2,4,8]",
         evaluation__analysis="true",
+        dataset__n_eval_contexts="24",
     )
     assert run_here(*arguments).code == 0
     sweep = folder / "sweep"

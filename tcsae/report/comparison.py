@@ -94,7 +94,7 @@ from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
 log = logging.getLogger(__name__)
 
 _HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
-_HEADLINE_MEMORY = ("rho_1", "tau_int", "omega_squared", "edge_energy", "density")
+_HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from run_folders import F, N, T, changed, codes, inputs, seeded, write_run
 from scipy import stats
 
 from tcsae.base.errors import UserError
+from tcsae.metrics.density import bin_and_place
 from tcsae.report.comparison import Comparison, compare_runs
 from tcsae.report.matching import (
     Point,
@@ -65,7 +66,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 def test_a_planted_difference_is_outside_noise_with_its_sign(planted: Comparison) -> None:
     deltas = by_label(planted, "lambda=1")["deltas"]
-    signs = {"explained_variance": -1, "ce_loss_score": -1, "C_8": 1, "rho_1": 1, "tau_int": 1}
+    signs = {"explained_variance": -1, "ce_loss_score": -1, "C_8": 1, "rho_1": 1, "persistence": 1}
     for name, sign in signs.items():
         assert deltas[name]["within_noise"] is False, name
         assert deltas[name]["value"] * sign > 0, name
@@ -113,6 +114,9 @@ def test_a_difference_is_that_of_the_two_values(planted: Comparison) -> None:
     assert group["match"]["kind"] == "single" and group["match"]["groups"] == [base["id"]]
     for name, delta in group["deltas"].items():
         values = [g["metrics"][name]["value"] for g in (group, base)]
+        if None in values:
+            assert delta["value"] is None and delta["reason"]
+            continue
         assert delta["value"] == pytest.approx(values[0] - values[1], abs=1e-12)
         assert delta["baseline"] == pytest.approx(values[1], abs=1e-12)
 
@@ -205,7 +209,7 @@ def test_other_seeds_are_not_paired() -> None:
 def test_one_seed_without_resamples_has_no_interval() -> None:
     found = combine("m", [Term(1, [fake_run(0.3, None)])])
     assert float(found.value) == pytest.approx(0.3) and found.low is None
-    assert found.reason == "no interval over contexts, and one seed"
+    assert found.reason == "no interval over documents, and one seed"
 
 
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
@@ -297,9 +301,18 @@ def test_a_variant_is_compared_between_two_baselines(tmp_path: Path) -> None:
     assert group["match"]["kind"] == "interpolated"
     assert group["match"]["weights"] == pytest.approx([0.5, 0.5])
     assert group["match"]["l0"] == 4
-    for name in ("explained_variance", "C_4", "ce_loss_score"):
-        expected = (low["metrics"][name]["value"] + high["metrics"][name]["value"]) / 2
-        assert group["deltas"][name]["baseline"] == pytest.approx(expected)
+    # Half way in log L0: C_4 itself, the share that is not explained by its logarithm.
+    ends = {n: [g["metrics"][n]["value"] for g in (low, high)] for n in low["metrics"]}
+    expected = {
+        "C_4": sum(ends["C_4"]) / 2,
+        "density": math.sqrt(math.prod(ends["density"])),
+        **{
+            name: 1 - math.sqrt(math.prod(1 - x for x in ends[name]))
+            for name in ("explained_variance", "ce_loss_score")
+        },
+    }
+    for name, value in expected.items():
+        assert group["deltas"][name]["baseline"] == pytest.approx(value)
     base, own = comparison.arms
     assert base["groups"] == [low["id"], high["id"]] == base["front"]
     assert own["baseline"] == base["id"] and own["groups"] == [group["id"]]
@@ -334,7 +347,7 @@ def test_a_baseline_with_other_settings_is_named_and_not_used(tmp_path: Path) ->
 def arm(density: list[float], C: list[float], energy: list[float], seed: int = 0) -> Any:
     columns = {"density": density, "C_8": C, "c0": energy}
     features = {k: torch.tensor(v, dtype=torch.float64) for k, v in columns.items()}
-    return Term(1.0, [SimpleNamespace(seed=seed, features=features)])
+    return Term(1.0, [SimpleNamespace(seed=seed, features=features, by_density={})])
 
 
 def test_density_alone_is_no_difference_at_matched_density() -> None:
@@ -374,8 +387,11 @@ def test_arms_without_a_common_density_are_not_compared() -> None:
 
 
 def test_bins_of_density_are_quarters_of_a_decade() -> None:
-    bins = density_bin(torch.tensor([1.0, 0.57, 0.56, 0.1, 1e-7, 1e-12], dtype=torch.float64))
+    density = torch.tensor([1.0, 0.57, 0.56, 0.1, 1e-7, 1e-12], dtype=torch.float64)
+    bins, above = bin_and_place(density_bin(density))
     assert bins.tolist() == [27, 27, 26, 24, 0, 0]
+    expected = [0.25, math.log10(0.57) + 0.25, math.log10(0.56) + 0.5, 0, 0, 0]
+    assert above.tolist() == pytest.approx(expected, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------ the document
@@ -390,7 +406,9 @@ def test_csv_and_markdown_say_what_json_says(planted: Comparison) -> None:
                 told = None if row[column] == "" else float(row[column])
                 assert told == entry[key], column
         for name, entry in group["deltas"].items():
-            assert float(row[f"{name}_delta"]) == entry["value"]
+            for key, column in (("value", f"{name}_delta"), ("smallest", f"{name}_delta_smallest")):
+                told = None if row[column] == "" else float(row[column])
+                assert told == entry[key], column
             assert row[f"{name}_delta_within_noise"] in (str(entry["within_noise"]), "")
     cells = [line.split(" | ") for line in planted.markdown().splitlines() if "lambda=1 " in line]
     values, differences = cells
@@ -415,7 +433,7 @@ def test_the_document_survives_json(planted: Comparison) -> None:
 
 def test_several_comparisons_and_single_seeds_are_said(planted: Comparison) -> None:
     text = " ".join(planted.notices)
-    assert "one in 20 lies outside its interval by chance" in text
+    assert "all its metrics reaches by chance in one comparison of twenty" in text
     assert "one seed: every setting" in text
 
 
@@ -523,7 +541,7 @@ def test_runs_without_resamples_still_have_values(tmp_path: Path) -> None:
         (run / "eval" / "draws.safetensors").unlink()
     deltas = by_label(compare_runs([tmp_path]), "lambda=1")["deltas"]
     assert deltas["C_4"]["value"] is not None and deltas["C_4"]["within_noise"] is None
-    assert "kept no resamples" in deltas["C_4"]["reason"]
+    assert "no interval over documents" in deltas["C_4"]["reason"]
     assert deltas["explained_variance"]["within_noise"] is not None
 
 

@@ -194,7 +194,7 @@ def test_the_terminal_has_the_local_part_beside_the_window_consistency() -> None
     )
     core = {"eval_result_metrics": {group: dict.fromkeys(names, 0.5) for group in groups}}
     summary = suite.summary()
-    found = Evaluation(core, {"summary": summary}, {}, {}, {})
+    found = Evaluation(core, {"summary": summary}, {}, {}, {}, {})
     lines = found.lines()
     at = next(i for i, line in enumerate(lines) if line.startswith("window consistency C_8"))
     wanted = ("local consistency L_8", "document part D_8", "L_8 of sparse features")
