@@ -1,4 +1,4 @@
-"""Do the intervals and the word "different" keep what they promise? Simulated, where truth is known.
+"""Do the intervals and the word "different" keep what they promise? Simulated, with known truth.
 
     make calibrate                          300 trials a row, about 20 minutes on one core
     python scripts/calibrate.py --trials 40 --documents 32 --check
@@ -35,7 +35,7 @@ from tcsae.base.labels import markdown_table
 from tcsae.base.progress import Progress
 from tcsae.metrics.reconstruction import ReconstructionMetrics
 from tcsae.metrics.suite import ConsistencySuite
-from tcsae.metrics.units import Units
+from tcsae.metrics.units import Units, jackknife_draws
 from tcsae.report.draws import core_draws
 from tcsae.report.groups import Entries, Group
 from tcsae.report.runs import Run
@@ -45,8 +45,7 @@ T, F, D, N = 24, 16, 16, 128
 WINDOWS = (2, 4, 8)
 LEVEL, MOST_DIFFERENT, POWER = 0.95, 0.05, 0.8
 CORE = ("explained_variance", "l0", "mse", "cossim", "l2_ratio", "l1")
-MODEL = ("n_tokens", "n_predictions", "ce_loss_without_sae", "ce_loss_with_sae")
-MODEL = (*MODEL, "ce_loss_with_ablation", "kl_div_with_sae", "kl_div_with_ablation")
+MODEL = ("n_tokens",)
 FAINT = 0.35
 """Threshold added where features are to be sparse."""
 
@@ -173,8 +172,12 @@ def run_of(name: str, world: World, codes: Tensor, sizes: Tensor, units: Units) 
         {},
         "",
         {},
-        {n: v.double() for n, v in columns.items() if n in ("density", "c0", "rho_1",
-         "omega_squared", "profile_rate") or n.startswith("C_")},  # fmt: skip
+        {
+            n: v.double()
+            for n, v in columns.items()
+            if n in ("density", "c0", "rho_1", "omega_squared", "profile_rate")
+            or n.startswith("C_")
+        },  # fmt: skip
         by_density={n: v.double() for n, v in suite.by_density().items()},
     )
 
@@ -295,7 +298,11 @@ def itself(trials: int, progress: Progress) -> dict[str, list[int]]:
         held = [0, 0]
         for _ in range(trials):
             share = float(torch.rand((), generator=generator))
-            k = low * (high / low) ** share if len(baselines) > 1 else low * 1.045**(2 * share - 1)
+            k = (
+                low * (high / low) ** share
+                if len(baselines) > 1
+                else low * 1.045 ** (2 * share - 1)
+            )
             held = [held[0] + _itself_once(baselines, k, generator), held[1] + 1]
             progress.update(1)
         found[", ".join(f"{x:g}" for x in baselines)] = held
@@ -317,8 +324,6 @@ def _itself_once(baselines: Sequence[float], k: float, generator: torch.Generato
             values[name] = by_document.mean()
             rows = units.without_each(by_document)
             deleted = rows[1:] / (n - 1)
-            from tcsae.metrics.units import jackknife_draws
-
             draws[name] = jackknife_draws(deleted, values[name], 1000)
         features = {"density": torch.full((4,), 0.1), "c0": torch.ones(4)}
         features |= {"profile_rate": torch.full((5, 4), 0.1)}
@@ -354,7 +359,9 @@ def report(documents: Sequence[int], trials: int) -> tuple[str, list[str]]:
     failed: list[str] = []
     with Progress("calibrate", total, unit="trials") as progress:
         columns = {
-            (d, sparse): coverage(d, trials, sparse, progress) for sparse in kinds for d in documents
+            (d, sparse): coverage(d, trials, sparse, progress)
+            for sparse in kinds
+            for d in documents
         }
         called = {
             (d, sparse): comparisons(d, trials, sparse, progress)

@@ -25,7 +25,8 @@ SLOW = (
     *("report/test_run_page.py", "report/test_compare_page.py", "test_compare.py"),
     *("training/test_architectures.py", "training/test_no_synchronisation.py"),
     *("sae/test_dead_features.py", "data/test_language_model.py", "data/test_store.py"),
-    *("test_evaluate.py", "test_export.py"),
+    *("test_evaluate.py", "test_export.py", "test_calibrate.py", "metrics/test_specialization.py"),
+    *("test_analysis.py",),
 )
 """Files that take more than ten seconds of the suite: not in `make check`, in `make test`.
 
