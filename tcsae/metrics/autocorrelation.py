@@ -15,6 +15,7 @@ from tcsae.metrics.accumulator import with_deleted
 from tcsae.metrics.masks import checked_masks, pair_weights
 from tcsae.metrics.position_sums import (
     Added,
+    Centring,
     MeanProducts,
     PositionSums,
     pairs_of_blocks,
@@ -172,6 +173,7 @@ class Autocorrelation:
         products_RKF = with_deleted(state["products"], n_used, deletions)
         pairs_RK = with_deleted(state["pairs"].sum(2), n_used, deletions)
         means_RKF = self._mean_products(sums, deletions)
+        products_RKF = products_RKF - self._centring(sums).change(sums)
         c_RKF = (products_RKF - means_RKF) / pairs_RK[..., None]
         energy_RF = c_RKF[:, 0]
         told = self._different(sums["block_counts"])[0].any()
@@ -261,6 +263,20 @@ class Autocorrelation:
         )
         scale_GK = scale_without(pairs_GKT.sum(2), different_KT.sum(1), without_GK)
         return MeanProducts(whole_KF, own_GKF, with_whole_GKF).rows(scale_GK)
+
+    def _centring(self, sums: dict[str, Tensor]) -> Centring:
+        sums_GTF, counts_GT = sums["block_sums"], sums["block_counts"]
+        n_used, n_positions = counts_GT.shape
+        pairs_KT = self._state["pairs"][:n_used].sum(0)
+        different_KT = self._different(counts_GT)
+        r_KT = torch.where(different_KT > 0, pairs_KT / different_KT.clamp(min=1), 0.0)
+        others_GT = counts_GT.sum(0) - counts_GT
+        weights_GKT = torch.zeros(n_used, *r_KT.shape, dtype=r_KT.dtype, device=r_KT.device)
+        for lag in range(self.max_lag + 1):
+            n = n_positions - lag
+            weights_GKT[:, lag, :n] += r_KT[lag, :n] * others_GT[:, lag:]
+            weights_GKT[:, lag, lag:] += r_KT[lag, :n] * others_GT[:, :n]
+        return Centring(self._state["ends"][:n_used], torch.bmm(weights_GKT, sums_GTF))
 
     @staticmethod
     def _without(counts_GT: Tensor, different_KT: Tensor, lag: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tcsae.metrics.accumulator import with_deleted
 from tcsae.metrics.autocorrelation import Autocorrelation
-from tcsae.metrics.position_sums import Added, MeanProducts, scale_without
+from tcsae.metrics.position_sums import Added, Centring, MeanProducts, scale_without
 from tcsae.metrics.units import MAX_BLOCKS, Units
 
 # Contexts multiplied at a time, so that memory does not grow with the batch.
@@ -143,6 +143,7 @@ class LongLags:
         products_RLF = with_deleted(state["products"], n_used, deletions)
         pairs_RL = with_deleted(state["block_pairs"], n_used, deletions)
         means_RLF = self._mean_products(sums, deletions)
+        products_RLF = products_RLF - self._centring(sums).change(sums)
         return (products_RLF - means_RLF) / torch.where(pairs_RL > 0, pairs_RL, torch.nan)[
             ..., None
         ]
@@ -223,6 +224,14 @@ class LongLags:
             self._state["block_pairs"][: len(counts_GT)], different_L, different_L - gone_GL
         )
         return forms.rows(scale_GL)
+
+    def _centring(self, sums: dict[str, Tensor]) -> Centring:
+        sums_GTF, counts_GT = sums["block_sums"], sums["block_counts"]
+        total_T = counts_GT.sum(0)
+        different_TT = total_T[:, None] * total_T - counts_GT.T @ counts_GT
+        r_LTT = torch.where(different_TT > 0, self._state["pairs"] / different_TT.clamp(min=1), 0.0)
+        weights_GLT = 2 * (r_LTT @ (total_T - counts_GT).T).permute(2, 0, 1)
+        return Centring(self._state["ends"][: len(counts_GT)], torch.bmm(weights_GLT, sums_GTF))
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:

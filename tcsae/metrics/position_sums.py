@@ -10,6 +10,10 @@ position t over all blocks (whole documents), S_g(t) that of block g, n for the 
 has no product of a document with itself in it, so that its mean is mu(t) mu(u) however alike the
 tokens, or the contexts, of a document are.
 
+d is taken about a mean over all tokens, which is made of them too. Where masks or segments leave a
+lag some of the positions only, that would show: `Centring` has what each block adds to the part
+that goes with the origin, so that it is multiplied by the mean over the other blocks instead.
+
 Shapes: B contexts of a batch, T positions, F features, G blocks.
 """
 
@@ -149,6 +153,24 @@ class MeanProducts(NamedTuple):
             return all_LF[None]
         left_GLF = (all_LF - self.with_whole + 2 * self.own) * scale_GL[..., None]
         return torch.cat([all_LF[None], left_GLF])
+
+
+class Centring(NamedTuple):
+    """What moving the origin by 1 takes from a covariance, by block: [G, L, F] both.
+
+    `pairs`: sums over the block's pairs of d(t) + d(u). `means`: sums over pairs of what the block
+    adds to U(t, u), r(t, u) ((n(u) - n_g(u)) S_g(t) + (n(t) - n_g(t)) S_g(u)).
+    """
+
+    pairs: Tensor
+    means: Tensor
+
+    def change(self, sums: dict[str, Tensor]) -> Tensor:
+        """What is to be taken from the sum over pairs, [L, F]: every block about the mean over the
+        tokens of the others."""
+        totals_GF, tokens_G1 = sums["block_sums"].sum(1), sums["block_counts"].sum(1)[:, None]
+        others_GF = (totals_GF.sum(0) - totals_GF) / (tokens_G1.sum(0) - tokens_G1).clamp(min=1)
+        return (others_GF[:, None] * (self.pairs - self.means)).sum(0)
 
 
 def scale_without(pairs_GL: Tensor, different_L: Tensor, without_GL: Tensor) -> Tensor:

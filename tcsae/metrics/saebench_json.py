@@ -52,7 +52,7 @@ _REASONS = {
     "explained_variance_legacy": "a token equals the mean of its batch, or is not finite",
     "relative_reconstruction_bias": "the reconstructions are zero, or are not finite",
     **dict.fromkeys(("max_encoder_cosine_sim", "max_decoder_cosine_sim"), _NO_OTHER_FEATURE),
-    "intervals": "too few contexts, or undefined in every resample of them",
+    "intervals": "fewer than 16 documents, or undefined without some of them",
     "average_max_encoder_cosine_sim": _NO_OTHER_FEATURE,
     "average_max_decoder_cosine_sim": _NO_OTHER_FEATURE,
 }

@@ -172,7 +172,7 @@ class SuiteRows:
         return {
             name: jackknife_draws(value[1:], value[0], self.n_boot, self.seed)
             for name, value in self._rows_once.items()
-            if name != "eta_squared"
+            if name != "eta_squared" and value[0].isfinite().any()
         }
 
     @cached_property

@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tcsae.metrics.activity import Activity, ActivityResult, Smoothness, smoothness
+from tcsae.metrics.units import Units
 from tests.metrics import synthetic
 from tests.metrics.synthetic import seeded
 
 
-def measured(f: Tensor, segments: Tensor | None = None, valid: Tensor | None = None):
-    accumulator = Activity(f.shape[2], f.shape[1])
+def measured(
+    f: Tensor, segments: Tensor | None = None, valid: Tensor | None = None, n_blocks: int = 64
+) -> ActivityResult:
+    accumulator = Activity(f.shape[2], f.shape[1], n_blocks=n_blocks)
     accumulator.update(f, segments=segments, valid=valid)
     return accumulator.compute()
 
@@ -111,10 +114,47 @@ def test_token_local_features_have_no_persistence() -> None:
 
 
 def test_amplitude_is_that_of_the_tokens_on_which_the_feature_is_on() -> None:
-    f = torch.tensor([0.0, 2, 4, 0, 6, 0])[None, :, None]
+    f = torch.tensor([[0.0, 2, 4, 0, 6, 0], [0, 0, 0, 3, 5, 0]])[..., None]
     result = measured(f)
     assert result.mean_activation.item() == 4.0
-    assert abs(result.amplitude_cv.item() - (8 / 3) ** 0.5 / 4) < 1e-12
+    # The squared mean from the two pairs of different contexts: (2 + 4 + 6) / 3 times (3 + 5) / 2.
+    square = (4 + 16 + 36 + 9 + 25) / 5
+    assert abs(result.amplitude_cv.item() - (square - 16) ** 0.5 / 4) < 1e-12
+    assert measured(f[:1]).amplitude_cv.isnan(), "one context shows no spread between contexts"
+
+
+@pytest.mark.parametrize("often", [1, 4])
+@pytest.mark.parametrize("n_contexts", [64, 256, 1024])
+def test_the_share_of_live_features_does_not_hang_on_the_number_of_contexts(
+    often: int, n_contexts: int
+) -> None:
+    """All of them fire, each in `often` of 256 contexts."""
+    g = seeded(often + n_contexts)
+    accumulator = Activity(4000)
+    accumulator.update((torch.rand(n_contexts, 1, 4000, generator=g) < often / 256).float())
+    seen = float(accumulator.compute().frac_alive)
+    share = accumulator.live_share()
+    assert share.reason is None
+    assert seen == pytest.approx(1 - (1 - often / 256) ** n_contexts, abs=0.03)
+    assert float(share.value[0]) == pytest.approx(1, abs=0.12 if seen < 0.3 else 0.04)
+
+
+def test_the_share_of_live_features_is_chaos_by_hand_and_by_documents() -> None:
+    f = torch.zeros(6, 1, 6)
+    seen_in = {0: [0, 1, 2], 1: [3], 2: [4], 3: [0, 5], 4: [2, 3]}
+    for feature, contexts in seen_in.items():
+        f[contexts, 0, feature] = 1.0
+    alone = Activity(6)
+    alone.update(f)
+    # Seen in one context 2 features, in two 2, in any 5: 5 + 5/6 * 2^2 / (2 * 2), of 6.
+    assert float(alone.live_share().value[0]) == pytest.approx((5 + 5 / 6) / 6)
+    # Contexts 0 and 1, 2 and 3, 4 and 5 of one document: in one 3 features, in two 2.
+    paired = Activity(6, units=Units([0, 0, 1, 1, 2, 2]))
+    paired.update(f)
+    assert float(paired.live_share().value[0]) == pytest.approx(min(5 + 2 / 3 * 9 / 4, 6) / 6)
+    rare = Activity(100)
+    rare.update(torch.eye(100)[:20, None])
+    assert "cannot tell: 20 features" in str(rare.live_share().reason)
 
 
 def test_dead_and_always_on_features_have_no_persistence_to_speak_of() -> None:
@@ -130,14 +170,14 @@ def test_dead_and_always_on_features_have_no_persistence_to_speak_of() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 10), n_blocks=st.integers(0, 4))
+@given(seed=st.integers(0, 10_000), n_parts=st.integers(1, 10), n_blocks=st.integers(1, 12))
 def test_any_split_into_batches_and_any_merge_equals_all_at_once(
     seed: int, n_parts: int, n_blocks: int
 ) -> None:
     g = seeded(seed)
     f, x = synthetic.token_local(10, 7, 3, 0.4, g), synthetic.white_noise(10, 7, 4, generator=g)
     masks = synthetic.random_masks(10, 7, g)
-    expected = measured(f, *masks)
+    expected = measured(f, *masks, n_blocks=n_blocks)
     smooth = smoothness(f, x, segments=masks[0], valid=masks[1])
     sizes = synthetic.random_splits(10, n_parts, g)
     split, smooth_split = Activity(3, n_blocks=n_blocks), Smoothness(3, n_blocks=n_blocks)

@@ -36,7 +36,7 @@ def test_interval_of_a_mean_is_scipys_percentile_interval() -> None:
     assert high.item() == pytest.approx(theirs.high, abs=0.01)
 
 
-def test_interval_has_the_bias_of_resampling_taken_out() -> None:
+def test_an_interval_of_draws_lies_about_the_estimate() -> None:
     draws = synthetic.white_noise(4000, generator=seeded(1)) + 5.0
     low, high = interval(draws, torch.tensor(1.0, dtype=torch.float64), 0.9)
     assert low.item() == pytest.approx(1 - 1.645, abs=0.1)
@@ -73,8 +73,12 @@ def test_intervals_shrink_with_the_square_root_of_the_contexts() -> None:
     g = seeded(6)
     widths = []
     for n_contexts in (100, 1600):
-        suite = ConsistencySuite(4, 32, windows=(4,), n_boot=500)
-        suite.update(synthetic.ar1(n_contexts, 32, 4, 0.8, g) + 10.0)
-        low, high = suite.summary()["metrics"]["C_4"]["energy_weighted_interval"]
-        widths.append(high - low)
-    assert 2.8 < widths[0] / widths[1] < 5.7
+        found = []
+        # An error from 64 blocks is itself known to a tenth.
+        for _ in range(8):
+            suite = ConsistencySuite(4, 32, windows=(4,))
+            suite.update(synthetic.ar1(n_contexts, 32, 4, 0.8, g) + 10.0)
+            low, high = suite.summary()["metrics"]["C_4"]["energy_weighted_interval"]
+            found.append(high - low)
+        widths.append(sum(found) / 8)
+    assert 3.5 < widths[0] / widths[1] < 4.6

@@ -9,6 +9,7 @@ from torch import Tensor
 from tcsae.metrics.autocorrelation import autocorrelation, window_consistency
 from tcsae.metrics.document import LongLags, local_part, long_lags, nested_shares
 from tcsae.metrics.position import position_dependence
+from tcsae.metrics.units import Units
 from tests.metrics import synthetic
 from tests.metrics.synthetic import seeded, white_noise
 
@@ -25,21 +26,38 @@ def document_part(
 
 
 def by_hand(f: Tensor, segments: Tensor, valid: Tensor, first: int, last: int) -> Tensor:
-    """D of one band, [F], pair by pair."""
+    """D of one band, [F], pair by pair; products of means over pairs of different contexts."""
     n, t, n_features = f.shape
-    counts = valid.sum(0)
-    mean = torch.where(valid[..., None], f, 0.0).sum(0) / counts.clamp(min=1)[:, None]
-    d = torch.where(valid[..., None], f - mean, 0.0)
-    total, n_pairs = torch.zeros(n_features, dtype=f.dtype), 0.0
+    x = torch.where(valid[..., None], f - f[valid].mean(0), 0.0)
+    apart_NN = 1.0 - torch.eye(n).double()
+    # Every context about the mean over the tokens of the others.
+    counts = valid.sum(1)[:, None]
+    others = (x.sum((0, 1)) - x.sum(1)) / (counts.sum() - counts).clamp(min=1)
+
+    def mean_product(i: int, j: int) -> Tensor:
+        both_NN = valid[:, i, None].double() * valid[:, j].double() * apart_NN
+        pairs = both_NN.sum()
+        found = torch.einsum("nm,nf,mf->f", both_NN, x[:, i], x[:, j])
+        found -= torch.einsum("nm,nf,nf->f", both_NN, x[:, i], others)
+        found -= torch.einsum("nm,mf,mf->f", both_NN, x[:, j], others)
+        return found / pairs if pairs > 0 else found
+
+    total, n_pairs = torch.zeros(n_features, dtype=f.dtype), 0
+    energy, n_tokens = torch.zeros(n_features, dtype=f.dtype), 0
     for i in range(t):
+        m = int(valid[:, i].sum())
+        seen = valid[:, i]
+        energy += (x[seen, i] * (x[seen, i] - 2 * others[seen])).sum(0) - m * mean_product(i, i)
+        n_tokens += m
         for j in range(i + first, min(t, i + last + 1)):
             pair = valid[:, i] & valid[:, j] & (segments[:, i] == segments[:, j])
-            m, a, b = int(pair.sum()), int(counts[i]), int(counts[j])
+            m = int(pair.sum())
             if m:
-                total += (d[:, i] * d[:, j])[pair].sum(0)
-                n_pairs += m * (1 - 1 / a - 1 / b + m / (a * b))
-    energy = d.square().sum((0, 1)) / (counts.sum() - (counts > 0).sum())
-    return total / n_pairs / energy
+                ends = x[pair, i] + x[pair, j]
+                total += (x[pair, i] * x[pair, j] - ends * others[pair]).sum(0)
+                total -= m * mean_product(i, j)
+                n_pairs += m
+    return (total / n_pairs) / (energy / n_tokens)
 
 
 @settings(max_examples=20, deadline=None)
@@ -143,38 +161,22 @@ def test_what_says_nothing_is_nan() -> None:
     assert document_part(f, [(4, 12)], short).isnan().all(), "no pair in one segment"
 
 
-def test_resampling_every_block_once_gives_the_estimate_and_blocks_are_exact() -> None:
+def test_what_is_left_without_a_block_is_that_of_the_other_contexts() -> None:
     g = seeded(4)
-    f = synthetic.ar1(48, 16, 3, 0.9, g) + white_noise(48, 1, 3, generator=g) + 3
-    accumulator = LongLags(3, 16, [(2, 12), (4, 12)], n_blocks=8)
+    f = synthetic.ar1(24, 16, 3, 0.9, g) + white_noise(24, 1, 3, generator=g) + 3
+    bands = [(2, 12), (4, 12)]
+    accumulator = LongLags(3, 16, bands, n_blocks=8)
     accumulator.update(f[:16])
     accumulator.update(f[16:])
-    sums, counts = accumulator.block_sums()
-    drawn = resampled(sums, counts, torch.ones(2, 8))
-    assert torch.allclose(drawn.double(), accumulator.compute().expand(2, 2, 3), atol=1e-5)
-    d = f - f.mean(0)
-    d_GBTF = d.unflatten(0, (6, 8)).transpose(0, 1)
-    lag = (torch.arange(16)[:, None] - torch.arange(16)).abs()
-    band = ((lag >= 4) & (lag <= 12)).double()
-    expected = torch.einsum("gbtf,ts,gbsf->gf", d_GBTF, band, d_GBTF)
-    assert torch.allclose(sums[:, 1].double(), expected, rtol=1e-4, atol=1e-3)
-    squares = d_GBTF.square().sum((1, 2))
-    assert torch.allclose(sums[:, 2].double(), squares, rtol=1e-4, atol=1e-3)
-
-
-def test_with_masks_blocks_add_up_to_the_estimate_in_any_batches() -> None:
-    g = seeded(5)
-    f = synthetic.ar1(48, 16, 3, 0.9, g) + white_noise(48, 1, 3, generator=g) + 3
-    segments, valid = synthetic.random_masks(48, 16, g, boundary=0.03)
-    whole, split = (LongLags(3, 16, [(4, 12)], n_blocks=8) for _ in range(2))
-    whole.update(f, segments=segments, valid=valid)
-    for part in (slice(0, 20), slice(20, 48)):
-        split.update(f[part], segments=segments[part], valid=valid[part])
-    sums, counts = whole.block_sums()
-    drawn = resampled(sums, counts, torch.ones(1, 8))
-    assert torch.allclose(drawn[0].double(), whole.compute(), atol=1e-5)
-    theirs, _ = split.block_sums()
-    assert torch.allclose(theirs, sums, rtol=0.1, atol=0.05 * float(sums.abs().max()))
+    left = accumulator.covariances()
+    assert left.shape == (9, 2, 3)
+    for block in range(8):
+        kept = torch.arange(24) % 8 != block
+        # The same blocks of the others, in their order.
+        units = Units((torch.arange(24) % 8)[kept])
+        others = LongLags(3, 16, bands, units=units)
+        others.update(f[kept])
+        assert torch.allclose(left[1 + block], others.covariances(deletions=False)[0], atol=1e-9)
 
 
 def test_local_part_is_what_the_document_leaves() -> None:

@@ -32,7 +32,7 @@ from tcsae.metrics.saebench_json import (
     weight_statistics,
 )
 
-B, T, D, F, V = 9, 8, 6, 10, 13
+B, T, D, F, V = 18, 8, 6, 10, 13
 
 
 def model_of(name: str, kind: type, fields: str) -> type[BaseModel]:
@@ -155,7 +155,7 @@ def document(
         reconstruction.compute_features(),
         weights or weight_statistics(W_enc, W_dec, torch.zeros(F)),
         provenance(),
-        intervals={**reconstruction.compute_intervals(20), **model.compute_intervals(20)},
+        intervals={**reconstruction.compute_intervals(), **model.compute_intervals()},
         **options,
     )
 
@@ -282,7 +282,7 @@ def test_one_context_has_metrics_but_null_intervals() -> None:
     extras = doc["eval_result_unstructured"]
     assert extras["intervals"]["mse"] == [None, None]
     reason = extras["missing"]["eval_result_unstructured.intervals.mse.0"]
-    assert reason.startswith("too few contexts")
+    assert reason.startswith("fewer than 16 documents")
 
 
 def test_weights_that_are_not_finite_leave_nulls_and_not_nan() -> None:

@@ -83,6 +83,15 @@ def test_intervals_hold_the_estimate_and_are_ordered() -> None:
         if name.endswith("sparse"):
             assert "less than 10 %" in entry["reason"] or name == "L_8_sparse", name
             continue
+        if name in ("tau_int", "correlation_length"):
+            # Of AR(1) of .95 the last lag, 8, says too little.
+            assert entry["energy_weighted"] is None and entry["n_censored"] >= 1
+            assert entry["reason"].startswith("cannot tell: of features with")
+            continue
+        if name == "eta_squared":
+            assert "omega_squared is without that" in entry["interval_reason"]
+            assert entry["energy_weighted_interval"] == [None, None]
+            continue
         low, high = entry["energy_weighted_interval"]
         assert low <= entry["energy_weighted"] <= high, name
         low, high = entry["median_interval"]
@@ -106,7 +115,7 @@ def test_resamples_scatter_about_the_estimates() -> None:
     suite.update(f[100:] + 12, segments=segments[100:], valid=valid[100:])
     draws, summary = suite.draws(), suite.summary()
     assert not torch.equal(draws["C_8"], first), "later contexts count"
-    for name in ("C_2", "C_8", "tau_int", "correlation_length"):
+    for name in ("C_2", "C_8", "rho_1"):
         entry = summary["metrics"][name]
         assert abs(entry["energy_weighted"] - entry["mean"]) > 0.1
         weighted = draws[name][:, 0]
