@@ -87,7 +87,7 @@ def evaluation_steps() -> dict[str, Callable[[], object]]:
     """A pass of the embedded model, one of a topk SAE, and that SAE's metrics as a run has them."""
     from tcsae.config.compose import config_of
     from tcsae.data.language_model import LanguageModel
-    from tcsae.measure.evaluation import ENCODE_CONTEXTS, on_activations
+    from tcsae.measure.evaluation import ENCODE_CONTEXTS, held_out_units, on_activations
     from tcsae.sae.registry import sae_class
 
     config = config_of(f"dataset.n_eval_contexts={EVALUATED}")
@@ -114,7 +114,9 @@ def evaluation_steps() -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def suite() -> None:
-        _, measured, _ = on_activations(sae, config, batches, StopRequest())
+        _, measured, _ = on_activations(
+            sae, config, batches, held_out_units(batches), StopRequest()
+        )
         measured.summary()
         measured.draws()
 

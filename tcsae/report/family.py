@@ -1,9 +1,11 @@
 """What may be called different where many metrics are looked at together.
 
 One metric of two SAEs of one law lies outside its own 95 % interval in one comparison of twenty;
-some metric of thirty does so in a third. The draws are shared by all metrics, so the largest
-deviation among them has a distribution of its own: a difference counts if it is beyond what that
-one exceeds in one comparison of twenty (max-t, Romano and Wolf 2005).
+some metric of thirty does so in a third. The draws are shared by all metrics, so the most unlikely
+deviation among them has a distribution of its own: a difference counts if it is less likely than
+that one is in one comparison of twenty (Westfall and Young 1993; Romano and Wolf 2005). Deviations
+are laid side by side by how likely they are, each by its own draws: those with few seeds have long
+tails, and in units of their spread would hide all others.
 
 Shapes: R draws, M metrics.
 """
@@ -40,14 +42,17 @@ def jointly(
     if not differences:
         return {}
     draws_RM = torch.stack([draws for _, draws in differences.values()], 1).double()
-    error_RM = draws_RM - draws_RM.mean(0)
-    spread_M = error_RM.std(0)
-    unit_RM = error_RM.abs() / torch.where(spread_M > 0, spread_M, torch.inf)
-    limit = float(unit_RM.amax(1).quantile(level))
+    distance_RM = (draws_RM - draws_RM.mean(0)).abs()
+    n_draws = len(distance_RM)
+    # 1 for the largest deviation of a metric, and up; of equal ones the most likely.
+    ascending_RM = distance_RM.sort(0).values
+    rank_RM = (
+        n_draws - torch.searchsorted(ascending_RM.T.contiguous(), distance_RM.T.contiguous()).T
+    )
+    rarest_R = rank_RM.amin(1).double()
+    n_beyond = int(rarest_R.quantile(1 - level, interpolation="lower"))
+    smallest_M = ascending_RM[n_draws - max(n_beyond, 1)]
     return {
-        name: Joint(
-            smallest := limit * float(spread),
-            abs(value) > max(smallest, rounding[name]),
-        )
-        for (name, (value, _)), spread in zip(differences.items(), spread_M, strict=True)
+        name: Joint(float(smallest), abs(value) > max(float(smallest), rounding[name]))
+        for (name, (value, _)), smallest in zip(differences.items(), smallest_M, strict=True)
     }

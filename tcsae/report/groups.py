@@ -15,6 +15,7 @@ from tcsae.report.at_l0 import at_l0
 from tcsae.report.family import jointly
 from tcsae.report.matching import (
     FEATURE_DRAWS,
+    Features,
     Match,
     Matched,
     Point,
@@ -360,7 +361,22 @@ class Entries:
         arms = [live_features(terms, names) for terms in ([group.term()], baseline)]
         if arms[0] is None or arms[1] is None:
             return {}
-        return {name: at_density(arms[0], arms[1], name, n_draws) for name in names}
+        by_seed = self._by_seed([group.term(), *baseline], names)
+        return {name: at_density(arms[0], arms[1], name, n_draws, by_seed) for name in names}
+
+    @staticmethod
+    def _by_seed(terms: Sequence[Term], names: Sequence[str]) -> list[tuple[Features, Features]]:
+        """The arms of each seed alone; none where the terms have not the same seeds."""
+        if len({tuple(run.seed for run in term.runs) for term in terms}) > 1:
+            return []
+        found = []
+        for i in range(len(terms[0].runs)):
+            own, *others = (Term(term.weight, [term.runs[i]]) for term in terms)
+            pair = live_features([own], names), live_features(others, names)
+            if pair[0] is None or pair[1] is None:
+                return []
+            found.append((pair[0], pair[1]))
+        return found
 
     def _curve(self, group: Group) -> dict[str, Any]:
         estimate = _own("autocorrelation", group)

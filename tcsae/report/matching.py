@@ -38,7 +38,7 @@ from torch import Tensor
 from tcsae.metrics.density import DENSITY_EDGES, N_BINS, bin_and_place, density_bin
 from tcsae.metrics.units import interval, jackknife_draws
 from tcsae.report.at_l0 import SAME_L0
-from tcsae.report.paired import LEVEL, Term, holds_zero
+from tcsae.report.paired import LEVEL, Term, holds_zero, student
 from tcsae.report.runs import Run
 
 NEAR_L0 = 0.05
@@ -246,13 +246,30 @@ class Matched(NamedTuple):
     """[R] around the difference."""
 
 
-def at_density(
-    first: Features, second: Features, name: str, n_draws: int = FEATURE_DRAWS
-) -> Matched:
-    """A metric of two arms weighted to one distribution of density, with `n_draws` draws."""
+def _estimate(first: Features, second: Features, name: str) -> tuple[Tensor, ...]:
+    """Difference, the second arm's mean, overlap: [] each."""
     single = [torch.ones(1, len(arm.energy), dtype=torch.float64) for arm in (first, second)]
     found = _matched(_binned(first, name, single[0]), _binned(second, name, single[1]))
-    delta, baseline, overlap = (x[0] for x in found)
+    return tuple(x[0] for x in found)
+
+
+def at_density(
+    first: Features,
+    second: Features,
+    name: str,
+    n_draws: int = FEATURE_DRAWS,
+    by_seed: Sequence[tuple[Features, Features]] = (),
+) -> Matched:
+    """A metric of two arms weighted to one distribution of density.
+
+    Args:
+        first, second: the arms.
+        name: of the metric.
+        n_draws: R.
+        by_seed: the arms of each seed alone, where both have the same: the spread of training is
+            then in the interval as well.
+    """
+    delta, baseline, overlap = _estimate(first, second, name)
     entry: dict[str, Any] = dict.fromkeys(
         ("value", "baseline", "delta", "low", "high", "within_noise", "reason")
     )
@@ -265,6 +282,10 @@ def at_density(
     draws = draws - draws.nanmean()
     if (documents := _over_documents(first, second, name, n_draws)) is not None:
         draws = draws + documents - documents.mean()
+    if len(by_seed) > 1:
+        alone = torch.stack([_estimate(*pair, name)[0] for pair in by_seed])
+        error = alone.std() / len(alone) ** 0.5
+        draws = draws + student(error, len(alone) - 1, n_draws)
     low, high = interval(draws + delta, delta, LEVEL)
     if not low.isfinite():
         return Matched(entry | {"reason": "too few features for an interval"}, None)

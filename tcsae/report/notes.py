@@ -426,6 +426,6 @@ def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     said = (
         "Features that fire often are more consistent in any SAE. Both sides are weighted to one "
         "distribution of density here; the overlap is the share of them that this leaves. "
-        "Intervals are over features and documents."
+        "Intervals are over features, documents and, where both sides have the same, seeds."
     )
     return [*_heading("The same at equal density"), *_paragraph(said), *lines]

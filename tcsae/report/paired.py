@@ -124,16 +124,16 @@ def _seed_draws(name: str, terms: Sequence[Term], n_draws: int) -> Tensor | None
         by_seed = [term.weight * v for term, v in zip(terms, values, strict=True)]
         together = torch.stack(by_seed).sum(0)
         n = len(together)
-        return _student(together.std(0) / n**0.5, n - 1, n_draws) if n > 1 else None
+        return student(together.std(0) / n**0.5, n - 1, n_draws) if n > 1 else None
     df = sum(len(v) - 1 for v in values)
     if not df:
         return None
     squares = torch.stack([(v - v.mean(0)).square().sum(0) for v in values]).sum(0)
     share = sum(term.weight**2 / len(v) for term, v in zip(terms, values, strict=True))
-    return _student((squares / df * share).sqrt(), df, n_draws)
+    return student((squares / df * share).sqrt(), df, n_draws)
 
 
-def _student(error: Tensor, df: int, n_draws: int) -> Tensor:
+def student(error: Tensor, df: int, n_draws: int) -> Tensor:
     """Draws [R, ...] of an error of that size, Student's t with `df` degrees of freedom."""
     from scipy.stats import t
 
