@@ -50,7 +50,7 @@ ENCODE_CONTEXTS = 16
 DIGITS = 6
 """What float32 carries, in the lists of consistency.json."""
 # Elements of one logits tensor; two are held at a time.
-_LOGITS = 2**27
+_LOGITS = 2**26
 
 
 @dataclass(frozen=True)
