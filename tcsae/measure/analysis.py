@@ -74,6 +74,7 @@ from tcsae.config import Measured
 from tcsae.data.batches import ActivationBatches
 from tcsae.data.language_model import LanguageModel
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
+from tcsae.measure.evaluation import held_out_units
 from tcsae.metrics.correlation import FeatureCorrelation
 from tcsae.metrics.redundancy import (
     FeaturePairs,
@@ -88,7 +89,7 @@ from tcsae.metrics.redundancy import (
 from tcsae.metrics.specialization import Specialization, cluster_features, layout
 from tcsae.metrics.top_contexts import TokenStatistics, characteristic_tokens, cluster_names
 from tcsae.metrics.twins import PositionTwins
-from tcsae.metrics.units import MIN_UNITS, Units
+from tcsae.metrics.units import MIN_UNITS
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -172,8 +173,7 @@ def analyse(
     sae = sae.to(model.device).eval()
     known = {name: value.cpu() for name, value in per_feature.items()}
     size = config.dataset.context_size
-    documents = getattr(batches.source.contexts, "documents", None)
-    units = Units.of_contexts(len(batches)) if documents is None else Units(documents)
+    units = held_out_units(batches)
     seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1), units)
     with Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):

@@ -271,7 +271,7 @@ def _cell(entry: Mapping[str, Any] | None, key: str) -> dict[str, str]:
         return {"value": "n/a", "interval": "", "kind": "noise", "word": word}
     kinds = {True: ("noise", "within noise"), False: ("clear", ""), None: ("noise", "no interval")}
     kind, word = kinds[entry["within_noise"]]
-    if entry["smallest"] is not None:
+    if entry["smallest"]:
         word = f"{word or 'different'}; {number(entry['smallest'])} would show"
     text = difference_text(entry[key], entry["low"], entry["high"])
     value, _, band = text.partition(" ")

@@ -404,7 +404,7 @@ def density_verdict(group: Mapping[str, Any], name: str) -> str:
 def _would_show(entry: Mapping[str, Any]) -> str:
     """The smallest difference that would have been called one."""
     smallest = entry.get("smallest")
-    return "" if smallest is None else f"; {number(smallest)} would have shown"
+    return f"; {number(smallest)} would have shown" if smallest else ""
 
 
 def _clear(name: str, own: float, entry: Mapping[str, Any], text: str) -> str:
