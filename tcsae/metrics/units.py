@@ -142,7 +142,6 @@ def too_few(n_documents: int) -> str:
     )
 
 
-@functools.lru_cache(maxsize=8)
 def multipliers(n_blocks: int, n_draws: int, seed: int = 0) -> Tensor:
     """[R, G] float64, the same for every metric and every run over the same documents.
 
@@ -150,6 +149,12 @@ def multipliers(n_blocks: int, n_draws: int, seed: int = 0) -> Tensor:
     columns, of mean 0 and variance 1 exactly and uncorrelated exactly where R > G, times
     sqrt(df / chi^2), whose quantiles are taken evenly.
     """
+    return torch.from_numpy(_multipliers(n_blocks, n_draws, seed))
+
+
+# Kept as an array: a tensor made while the cost of a job is counted would have no values.
+@functools.lru_cache(maxsize=8)
+def _multipliers(n_blocks: int, n_draws: int, seed: int) -> np.ndarray:
     from scipy.stats import chi2
 
     generator = np.random.default_rng(seed)
@@ -160,7 +165,7 @@ def multipliers(n_blocks: int, n_draws: int, seed: int = 0) -> Tensor:
     df = max(n_blocks - 1, 1)
     even = generator.permutation((np.arange(n_draws) + 0.5) / n_draws)
     scale = np.sqrt(df / chi2.ppf(even, df))
-    return torch.from_numpy(normal * scale[:, None])
+    return np.ascontiguousarray(normal * scale[:, None])
 
 
 def jackknife_draws(deleted: Tensor, estimate: Tensor, n_draws: int, seed: int = 0) -> Tensor:

@@ -118,6 +118,16 @@ def test_the_bootstrap_holds_what_is_counted_for_it_at_any_width(
     assert 0.85 < workspace / real.peak < 1.25
 
 
+def test_counting_leaves_nothing_without_values_behind(job: Callable[..., Config]) -> None:
+    """A sweep counts what its jobs cost in the process that then runs them."""
+    config = job(evaluation__max_lag="8", evaluation__bootstrap="137", sae__d_sae="512")
+    counted.evaluation_of(config, D, 400, False)
+    suite = ConsistencySuite(64, T, max_lag=8, n_boot=137)
+    suite.update(torch.rand(64, T, 64))
+    assert suite.draws()["rho_1"].device.type == "cpu"
+    assert suite.summary()["metrics"]["rho_1"]["energy_weighted_interval"][0] is not None
+
+
 def test_a_checkpoint_has_the_size_counted_for_it(
     job: Callable[..., Config], tmp_path: Path
 ) -> None:
