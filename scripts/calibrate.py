@@ -1,6 +1,6 @@
 """Do the intervals and the word "different" keep what they promise? Simulated, with known truth.
 
-    make calibrate                          300 trials a row, about 20 minutes on one core
+    make calibrate                          300 trials a row, about 45 minutes on one core
     python scripts/calibrate.py --trials 40 --documents 32 --check
 
 Every trial goes the way of a user: features and activations of contexts from a number of documents
