@@ -134,6 +134,8 @@ class TrainingConfig(StrictModel):
     """Features active on a token, on average: the sparsity coefficient is steered until it is so
     (tcsae/training/sparsity.py), or k set to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    products: Literal["auto", "plain", "triton"] = "auto"
+    """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
     compile: bool = False
     """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
@@ -337,10 +339,12 @@ class Config(Measured):
 
 
 def shared_by_a_bank(config: Config) -> dict[str, Any]:
-    """What decides which activations a job sees, in which order: equal for the jobs of a bank."""
+    """What decides which activations a job sees, in which order, and what a process trains by: equal
+    for the jobs of a bank."""
     parts = config.dump()
     shared = {key: parts[key] for key in ("model", "layer", "dataset")}
-    return shared | {"training.batch_contexts": config.training.batch_contexts}
+    training = {key: parts["training"][key] for key in ("batch_contexts", "products")}
+    return shared | {f"training.{key}": value for key, value in training.items()}
 
 
 def resolve_layer(layer: int | str | None, n_layers: int) -> int:
@@ -427,6 +431,8 @@ def identity(config: Measured) -> dict[str, Any]:
     if isinstance(config, LoadedConfig):
         # The weights are the same wherever they lie.
         content["source"] = {"sha256": config.source.sha256}
+    if "training" in content:
+        del content["training"]["products"]  # the same sums in another order
     # Younger than the first runs: where they are not used, those keep their names.
     if "consistency" in content:
         content["consistency"] = _used_keys(content["consistency"])

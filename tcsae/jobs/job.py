@@ -27,6 +27,7 @@ from tcsae.jobs.tracking import Tracker
 from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
+from tcsae.products import choose, products_for
 from tcsae.report.contents import Contents
 from tcsae.report.origin import missed_l0
 from tcsae.report.run_page import run_figures
@@ -162,6 +163,7 @@ def begin(stream: Stream, claimed: Claimed) -> Training:
     _check_content(stream, job.files)
     _check_windows(job.config, stream)
     torch.manual_seed(job.config.seed)
+    choose(job.config.training.products, stream.model.device)
     tracker = job.tracker = Tracker(job.config, job.files.path)
     member = Member(
         job.config,
@@ -302,6 +304,7 @@ def _final_info(
         "seed": config.seed,
         "tokens": trained.tokens,
         "training_seconds": trained.seconds,
+        "products": products_for(torch.device(stream.model.device)).name,
         "tokens_per_second": trained.steps
         * config.training.batch_contexts
         * config.dataset.context_size

@@ -7,15 +7,16 @@ hold both forms to autograd's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
 from tcsae.products import products_for
+from tcsae.products.plain import split_tokens
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.tensors.sums import column_sums, position_sums
 
@@ -192,11 +193,8 @@ def _smoothed(
 class SparseWindowPenalty(torch.autograd.Function):
     """`WindowPenalty` of sparse codes, without making them dense.
 
-    Sorted by feature and token, the entries of one feature in one context lie together: a bag. The
-    bag's sum of f_u within[u, :] is column j of within f in that context, read where the bag has
-    entries. Work and memory follow the number of entries, whatever the window. The gradient is that
-    of the dense form at the entries; elsewhere the selection has none. The sums over a bag are made
-    in the dtype of the SAE's products, as there.
+    Work and memory follow the number of entries, whatever the window. The gradient is that of the
+    dense form at the entries; elsewhere the selection has none.
     """
 
     @staticmethod
@@ -204,17 +202,9 @@ class SparseWindowPenalty(torch.autograd.Function):
         ctx: Any, values_M: Tensor, codes: SparseCodes, weights: Weights, form: Form
     ) -> Tensor:
         order_M, feature_M = codes.order_M, codes.sorted_feature_M
-        f_M = values_M.index_select(0, order_M)
-        entries_M = torch.arange(len(f_M), device=f_M.device)
-
-        def sums(per_entry_M: Tensor, factor_M: Tensor | None = None) -> Tensor:
-            """Over each feature's entries, [F], of values or of products."""
-            columns_M1, starts_F = per_entry_M[:, None], codes.start_F
-            return embedding_bag(
-                entries_M, columns_M1, starts_F, mode="sum", per_sample_weights=factor_M
-            )[:, 0]
-
-        smooth_M = _smooth_entries(f_M, codes, weights.within_BTT)
+        f_M, products = values_M.index_select(0, order_M), products_for(values_M.device)
+        sums = functools.partial(products.sorted_sums, codes)
+        smooth_M = products.smooth(codes, f_M, weights.within_BTT)
         e_F = sums(smooth_M, f_M) / weights.n_windows
         half_M = None
         if weights.spread_T is not None:
@@ -250,43 +240,14 @@ class SparseWindowPenalty(torch.autograd.Function):
         return gradient_M * grad, None, None, None
 
 
-def _smooth_entries(f_M: Tensor, codes: SparseCodes, within_BTT: Tensor) -> Tensor:
-    """within f at the entries (sorted by feature), as `SparseWindowPenalty` says."""
-    feature_M, token_M = codes.sorted_feature_M, codes.sorted_token_M
-    n_positions = within_BTT.shape[-1]
-    context_M, position_M = _split(token_M, n_positions)
-    begins_M = torch.ones_like(feature_M, dtype=torch.bool)
-    begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
-    columns_GT = embedding_bag(
-        token_M if len(within_BTT) > 1 else position_M,
-        within_BTT.to(codes.dtype).flatten(0, 1),
-        begins_M.nonzero()[:, 0],
-        per_sample_weights=f_M.to(codes.dtype),
-        mode="sum",
-    )
-    begins_M[:1] = False  # the first bag is number 0
-    at_M = torch.add(position_M, begins_M.cumsum(0), alpha=n_positions)
-    return columns_GT.view(-1).index_select(0, at_M).to(f_M)
-
-
 def _between_entries(f_M: Tensor, codes: SparseCodes, weights: Weights) -> tuple[Tensor, Tensor]:
     """(the part of e between contexts [F], half its gradient at the entries)."""
     n_positions = weights.measure_BT.shape[1]
-    position_M = _split(codes.sorted_token_M, n_positions)[1]
+    position_M = split_tokens(codes.sorted_token_M, n_positions)[1]
     if weights.place_BT is not None:
         position_M = weights.place_BT.view(-1).index_select(0, codes.sorted_token_M)
-    # Feature by feature, as the entries lie.
-    at_M = torch.add(position_M, codes.sorted_feature_M, alpha=n_positions)
-    sums_FT = f_M.new_zeros(codes.d_sae, n_positions)
-    sums_FT.view(-1).index_add_(0, at_M, f_M)
+    products = products_for(f_M.device)
+    sums_FT = products.position_sums(codes, f_M, position_M, n_positions)
     between_F, half_TF = weights.between(sums_FT.T)
+    at_M = torch.add(position_M, codes.sorted_feature_M, alpha=n_positions)
     return between_F, half_TF.T.reshape(-1).index_select(0, at_M)
-
-
-def _split(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    """(context, position) of tokens; a division takes several times as long as a shift."""
-    bits = n_positions.bit_length() - 1
-    if n_positions == 1 << bits:
-        return token_M >> bits, token_M & (n_positions - 1)
-    context_M = token_M.div(n_positions, rounding_mode="floor")
-    return context_M, token_M - context_M * n_positions

@@ -30,6 +30,7 @@ GROUP = 8
 class CPU(Plain):
     """As `Plain`, with fewer and smaller passes over memory."""
 
+    name: ClassVar[str] = "cpu"
     # Sparse products cost ~k, dense ones ~d_sae; they meet near d_sae / k = 16 in bfloat16 (near 4
     # in float32).
     sparse_from_ratio: ClassVar[float] = 16

@@ -23,8 +23,12 @@ Chosen = tuple[Tensor, Tensor, Tensor]
 class Plain:
     """Dense codes for every architecture; in a step the host waits for no value of a tensor."""
 
+    name: ClassVar[str] = "plain"
     sparse_from_ratio: ClassVar[float] = math.inf
     """From this d_sae / k on products with sparse codes are faster than with dense ones."""
+
+    dead_every: ClassVar[int] = 1
+    """After so many steps it is looked up which features are dead."""
 
     def is_sparse(self, k: int, d_sae: int) -> bool:
         """Whether codes with k features on a token are to be sparse."""
@@ -90,6 +94,10 @@ class Plain:
 
     # ---- sparse codes ----
 
+    def to_gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows that are to be gathered, in the products' `dtype` where that is less to read."""
+        return rows
+
     def decode(self, codes: SparseCodes, rows_FD: Tensor) -> Tensor:
         """[N, D]: of each token the sum over its entries of value * rows[feature]."""
         return embedding_bag(
@@ -112,3 +120,66 @@ class Plain:
         return embedding_bag(
             codes.sorted_token_M, rows_ND, codes.start_F, per_sample_weights=weight_M, mode="sum"
         )
+
+    def sums(self, codes: SparseCodes, values_M: Tensor) -> Tensor:
+        """[F]: of each feature the sum of its entries' values."""
+        return values_M.new_zeros(codes.d_sae).index_add_(0, codes.feature_M, values_M)
+
+    # Of values in the order of features (`codes.order_M`):
+
+    def sorted_sums(
+        self, codes: SparseCodes, values_M: Tensor, factor_M: Tensor | None = None
+    ) -> Tensor:
+        """[F]: of each feature the sum of its entries' values (times factors)."""
+        entries_M = torch.arange(len(values_M), device=values_M.device)
+        return embedding_bag(
+            entries_M, values_M[:, None], codes.start_F, mode="sum", per_sample_weights=factor_M
+        )[:, 0]
+
+    def position_sums(
+        self, codes: SparseCodes, values_M: Tensor, position_M: Tensor, n_positions: int
+    ) -> Tensor:
+        """[F, T]: of each feature the sums of its entries' values by position."""
+        # Feature by feature, as the entries lie.
+        at_M = torch.add(position_M, codes.sorted_feature_M, alpha=n_positions)
+        sums_FT = values_M.new_zeros(codes.d_sae, n_positions)
+        sums_FT.view(-1).index_add_(0, at_M, values_M)
+        return sums_FT
+
+    def smooth(self, codes: SparseCodes, values_M: Tensor, within_BTT: Tensor) -> Tensor:
+        """[M]: `within` @ values of each feature in each context, where it has entries.
+
+        The entries of one feature in one context lie together: a bag. The bag's sum of
+        f_u within[u, :] is its column of the result, read where the bag has entries. The sums are
+        made in the dtype of the codes' products.
+        """
+        feature_M, token_M = codes.sorted_feature_M, codes.sorted_token_M
+        n_positions = within_BTT.shape[-1]
+        context_M, position_M = split_tokens(token_M, n_positions)
+        begins_M = torch.ones_like(feature_M, dtype=torch.bool)
+        begins_M[1:] = (feature_M[1:] != feature_M[:-1]) | (context_M[1:] != context_M[:-1])
+        columns_GT = embedding_bag(
+            token_M if len(within_BTT) > 1 else position_M,
+            within_BTT.to(codes.dtype).flatten(0, 1),
+            begins_M.nonzero()[:, 0],
+            per_sample_weights=values_M.to(codes.dtype),
+            mode="sum",
+        )
+        begins_M[:1] = False  # the first bag is number 0
+        at_M = torch.add(position_M, begins_M.cumsum(0), alpha=n_positions)
+        return columns_GT.view(-1).index_select(0, at_M).to(values_M)
+
+
+class GPU(Plain):
+    """As `Plain`, where a look at what a tensor holds makes the host wait for the device."""
+
+    dead_every: ClassVar[int] = 8
+
+
+def split_tokens(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+    """(context, position) of tokens; a division takes several times as long as a shift."""
+    bits = n_positions.bit_length() - 1
+    if n_positions == 1 << bits:
+        return token_M >> bits, token_M & (n_positions - 1)
+    context_M = token_M.div(n_positions, rounding_mode="floor")
+    return context_M, token_M - context_M * n_positions

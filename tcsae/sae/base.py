@@ -184,7 +184,8 @@ class SparseAutoencoder(nn.Module, ABC):
         reconstruction = mean over valid tokens of sum over d_in of (x_hat - x)^2; the other
         terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
         value nor gradient, whatever they hold. `sparsity_warmup` multiplies the
-        sparsity term; `dead_F` [d_sae] bool marks dead features (None: there can be none yet);
+        sparsity term; `dead_F` marks dead features, [d_sae] bool, or has their indices [J] (None: there can be
+        none yet);
         `progress` in [0, 1] is the share of the run that is done; `segments_BT` [B, T] numbers
         the documents of each context (None: one), `generator` (on the CPU) is for what an
         architecture draws. Under torch.autocast the products run in its dtype, sums and losses in
@@ -233,7 +234,9 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         if dead_F is None:
             return residual_ND.new_zeros(())
-        among_J, dead_J = products_for(dead_F.device).dead(dead_F)
+        among_J, dead_J = dead_F, None
+        if dead_F.dtype == torch.bool:
+            among_J, dead_J = products_for(dead_F.device).dead(dead_F)
         if not len(among_J):
             return residual_ND.new_zeros(())
         rebuilt_ND = self._rebuilt(centred_ND, places, among_J, dead_J)
@@ -243,8 +246,9 @@ class SparseAutoencoder(nn.Module, ABC):
             # A residual of no variance (one token, a perfect fit) must not divide by zero.
             floor = 1e-6 * var_x + torch.finfo(torch.float32).tiny
             weight = var_x / total_variance(residual_ND, places.n_valid).maximum(floor)
+            loss = self.cfg.auxk_coefficient * weight * error
             # Among those that were looked at, none may be dead.
-            return torch.where(dead_F.any(), self.cfg.auxk_coefficient * weight * error, 0)
+            return loss if dead_J is None else torch.where(dead_J.any(), loss, 0)
 
     def _rebuilt(
         self, centred_ND: Tensor, places: Places, among_J: Tensor, dead_J: Tensor | None

@@ -61,7 +61,9 @@ class BatchTopKSAE(SparseAutoencoder):
         codes = sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
         assert codes.sparse is not None
         values_M = codes.sparse.values_M.detach()
-        codes.least = values_M.min() if len(values_M) else values_M.new_full((), torch.inf)
+        codes.least = values_M.new_full((), torch.inf)
+        if len(values_M):  # entries of 0 fill up what was not chosen
+            codes.least = torch.where(values_M > 0, values_M, torch.inf).min()
         return codes
 
     def batch_activation(self, pre_NF: Tensor, places: Places) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,8 @@ class SparseEncode(torch.autograd.Function):
         ctx: Any, codes: SparseCodes, centred_ND: Tensor, W_enc: Tensor, bias_F: Tensor
     ) -> Tensor:
         ctx.codes = codes
-        ctx.save_for_backward(centred_ND)
+        products = products_for(centred_ND.device)
+        ctx.save_for_backward(products.to_gather(centred_ND, codes.dtype))
         return codes.values_M.clone()
 
     @staticmethod
@@ -132,9 +133,9 @@ class SparseEncode(torch.autograd.Function):
     def backward(ctx: Any, grad_M: Tensor) -> Any:
         (centred_ND,) = ctx.saved_tensors
         grad_M = grad_M * (ctx.codes.values_M > 0)
-        grad_bias_F = grad_M.new_zeros(ctx.codes.d_sae).index_add_(0, ctx.codes.feature_M, grad_M)
         products = products_for(grad_M.device)
-        return None, None, products.by_feature(ctx.codes, grad_M, centred_ND).T, grad_bias_F
+        grad_W_DF = products.by_feature(ctx.codes, grad_M, centred_ND).T
+        return None, None, grad_W_DF, products.sums(ctx.codes, grad_M)
 
 
 class SparseDecode(torch.autograd.Function):
@@ -142,14 +143,17 @@ class SparseDecode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values_M: Tensor, W_dec: Tensor, codes: SparseCodes) -> Tensor:
+        products = products_for(W_dec.device)
+        rows_FD = products.to_gather(W_dec, codes.dtype)
         ctx.codes = codes
-        ctx.save_for_backward(W_dec)
-        return products_for(W_dec.device).decode(codes, W_dec)
+        ctx.save_for_backward(rows_FD)
+        return products.decode(codes, rows_FD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error_ND: Tensor) -> Any:
-        (W_dec,) = ctx.saved_tensors
-        codes, error_ND, products = ctx.codes, error_ND.contiguous(), products_for(W_dec.device)
-        grad_M = products.at_entries(codes, error_ND, W_dec)
+        (rows_FD,) = ctx.saved_tensors
+        codes, products = ctx.codes, products_for(rows_FD.device)
+        error_ND = products.to_gather(error_ND.contiguous(), codes.dtype)
+        grad_M = products.at_entries(codes, error_ND, rows_FD)
         return grad_M, products.by_feature(codes, codes.values_M.detach(), error_ND), None

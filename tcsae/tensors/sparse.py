@@ -45,9 +45,11 @@ class SparseCodes(NamedTuple):
         n_tokens, d_sae = shape
         # Keys of 32 bits sort in half the time.
         sorted_feature_M, order_M = feature_M.int().sort(stable=True)
-        count_N = torch.bincount(token_M, minlength=n_tokens)
-        count_F = torch.bincount(feature_M, minlength=d_sae)
-        start_N, start_F = count_N.cumsum(0) - count_N, count_F.cumsum(0) - count_F
+        # Searched for and not counted: to count, the host would have to read the largest.
+        every_N = torch.arange(n_tokens, device=token_M.device)
+        every_F = torch.arange(d_sae, device=token_M.device, dtype=torch.int32)
+        start_N = torch.searchsorted(token_M, every_N)
+        start_F = torch.searchsorted(sorted_feature_M, every_F)
         sorted_token_M = token_M.index_select(0, order_M)
         return cls(
             values_M,

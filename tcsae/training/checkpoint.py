@@ -36,9 +36,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     path = make_folder(folder) / f"step-{checkpoint.step:08d}.safetensors"
     facts = {"step": checkpoint.step, **checkpoint.facts}
     save_tensors(path, checkpoint.tensors, {"facts": json.dumps(facts)})
+    _remove_older(folder)
+    return path
+
+
+def _remove_older(folder: Path) -> None:
+    """All but the last `KEPT`."""
     for _, old in _files(folder)[KEPT:]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def load_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
@@ -63,5 +68,6 @@ def load_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 f"{path} is of another configuration ({facts['run_id']}, this is {run_id}): "
                 "choose another folder or remove it"
             )
+        _remove_older(folder)  # a kill between a save and this leaves one more
         return Checkpoint(step, tensors, facts)
     return None

@@ -15,6 +15,7 @@ from tcsae.base.errors import UserError
 from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency, window_moments
 from tcsae.data.batches import Batch, Calibration
+from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
@@ -62,6 +63,7 @@ class Member:
         self, config: Config, d_in: int, calibration: Calibration, device: str, autocast: bool
     ) -> None:
         self.config, self.device, self.autocast = config, device, autocast
+        self.products = products_for(torch.device(device))
         self.scale = math.sqrt(d_in) / calibration.median_norm
         generator = generator_for(config.seed, "init")
         self.sae: SparseAutoencoder = sae_class(config.sae.architecture)(
@@ -82,6 +84,7 @@ class Member:
         self.step = 0
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=device)
         self.tokens_since_fired = torch.zeros(config.sae.d_sae, dtype=torch.long, device=device)
+        self.dead_J: Tensor | None = None
         self.first_bad_step: dict[str, Tensor] = {}
         self.last_loss = torch.full((), math.nan, device=device)
 
@@ -120,11 +123,20 @@ class Member:
         return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
 
     def _dead(self, batch: Batch) -> Tensor | None:
-        """[d_sae] bool: the dead features; None where it is known without a look at the device that
-        too few tokens have come for any."""
-        after = self.config.sae.dead_after_tokens
-        too_early = self.step * batch.valid.numel() < after
-        return None if too_early else self.tokens_since_fired >= after
+        """The dead features as the SAE takes them; None where it is known without a look at the
+        device that too few tokens have come for any.
+
+        Where such a look makes the host wait, it is taken at every so many steps: AuxK costs what
+        the dead features cost, and nothing while there are none.
+        """
+        after, every = self.config.sae.dead_after_tokens, self.products.dead_every
+        if self.step * batch.valid.numel() < after:
+            return None
+        if every == 1:
+            return self.tokens_since_fired >= after
+        if self.dead_J is None or self.step % every == 0:
+            self.dead_J = (self.tokens_since_fired >= after).nonzero()[:, 0]
+        return self.dead_J
 
     def _sparsity_weight(self) -> float | Tensor:
         """What the sparsity term is multiplied by at this step."""
@@ -261,6 +273,8 @@ class Member:
             "counters.last_loss": self.last_loss,
             "rng.torch": torch.get_rng_state(),
         }
+        if self.dead_J is not None:
+            tensors["counters.dead"] = self.dead_J
         return Checkpoint(self.step, tensors, {"run_id": run_id(self.config), **facts})
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -282,6 +296,9 @@ class Member:
         self.tokens_since_fired.copy_(counters["tokens_since_fired"])
         self.tokens_seen.copy_(counters["tokens_seen"])
         self.last_loss = counters["last_loss"].to(self.device, copy=True)
+        self.dead_J = None
+        if "dead" in counters:
+            self.dead_J = counters["dead"].to(self.device, copy=True)
         torch.set_rng_state(part("rng")["torch"].clone())
         self.step = checkpoint.step
 

@@ -1,0 +1,229 @@
+"""Triton kernels for products with sparse codes. Nothing else imports Triton but `triton_gpu`.
+
+Rules that they keep: every load of rows is followed by `.to(tl.float32)` (bfloat16 arithmetic is
+wrong in Triton's interpreter, in which they are tested); no autotune (a timing would choose the
+order of sums) and no atomics (their order changes): a step repeated has the same bits; pointers are
+offset in 64 bits; every grid is known to the host without a look at the device.
+
+Shapes: N tokens, F features, D = d_in, T positions, M entries, S entries in a piece.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------ sums of gathered rows
+
+
+@triton.jit
+def _tile_sum(rows, index, weight, first, last, d, is_d, D, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK]: the sum over entries m in [first, last) of weight[m] * rows[index[m], d].
+
+    TILE sums side by side, joined at the end: joined in the loop they would cost 8 barriers a turn,
+    for warps share the rows.
+    """
+    acc = tl.zeros([TILE, BLOCK], tl.float32)
+    for m in range(first, last, TILE):
+        at = m + tl.arange(0, TILE)
+        is_m = at < last
+        row = tl.load(index + at, mask=is_m, other=0).to(tl.int64)
+        w = tl.load(weight + at, mask=is_m, other=0.0).to(tl.float32)
+        is_md = is_m[:, None] & is_d[None, :]
+        x = tl.load(rows + row[:, None] * D + d[None, :], mask=is_md, other=0.0).to(tl.float32)
+        acc += x * w[:, None]
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def decode_kernel(
+    out, rows, index, weight, start, N, M, D, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[n] = sum of weight[m] * rows[index[m]] over the entries of token n. Grid (N, D / BLOCK)."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, last = tl.load(start + n), tl.load(start + n + 1, mask=n + 1 < N, other=M)
+    acc = _tile_sum(rows, index, weight, first, last, d, d < D, D, TILE, BLOCK)
+    tl.store(out + n * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def pieces_kernel(
+    out, partial, rows, index, weight, start, of_piece, first_piece, first_part, F, M, D, S,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One piece of one feature's entries. A feature of one piece (also of none) writes its row;
+    of several, each writes to `partial`. Grid (F + M / S, D / BLOCK)."""
+    p = tl.program_id(0)
+    j = tl.load(of_piece + p)
+    if j < F:
+        d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        begin, end = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
+        number = p - tl.load(first_piece + j)
+        first = begin + number * S
+        last = tl.minimum(first + S, end)
+        acc = _tile_sum(rows, index, weight, first, last, d, d < D, D, TILE, BLOCK)
+        if end - begin <= S:
+            tl.store(out + j.to(tl.int64) * D + d, acc, mask=d < D)
+        else:
+            part = (tl.load(first_part + j) + number).to(tl.int64)
+            tl.store(partial + part * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def join_kernel(out, partial, start, first_part, F, M, D, S, BLOCK: tl.constexpr):
+    """Features of several pieces: the sum of their parts, in order. Grid (F, D / BLOCK)."""
+    j = tl.program_id(0)
+    n = tl.load(start + j + 1, mask=j + 1 < F, other=M) - tl.load(start + j)
+    if n > S:
+        d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        part = partial + tl.load(first_part + j).to(tl.int64) * D + d
+        acc = tl.zeros([BLOCK], tl.float32)
+        for p in range(0, (n + S - 1) // S):
+            acc += tl.load(part + p * D, mask=d < D, other=0.0)
+        tl.store(out + j.to(tl.int64) * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def sampled_kernel(
+    parts, rows, W, index, start, N, M, D, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """parts[b, m] = <rows[n], W[index[m]]> over block b of D, for the entries m of token n.
+
+    Grid (N, D / BLOCK): all tokens of one block come before the next, whose columns of W (F x
+    BLOCK) fit in the device's second cache where the whole of W does not.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1)
+    d = b * BLOCK + tl.arange(0, BLOCK)
+    is_d = d < D
+    x = tl.load(rows + n * D + d, mask=is_d, other=0.0).to(tl.float32)
+    first, last = tl.load(start + n), tl.load(start + n + 1, mask=n + 1 < N, other=M)
+    for m in range(first, last, TILE):
+        at = m + tl.arange(0, TILE)
+        is_m = at < last
+        row = tl.load(index + at, mask=is_m, other=0).to(tl.int64)
+        is_md = is_m[:, None] & is_d[None, :]
+        w = tl.load(W + row[:, None] * D + d[None, :], mask=is_md, other=0.0).to(tl.float32)
+        tl.store(parts + b.to(tl.int64) * M + at, tl.sum(w * x[None, :], axis=1), mask=is_m)
+
+
+# ------------------------------------------------------------------ sums by feature
+
+
+@triton.jit
+def sums_kernel(out, a, b, start, F, M, BLOCK: tl.constexpr):
+    """out[j] = sum of a[m] * b[m] over the entries m of feature j, as they are sorted. Grid (F,)."""
+    j = tl.program_id(0)
+    first, last = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for m in range(first, last, BLOCK):
+        at = m + tl.arange(0, BLOCK)
+        x = tl.load(a + at, mask=at < last, other=0.0).to(tl.float32)
+        acc += x * tl.load(b + at, mask=at < last, other=0.0).to(tl.float32)
+    tl.store(out + j, tl.sum(acc))
+
+
+@triton.jit
+def position_sums_kernel(
+    out, f, position, start, F, M, T, BLOCK: tl.constexpr, PLACES: tl.constexpr
+):
+    """out[j, t] = sum of f over the entries of feature j at position t. Grid (F,)."""
+    j = tl.program_id(0)
+    first, last = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
+    t = tl.arange(0, PLACES)
+    acc = tl.zeros([PLACES], tl.float32)
+    for m in range(first, last, BLOCK):
+        at = m + tl.arange(0, BLOCK)
+        x = tl.load(f + at, mask=at < last, other=0.0).to(tl.float32)
+        p = tl.load(position + at, mask=at < last, other=-1)
+        acc += tl.sum(tl.where(p[:, None] == t[None, :], x[:, None], 0.0), axis=0)
+    tl.store(out + j.to(tl.int64) * T + t, acc, mask=t < T)
+
+
+@triton.jit
+def smooth_kernel(out, f, feature, token, Q, M, T, PER_CONTEXT: tl.constexpr, BLOCK: tl.constexpr):
+    """(Q f)[m] from the other entries of its feature in its context, which lie beside it in the
+    order (feature, token): as far as they go to the left, then to the right. Grid (M / BLOCK,)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_m = at < M
+    j = tl.load(feature + at, mask=is_m, other=-1)
+    n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
+    context, t = n // T, n % T
+    row = Q + (context * T + t if PER_CONTEXT else t).to(tl.int64) * T
+    own = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+    acc = own * tl.load(row + t, mask=is_m, other=0.0).to(tl.float32)
+    for side in tl.static_range(2):
+        near = at + (2 * side - 1)
+        going = is_m & (near >= 0) & (near < M)
+        while tl.max(going.to(tl.int32), axis=0) > 0:
+            j2 = tl.load(feature + near, mask=going, other=-2)
+            n2 = tl.load(token + near, mask=going, other=0).to(tl.int32)
+            going = going & (j2 == j) & (n2 // T == context)
+            q = tl.load(row + n2 % T, mask=going, other=0.0).to(tl.float32)
+            acc += q * tl.load(f + near, mask=going, other=0.0).to(tl.float32)
+            near += 2 * side - 1
+            going = going & (near >= 0) & (near < M)
+    tl.store(out + at, acc, mask=is_m)
+
+
+# ------------------------------------------------------------------ selection
+
+
+@triton.jit
+def _keys(x):
+    """float32 -> int32 in the same order."""
+    b = x.to(tl.int32, bitcast=True)
+    return tl.where(b < 0, b ^ 0x7FFFFFFF, b)
+
+
+@triton.jit
+def _chosen(key, k, BITS: tl.constexpr):
+    """Bool: the k largest keys, of those that tie with the last the first ones."""
+    # The k-th largest, bit by bit; the sign first (keys are signed).
+    threshold = -2147483648
+    for bit in tl.static_range(BITS):
+        step = (1 << (31 - bit)) if bit > 0 else 0
+        higher = 0 if bit == 0 else threshold + step
+        enough = tl.sum((key >= higher).to(tl.int32)) >= k
+        threshold = tl.where(enough, higher, threshold)
+    above = key > threshold if BITS == 32 else key > (threshold | ((1 << (32 - BITS)) - 1))
+    equal = (key >= threshold) & ~above
+    left = k - tl.sum(above.to(tl.int32))
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+
+
+@triton.jit
+def groups_kernel(
+    groups, pre, F, k, n_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr
+):
+    """The k groups with the largest maxima; group g holds features g, g + n_groups, ... Grid (N,)."""
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, GROUPS)
+    largest = tl.full([GROUPS], float("-inf"), tl.float32)
+    for part in tl.static_range(GROUP):
+        at = part * n_groups + g
+        x = tl.load(pre + n * F + at, mask=(g < n_groups) & (at < F), other=float("-inf"))
+        largest = tl.maximum(largest, x.to(tl.float32))
+    chosen = _chosen(_keys(largest), k, BITS)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(groups + n * k + place, g, mask=chosen & (place < k))
+
+
+@triton.jit
+def top_k_kernel(
+    values, index, groups, pre, F, k, n_groups,
+    GROUP: tl.constexpr, KS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """The k largest of the k groups' GROUP * k entries. Grid (N,)."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, GROUP * KS)
+    part, place = c // KS, c % KS
+    g = tl.load(groups + n * k + place, mask=place < k, other=0)
+    at = part * n_groups + g
+    is_c = (place < k) & (at < F)
+    x = tl.load(pre + n * F + at, mask=is_c, other=float("-inf")).to(tl.float32)
+    chosen = _chosen(_keys(x), k, BITS)
+    to = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(values + n * k + to, x, mask=chosen & (to < k))
+    tl.store(index + n * k + to, at.to(tl.int64), mask=chosen & (to < k))

@@ -1,0 +1,199 @@
+"""The operations of a training step on a GPU, with Triton kernels where codes are sparse.
+
+The host reads nothing of what it computes: it knows every length beforehand, so that the device
+never waits. No sum is made in an order that changes: a step repeated has the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ClassVar
+
+import torch
+import triton
+from torch import Tensor
+
+from tcsae.products import kernels
+from tcsae.products.plain import GPU, Chosen
+from tcsae.tensors.sparse import SparseCodes
+
+GROUP = 8
+"""Features whose maximum stands for them in a selection (see `cpu`)."""
+PIECE = 128
+"""Entries of one feature that one program sums."""
+BLOCK = 256
+"""Columns of a row that one program takes: 2,304 = 9 * 256 wastes none."""
+MOST_PLACES = 2048
+
+
+class Triton(GPU):
+    """As `GPU`, with codes by their entries."""
+
+    name: ClassVar[str] = "triton"
+    # Dense products cost 2 d_sae / (780 TFLOP/s) a number, gathers 2 k / (4.5 TB/s).
+    sparse_from_ratio: ClassVar[float] = 128
+
+    def try_on(self, device: torch.device) -> None:
+        """A selection, a decoding and its gradient; whatever fails is raised."""
+        rows_FD = torch.ones(4 * GROUP, 16, device=device)
+        values_NK, index_NK = self.top_k(torch.rand(2, len(rows_FD), device=device), 2)
+        token_M = torch.arange(4, device=device) // 2
+        shape = (2, len(rows_FD))
+        codes = SparseCodes.of(values_NK.flatten(), index_NK.flatten(), token_M, shape, torch.float32)
+        self.by_feature(codes, codes.values_M, self.decode(codes, rows_FD))
+        torch.cuda.synchronize(device)
+
+    # ---- selection ----
+
+    def top_k(self, pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        n, d_sae = pre_NF.shape
+        n_groups = triton.cdiv(d_sae, GROUP)
+        if n_groups <= k:
+            return super().top_k(pre_NF, k)
+        bits = 16 if pre_NF.dtype == torch.bfloat16 else 32
+        groups_NK = torch.empty(n, k, dtype=torch.int32, device=pre_NF.device)
+        values_NK = torch.empty(n, k, device=pre_NF.device)
+        index_NK = torch.empty(n, k, dtype=torch.long, device=pre_NF.device)
+        with _on(pre_NF):
+            kernels.groups_kernel[(n,)](
+                groups_NK, pre_NF, d_sae, k, n_groups, GROUP=GROUP,
+                GROUPS=triton.next_power_of_2(n_groups), BITS=bits, num_warps=8,
+            )  # fmt: skip
+            kernels.top_k_kernel[(n,)](
+                values_NK, index_NK, groups_NK, pre_NF, d_sae, k, n_groups, GROUP=GROUP,
+                KS=triton.next_power_of_2(k), BITS=bits, num_warps=4,
+            )  # fmt: skip
+        return values_NK, index_NK
+
+    def largest_of_batch(self, pre_NF: Tensor, valid_N1: Tensor, k: int) -> Chosen:
+        """As of `GPU`, but exactly k N entries, of which those in excess are 0 and add nothing to
+        any sum; of entries that tie with the smallest kept one those for which there is room."""
+        n, d_sae = pre_NF.shape
+        n_groups, m = triton.cdiv(d_sae, GROUP), k * n
+        missing = n_groups * GROUP - d_sae
+        padded = torch.nn.functional.pad(pre_NF, (0, missing), value=-torch.inf)
+        grouped = padded.view(n, GROUP, n_groups)
+        maxima_P = torch.where(valid_N1, grouped.amax(1), -torch.inf).flatten()
+        group_P = maxima_P.topk(min(m, len(maxima_P)), sorted=False).indices
+        token_P, column_P = group_P // n_groups, group_P % n_groups
+        offset_G = torch.arange(GROUP, device=pre_NF.device) * n_groups
+        at_PG = (token_P * (n_groups * GROUP) + column_P)[:, None] + offset_G
+        values_M, place_M = padded.view(-1).take(at_PG).flatten().topk(m)
+        n_kept = (k * valid_N1.sum()).minimum((values_M > 0).sum())
+        least = torch.where(n_kept > 0, values_M.take((n_kept - 1).clamp(min=0)), torch.inf)
+        values_M = torch.where((values_M >= least) & (values_M > 0), values_M, 0)
+        flat_M, order_M = at_PG.view(-1).index_select(0, place_M).sort()
+        token_M = flat_M // (n_groups * GROUP)
+        feature_M = (flat_M - token_M * (n_groups * GROUP)).clamp(max=d_sae - 1)
+        return values_M.index_select(0, order_M), feature_M, token_M
+
+    # ---- sparse codes ----
+
+    def to_gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return rows.to(dtype)
+
+    def decode(self, codes: SparseCodes, rows_FD: Tensor) -> Tensor:
+        n, width = len(codes.start_N), rows_FD.shape[1]
+        out_ND, block = torch.empty(n, width, device=rows_FD.device), _block(width)
+        with _on(rows_FD):
+            kernels.decode_kernel[(n, triton.cdiv(width, block))](
+                out_ND, rows_FD, codes.feature_M, codes.values_M.detach(), codes.start_N, n,
+                len(codes.feature_M), width, TILE=8, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        return out_ND
+
+    def at_entries(self, codes: SparseCodes, left_ND: Tensor, right_FD: Tensor) -> Tensor:
+        n, width = left_ND.shape
+        n_entries, block = len(codes.feature_M), _block(width)
+        blocks = triton.cdiv(width, block)
+        parts = torch.empty(blocks, n_entries, device=left_ND.device)
+        with _on(left_ND):
+            kernels.sampled_kernel[(n, blocks)](
+                parts, left_ND, right_FD, codes.feature_M, codes.start_N, n, n_entries, width,
+                TILE=8, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        return parts.sum(0)
+
+    def by_feature(self, codes: SparseCodes, weight_M: Tensor, rows_ND: Tensor) -> Tensor:
+        n_entries, d_sae, width = len(weight_M), codes.d_sae, rows_ND.shape[1]
+        weight_M = weight_M.index_select(0, codes.order_M)
+        of_piece_P, first_piece_F, first_part_F = _pieces(codes)
+        out_FD, block = torch.empty(d_sae, width, device=rows_ND.device), _block(width)
+        # A feature of c > PIECE entries has less than 2 c / PIECE pieces.
+        partial = torch.empty(2 * n_entries // PIECE + 1, width, device=rows_ND.device)
+        blocks = triton.cdiv(width, block)
+        with _on(rows_ND):
+            kernels.pieces_kernel[(len(of_piece_P), blocks)](
+                out_FD, partial, rows_ND, codes.sorted_token_M, weight_M, codes.start_F,
+                of_piece_P, first_piece_F, first_part_F, d_sae, n_entries, width, PIECE,
+                TILE=8, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+            kernels.join_kernel[(d_sae, blocks)](
+                out_FD, partial, codes.start_F, first_part_F, d_sae, n_entries, width, PIECE,
+                BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        return out_FD
+
+    def sums(self, codes: SparseCodes, values_M: Tensor) -> Tensor:
+        sorted_M = values_M.index_select(0, codes.order_M)
+        return self.sorted_sums(codes, sorted_M, torch.ones_like(sorted_M))
+
+    def sorted_sums(
+        self, codes: SparseCodes, values_M: Tensor, factor_M: Tensor | None = None
+    ) -> Tensor:
+        factor_M = torch.ones_like(values_M) if factor_M is None else factor_M
+        sums_F = torch.empty(codes.d_sae, device=values_M.device)
+        with _on(values_M):
+            kernels.sums_kernel[(codes.d_sae,)](
+                sums_F, values_M, factor_M, codes.start_F, codes.d_sae, len(values_M),
+                BLOCK=128, num_warps=1,
+            )  # fmt: skip
+        return sums_F
+
+    def smooth(self, codes: SparseCodes, values_M: Tensor, within_BTT: Tensor) -> Tensor:
+        within_BTT, smooth_M = within_BTT.contiguous(), torch.empty_like(values_M)
+        n_entries, block = len(values_M), 64
+        if n_entries:
+            with _on(values_M):
+                kernels.smooth_kernel[(triton.cdiv(n_entries, block),)](
+                    smooth_M, values_M, codes.sorted_feature_M, codes.sorted_token_M, within_BTT,
+                    n_entries, within_BTT.shape[-1], PER_CONTEXT=len(within_BTT) > 1, BLOCK=block,
+                    num_warps=2,
+                )  # fmt: skip
+        return smooth_M
+
+    def position_sums(
+        self, codes: SparseCodes, values_M: Tensor, position_M: Tensor, n_positions: int
+    ) -> Tensor:
+        if n_positions > MOST_PLACES:
+            return super().position_sums(codes, values_M, position_M, n_positions)
+        places = triton.next_power_of_2(n_positions)
+        sums_FT = torch.empty(codes.d_sae, n_positions, device=values_M.device)
+        with _on(values_M):
+            kernels.position_sums_kernel[(codes.d_sae,)](
+                sums_FT, values_M, position_M, codes.start_F, codes.d_sae, len(values_M),
+                n_positions, BLOCK=max(2048 // places, 2), PLACES=places, num_warps=1,
+            )  # fmt: skip
+        return sums_FT
+
+
+def _pieces(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """(feature of each piece, F where there is none; first piece of each feature; where those of
+    several pieces have their parts)."""
+    n_entries, d_sae, device = len(codes.order_M), codes.d_sae, codes.start_F.device
+    ends_F = torch.cat([codes.start_F[1:], codes.start_F.new_full((1,), n_entries)])
+    pieces_F = (ends_F - codes.start_F - 1).div(PIECE, rounding_mode="floor").clamp_(min=0).add_(1)
+    end_F = pieces_F.cumsum(0)
+    every_P = torch.arange(d_sae + n_entries // PIECE, device=device)
+    of_piece_P = torch.searchsorted(end_F, every_P, right=True, out_int32=True)
+    parts_F = torch.where(pieces_F > 1, pieces_F, 0)
+    return of_piece_P, end_F - pieces_F, parts_F.cumsum(0) - parts_F
+
+
+def _block(width: int) -> int:
+    return min(triton.next_power_of_2(width), BLOCK)
+
+
+def _on(tensor: Tensor) -> Any:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,160 @@
+"""Triton's kernels against float64 in PyTorch, for the interpreter on a CPU and for a card alike.
+
+Every function takes a device and sizes, and asserts; `errors` is ||found - wanted|| / ||wanted||.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcsae.consistency import Consistency
+from tcsae.products import PLAIN
+from tcsae.products.plain import Plain
+from tcsae.tensors.sparse import SparseCodes
+
+
+def sparse_codes(
+    products: Plain, n: int, d_sae: int, k: int, device: str, seed: int = 0
+) -> SparseCodes:
+    """One feature is on nearly everywhere, one nowhere; some entries are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    chance_NF = torch.rand(n, d_sae, generator=generator)
+    chance_NF[:, 3] += torch.rand(n, generator=generator) < 0.9
+    chance_NF[:, 5] = -1
+    feature_M = chance_NF.topk(k, 1).indices.flatten().to(device)
+    token_M = torch.arange(n, device=device).repeat_interleave(k)
+    values_M = (torch.rand(n * k, generator=generator) - 0.1).relu().to(device)
+    return SparseCodes.of(values_M, feature_M, token_M, (n, d_sae), torch.float32)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+def check_rows(
+    products: Plain, device: str, *, n: int, d_sae: int, k: int, width: int, dtype: torch.dtype
+) -> None:
+    """decode, at_entries, by_feature, sums."""
+    codes = sparse_codes(products, n, d_sae, k, device)
+    generator = torch.Generator().manual_seed(1)
+    W_FD = torch.randn(d_sae, width, generator=generator).to(device, dtype)
+    e_ND = torch.randn(n, width, generator=generator).to(device, dtype)
+    dense_NF = codes.values_M.new_zeros(n, d_sae, dtype=torch.float64)
+    dense_NF[codes.token_M, codes.feature_M] = codes.values_M.double()
+    at = (codes.token_M, codes.feature_M)
+    for found, wanted in (
+        (products.decode(codes, W_FD), dense_NF @ W_FD.double()),
+        (products.at_entries(codes, e_ND, W_FD), (e_ND.double() @ W_FD.double().T)[at]),
+        (products.by_feature(codes, codes.values_M, e_ND), dense_NF.T @ e_ND.double()),
+        (products.sums(codes, codes.values_M), dense_NF.sum(0)),
+    ):
+        assert found.dtype == torch.float32
+        assert error(found, wanted) < 2e-6
+
+
+def check_penalty(
+    products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
+) -> None:
+    """The primitives of the temporal loss, of values in the order of features."""
+    n = contexts * positions
+    codes = sparse_codes(products, n, d_sae, k, device)
+    generator = torch.Generator().manual_seed(2)
+    f_M = codes.values_M[codes.order_M]
+    factor_M = torch.randn(len(f_M), generator=generator).to(device)
+    position_M = codes.sorted_token_M % positions
+    plain = Plain()
+    for one in (1, contexts):
+        within = torch.randn(one, positions, positions, generator=generator).to(device)
+        within = within + within.mT
+        wanted = plain.smooth(
+            codes._replace(dtype=torch.float64), f_M.double(), within.double()
+        )
+        assert error(products.smooth(codes, f_M, within), wanted) < 2e-6
+    for factor in (None, factor_M):
+        wanted = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        times = 1 if factor is None else factor.double()
+        wanted.index_add_(0, codes.sorted_feature_M, f_M.double() * times)
+        assert error(products.sorted_sums(codes, f_M, factor), wanted) < 2e-6
+    wanted = torch.zeros(d_sae, positions, dtype=torch.float64, device=device)
+    wanted.index_put_((codes.sorted_feature_M.long(), position_M), f_M.double(), accumulate=True)
+    assert error(products.position_sums(codes, f_M, position_M, positions), wanted) < 2e-6
+
+
+def check_selection(
+    products: Plain, device: str, *, n: int, d_sae: int, k: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    pre_NF = torch.randn(n, d_sae, generator=generator)
+    pre_NF[0] = 0.5 * (torch.rand(d_sae, generator=generator) < 0.5)  # ties
+    pre_NF[1] = -pre_NF[1].abs()
+    pre_NF = pre_NF.to(device, dtype)
+    values_NK, index_NK = products.top_k(pre_NF, k)
+    assert torch.equal(values_NK.float().sort(1).values, pre_NF.topk(k, 1).values.float().sort(1).values)
+    assert torch.equal(pre_NF.gather(1, index_NK).float(), values_NK.float())
+    assert (index_NK.sort(1).values.diff(dim=1) > 0).all()
+    valid_N1 = torch.rand(n, 1, generator=generator).to(device) < 0.9
+    pre_NF = pre_NF.masked_fill(~valid_N1, 0)
+    values_M, feature_M, token_M = products.largest_of_batch(pre_NF, valid_N1, k)
+    assert (token_M.diff() >= 0).all() and len(values_M) <= n * k
+    on_M = values_M > 0
+    assert torch.equal(values_M[on_M], pre_NF[token_M, feature_M][on_M])
+    n_kept = min(int(k * valid_N1.sum()), int((pre_NF > 0).sum()))
+    wanted = pre_NF.flatten().float().topk(n_kept).values
+    found = values_M[on_M].float().sort(descending=True).values
+    # Of those that tie with the smallest more may be kept, as long as there is room.
+    assert torch.equal(found[:n_kept], wanted) and (found[n_kept:] == wanted[-1]).all()
+
+
+def penalties() -> Iterator[tuple[str, Any, bool]]:
+    for form in ("scale_free", "slow", "window_variance"):
+        for window in (4, "document"):
+            for shuffle in (False, True):
+                yield form, window, shuffle
+
+
+def check_whole_penalty(
+    products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
+) -> None:
+    """Value and gradient of every form with its position term, against autograd's dense float64."""
+    from tcsae.products import BY_DEVICE
+
+    codes = sparse_codes(products, contexts * positions, d_sae, k, device)
+    generator = torch.Generator().manual_seed(4)
+    valid = (torch.rand(contexts, positions, generator=generator) < 0.95).to(device)
+    segments = (torch.rand(contexts, positions, generator=generator) < 0.1).cumsum(1).to(device)
+    values_M = codes.values_M * valid.flatten()[codes.token_M]
+    for form, window, shuffle in penalties():
+        loss = Consistency(form, window, shuffle_positions=shuffle, position_weight=1.0).to(device)
+        found = []
+        for wide in (False, True):
+            v_M = values_M.double().requires_grad_() if wide else values_M.clone().requires_grad_()
+            of = codes._replace(values_M=v_M, dtype=v_M.dtype)
+            given = of.dense().view(contexts, positions, d_sae) if wide else of
+            with _by(BY_DEVICE, device, PLAIN if wide else products):
+                value = loss(
+                    given, segments=segments, valid=valid,
+                    generator=torch.Generator().manual_seed(5),
+                )  # fmt: skip
+                value.backward()
+            found += [value.detach(), v_M.grad]
+        assert error(found[0], found[2]) < 1e-5, (form, window, shuffle)
+        assert error(found[1], found[3]) < 1e-4, (form, window, shuffle)
+
+
+class _by:
+    def __init__(self, of: dict[str, Plain], device: str, products: Plain) -> None:
+        self.of, self.kind, self.products = of, torch.device(device).type, products
+
+    def __enter__(self) -> None:
+        self.before = copy.copy(self.of)
+        self.of[self.kind] = self.products
+
+    def __exit__(self, *_: object) -> None:
+        self.of.clear()
+        self.of.update(self.before)
