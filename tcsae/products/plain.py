@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from tcsae.tensors.sparse import SparseCodes
 
@@ -29,6 +30,9 @@ class Plain:
 
     dead_every: ClassVar[int] = 1
     """After so many steps it is looked up which features are dead."""
+
+    records: ClassVar[bool] = False
+    """Whether a step may be recorded once and replayed."""
 
     def is_sparse(self, k: int, d_sae: int) -> bool:
         """Whether codes with k features on a token are to be sparse."""
@@ -54,6 +58,10 @@ class Plain:
         if plus_NF is not None:
             result_NF.add_(plus_NF)
         return result_NF.relu_() if relu else result_NF
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        """Softmax attention where `allowed`; shapes as of torch's own."""
+        return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
     def zero_rows(self, rows_NF: Tensor, valid_N1: Tensor) -> Tensor:
         """In place: zeros at the tokens that are not valid."""
@@ -174,6 +182,11 @@ class GPU(Plain):
     """As `Plain`, where a look at what a tensor holds makes the host wait for the device."""
 
     dead_every: ClassVar[int] = 8
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        # The gradients of the fused forms are added in an order that changes.
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().attention(q, k, v, allowed)
 
 
 def split_tokens(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:

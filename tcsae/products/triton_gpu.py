@@ -21,8 +21,8 @@ GROUP = 8
 """Features whose maximum stands for them in a selection (see `cpu`)."""
 PIECE = 128
 """Entries of one feature that one program sums."""
-BLOCK = 256
-"""Columns of a row that one program takes: 2,304 = 9 * 256 wastes none."""
+DECODE = SAMPLED = BY_FEATURE = (8, 256, 4)
+"""Rows and columns that a program takes at a time, and its warps."""
 MOST_PLACES = 2048
 
 
@@ -30,6 +30,7 @@ class Triton(GPU):
     """As `GPU`, with codes by their entries."""
 
     name: ClassVar[str] = "triton"
+    records: ClassVar[bool] = True
     # Dense products cost 2 d_sae / (780 TFLOP/s) a number, gathers 2 k / (4.5 TB/s).
     sparse_from_ratio: ClassVar[float] = 128
 
@@ -94,23 +95,25 @@ class Triton(GPU):
 
     def decode(self, codes: SparseCodes, rows_FD: Tensor) -> Tensor:
         n, width = len(codes.start_N), rows_FD.shape[1]
-        out_ND, block = torch.empty(n, width, device=rows_FD.device), _block(width)
+        out_ND = torch.empty(n, width, device=rows_FD.device)
+        tile, block, warps = _shape(DECODE, width)
         with _on(rows_FD):
             kernels.decode_kernel[(n, triton.cdiv(width, block))](
                 out_ND, rows_FD, codes.feature_M, codes.values_M.detach(), codes.start_N, n,
-                len(codes.feature_M), width, TILE=8, BLOCK=block, num_warps=4,
+                len(codes.feature_M), width, TILE=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
         return out_ND
 
     def at_entries(self, codes: SparseCodes, left_ND: Tensor, right_FD: Tensor) -> Tensor:
         n, width = left_ND.shape
-        n_entries, block = len(codes.feature_M), _block(width)
+        n_entries = len(codes.feature_M)
+        tile, block, warps = _shape(SAMPLED, width)
         blocks = triton.cdiv(width, block)
         parts = torch.empty(blocks, n_entries, device=left_ND.device)
         with _on(left_ND):
             kernels.sampled_kernel[(n, blocks)](
                 parts, left_ND, right_FD, codes.feature_M, codes.start_N, n, n_entries, width,
-                TILE=8, BLOCK=block, num_warps=4,
+                TILE=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
         return parts.sum(0)
 
@@ -118,7 +121,8 @@ class Triton(GPU):
         n_entries, d_sae, width = len(weight_M), codes.d_sae, rows_ND.shape[1]
         weight_M = weight_M.index_select(0, codes.order_M)
         of_piece_P, first_piece_F, first_part_F = _pieces(codes)
-        out_FD, block = torch.empty(d_sae, width, device=rows_ND.device), _block(width)
+        out_FD = torch.empty(d_sae, width, device=rows_ND.device)
+        tile, block, warps = _shape(BY_FEATURE, width)
         # A feature of c > PIECE entries has less than 2 c / PIECE pieces.
         partial = torch.empty(2 * n_entries // PIECE + 1, width, device=rows_ND.device)
         blocks = triton.cdiv(width, block)
@@ -126,7 +130,7 @@ class Triton(GPU):
             kernels.pieces_kernel[(len(of_piece_P), blocks)](
                 out_FD, partial, rows_ND, codes.sorted_token_M, weight_M, codes.start_F,
                 of_piece_P, first_piece_F, first_part_F, d_sae, n_entries, width, PIECE,
-                TILE=8, BLOCK=block, num_warps=4,
+                TILE=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
             kernels.join_kernel[(d_sae, blocks)](
                 out_FD, partial, codes.start_F, first_part_F, d_sae, n_entries, width, PIECE,
@@ -190,8 +194,9 @@ def _pieces(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
     return of_piece_P, end_F - pieces_F, parts_F.cumsum(0) - parts_F
 
 
-def _block(width: int) -> int:
-    return min(triton.next_power_of_2(width), BLOCK)
+def _shape(of: tuple[int, int, int], width: int) -> tuple[int, int, int]:
+    tile, block, warps = of
+    return tile, min(triton.next_power_of_2(width), block), warps
 
 
 def _on(tensor: Tensor) -> Any:

@@ -36,6 +36,8 @@ class SparseAutoencoder(nn.Module, ABC):
     """Parameters and buffers that scale with the input: biases and thresholds."""
     sequential: ClassVar[bool] = False
     """Whether the code of a token depends on the tokens before it."""
+    is_recordable: ClassVar[bool] = False
+    """Whether a training step draws nothing and decides nothing on the host (training/graphed.py)."""
     resampled_encoder_norm: ClassVar[float] = 0.2
     """Norm of a resampled encoder column, as a share of the live columns' mean norm."""
 

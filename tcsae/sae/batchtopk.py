@@ -33,6 +33,7 @@ class BatchTopKSAE(SparseAutoencoder):
 
     config_class: ClassVar[type[SAEConfig]] = BatchTopKConfig
     preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    is_recordable: ClassVar[bool] = True
     # As in topk: at 0.2 a resampled feature hardly gets among the largest.
     resampled_encoder_norm: ClassVar[float] = 1.0
     cfg: BatchTopKConfig

@@ -25,6 +25,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     the loss of BatchTopK as there are groups: so much less does the same lambda weigh.
     """
 
+    is_recordable: ClassVar[bool] = False
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaConfig
     cfg: MatryoshkaConfig
 

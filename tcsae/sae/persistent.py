@@ -31,6 +31,7 @@ class PersistentSAE(TopKSAE):
     code of their own. A temporal loss acts on h.
     """
 
+    is_recordable: ClassVar[bool] = False
     config_class: ClassVar[type[SAEConfig]] = PersistentConfig
     sequential: ClassVar[bool] = True
     cfg: PersistentConfig

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import normalize
 
 from tcsae.config.sae import SAEConfig, TFAConfig
+from tcsae.products import products_for
 from tcsae.sae.codes import Codes, Places, SAELensState
 from tcsae.sae.topk import TopKSAE
 from tcsae.tensors.positions import as_contexts, document_starts, permute_within_segments, reordered
@@ -48,6 +49,7 @@ class TFASAE(TopKSAE):
     [d_sae, d_sae] it costs several times what the rest does.
     """
 
+    is_recordable: ClassVar[bool] = False
     config_class: ClassVar[type[SAEConfig]] = TFAConfig
     sequential: ClassVar[bool] = True
     preactivation_units: ClassVar[tuple[str, ...]] = ()
@@ -200,11 +202,11 @@ class _Attention(nn.Module):
         def heads(x_BTX: Tensor) -> Tensor:
             return x_BTX.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-        found = scaled_dot_product_attention(
+        found = products_for(z_BTF.device).attention(
             heads(self.q_target(z_BTF)),
             heads(self.k_ctx(past_BTF)),
             heads(self.v_ctx(past_BTF)),
-            attn_mask=allowed_BTT[:, None],
+            allowed_BTT[:, None],
         )
         return self.c_proj(found.transpose(1, 2).flatten(2))
 

@@ -51,6 +51,7 @@ class TSAE(MatryoshkaSAE):
     by default: 1 in 32, hence the mask.
     """
 
+    is_recordable: ClassVar[bool] = False
     config_class: ClassVar[type[SAEConfig]] = TSAEConfig
     cfg: TSAEConfig
 

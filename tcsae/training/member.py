@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from tcsae.sae.registry import sae_class
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
+from tcsae.training.graphed import GraphedStep
 from tcsae.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -46,6 +47,25 @@ def hash_int(text: str) -> int:
 def _features(output: TrainingOutput) -> Tensor | SparseCodes:
     """As the temporal loss takes them: by their entries where those are at hand."""
     return output.features if output.codes.sparse is None else output.codes.sparse
+
+
+class Now(NamedTuple):
+    """The numbers of a step, on the host or as scalars on the device."""
+
+    weight: Any
+    """Of the temporal loss: lambda and its ramp."""
+    lr: Any
+    sparsity: Any
+    progress: Any
+    """The share of the run that is done, in [0, 1]."""
+    step: Any
+
+    def on(self, device: torch.device) -> Tensor:
+        """[5] float32 on the device, sent without waiting."""
+        values = torch.tensor(self, dtype=torch.float32)
+        if device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
 
 
 class Member:
@@ -87,40 +107,82 @@ class Member:
         self.dead_J: Tensor | None = None
         self.first_bad_step: dict[str, Tensor] = {}
         self.last_loss = torch.full((), math.nan, device=device)
+        self.graphed = GraphedStep(self._computed) if self._is_recordable() else None
+
+    def _is_recordable(self) -> bool:
+        """Whether nothing in a step but its data and `Now` differs from one to the next."""
+        cfg = self.config
+        draws = cfg.consistency.shuffle_positions or cfg.consistency.form == "batch_history"
+        return (
+            self.products.records
+            and type(self.sae).is_recordable
+            and self.controller is None
+            and not (draws or cfg.training.compile)
+            and cfg.sae.revival != "resample"
+        )
 
     # ------------------------------------------------------------------ one step
 
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
+        now, dead = self._now(), self._dead(batch)
+        tensors = (x_BTD, batch.valid, batch.segments)
+        if self.graphed is None:
+            output, losses = self._computed(*tensors, now, dead)
+        elif dead is None or not len(dead):
+            output, losses = self.graphed(*tensors, now.on(x_BTD.device))
+        else:  # no two steps with features to revive have the same shapes
+            output, losses = self._computed(*tensors, now.on(x_BTD.device), dead)
+        self.step += 1
+        self._resample(batch, x_BTD)
+        return self._metrics(output, batch, x_BTD, losses, now) if log else None
+
+    def _now(self) -> Now:
         cfg, step, steps = self.config.training, self.step, self.config.steps
-        weight = self.config.lambda_ * ramp(step, steps, cfg.lambda_warmup)
+        return Now(
+            weight=self.config.lambda_ * ramp(step, steps, cfg.lambda_warmup),
+            lr=learning_rate(step, steps, cfg),
+            sparsity=self._sparsity_weight(),
+            progress=step / steps,
+            step=step,
+        )
+
+    def _computed(
+        self,
+        x_BTD: Tensor,
+        valid_BT: Tensor,
+        segments_BT: Tensor,
+        now: Now | Tensor,
+        dead: Tensor | None = None,
+    ) -> tuple[TrainingOutput, dict[str, Tensor]]:
+        """All that a step does on the device."""
+        if isinstance(now, Tensor):
+            now = Now(*now.unbind())
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             output = self.forward(
                 x_BTD,
-                batch.valid,
-                sparsity_warmup=self._sparsity_weight(),
-                dead_F=self._dead(batch),
-                progress=step / steps,
-                segments_BT=batch.segments,
-                generator=generator_for(self.config.seed, "pairs", step),
+                valid_BT,
+                sparsity_warmup=now.sparsity,
+                dead_F=dead,
+                progress=now.progress,
+                segments_BT=segments_BT,
+                generator=generator_for(self.config.seed, "pairs", self.step),
             )
         losses = dict(output.losses)
-        is_temporal = weight > 0 and self.config.consistency.form != "none"
+        # A ramp is above 0 from its first step on.
+        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
         if is_temporal:
-            losses["consistency"] = weight * self._penalty(output, batch)
+            losses["consistency"] = now.weight * self._penalty(output, valid_BT, segments_BT)
         total = torch.stack(list(losses.values())).sum()
-        self._watch(losses)
-        lr = learning_rate(step, steps, cfg)
-        self._update(total, lr)
-        self._after_step(output, batch, step / steps, is_temporal)
-        self._count(output, batch.valid)
+        self._watch(losses, now.step)
+        self._update(total, now.lr)
+        self._after_step(output, valid_BT, now.progress, is_temporal)
+        self._count(output, valid_BT)
         if self.controller is not None:
-            l0 = output.codes.n_active() / batch.valid.sum().clamp(min=1)
-            self.controller.observe(step, l0)
-        self.last_loss = total.detach()
-        self.step += 1
-        self._resample(batch, x_BTD)
-        return self._metrics(output, batch, x_BTD, losses, lr, weight) if log else None
+            l0 = output.codes.n_active() / valid_BT.sum().clamp(min=1)
+            self.controller.observe(self.step, l0)
+        self.last_loss.copy_(total.detach())
+        return output, losses
 
     def _dead(self, batch: Batch) -> Tensor | None:
         """The dead features as the SAE takes them; None where it is known without a look at the
@@ -147,18 +209,20 @@ class Member:
         warmup = ramp(self.step, self.config.steps, min(share, REACHED))
         return warmup * self.controller.multiplier(self.step)
 
-    def _penalty(self, output: TrainingOutput, batch: Batch) -> Tensor:
+    def _penalty(
+        self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor
+    ) -> Tensor:
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
         return self.consistency(
             _features(output),
-            segments=batch.segments,
-            valid=batch.valid,
+            segments=segments_BT,
+            valid=valid_BT,
             generator=generator,
         )
 
-    def _update(self, total: Tensor, lr: float) -> None:
+    def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.sae.project_decoder_gradient()
@@ -169,12 +233,16 @@ class Member:
 
     @torch.no_grad()
     def _after_step(
-        self, output: TrainingOutput, batch: Batch, progress: float, is_temporal: bool
+        self,
+        output: TrainingOutput,
+        valid_BT: Tensor,
+        progress: float | Tensor,
+        is_temporal: bool,
     ) -> None:
         """What a step changes beside the weights."""
         self.sae.after_step(output.codes, progress=progress)
         if is_temporal:
-            self.consistency.after_step(_features(output), valid=batch.valid)
+            self.consistency.after_step(_features(output), valid=valid_BT)
         decay = self.config.training.ema_decay
         if self.average is not None and decay is not None:
             for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
@@ -207,14 +275,15 @@ class Member:
     # ------------------------------------------------------------------ what is seen of it
 
     @torch.no_grad()
-    def _watch(self, losses: dict[str, Tensor]) -> None:
+    def _watch(self, losses: dict[str, Tensor], step: int | Tensor) -> None:
         """Remember, without a synchronisation, the first step at which a term was not finite."""
         for name, value in losses.items():
             first = self.first_bad_step.get(name)
             if first is None:
                 first = torch.full((), -1, dtype=torch.long, device=value.device)
+                self.first_bad_step[name] = first
             bad = (first < 0) & ~value.detach().isfinite()
-            self.first_bad_step[name] = torch.where(bad, self.step, first)
+            first.copy_(torch.where(bad, step, first))
 
     def check_finite(self, last_good: str) -> None:
         """Raises UserError that names step and term, if a loss term was NaN or infinite."""
@@ -234,8 +303,7 @@ class Member:
         batch: Batch,
         x_BTD: Tensor,
         losses: dict[str, Tensor],
-        lr: float,
-        weight: float,
+        now: Now,
     ) -> dict[str, float]:
         features = output.features.float()
         kept = batch.valid[..., None]
@@ -253,8 +321,8 @@ class Member:
             "window_variance": s2_F.sum().item(),
             "window_consistency": 1 - (s2_F.sum() / v_F.sum().clamp(min=1e-30)).item(),
             "dead_share": dead.float().mean().item(),
-            "lr": lr,
-            "lambda": weight,
+            "lr": now.lr,
+            "lambda": now.weight,
         }
 
     # ------------------------------------------------------------------ state
@@ -295,7 +363,7 @@ class Member:
         counters = part("counters")
         self.tokens_since_fired.copy_(counters["tokens_since_fired"])
         self.tokens_seen.copy_(counters["tokens_seen"])
-        self.last_loss = counters["last_loss"].to(self.device, copy=True)
+        self.last_loss.copy_(counters["last_loss"])
         self.dead_J = None
         if "dead" in counters:
             self.dead_J = counters["dead"].to(self.device, copy=True)
