@@ -192,7 +192,11 @@ def measure(sizes: Sizes, rounds: int, kernels: str) -> dict[str, Any]:
     base = times.get("SAELens, autocast")
     for name, taken in times.items():
         ms = statistics.median(taken)
-        rows[name] |= {"ms": ms, "least_ms": min(taken), "tokens_per_second": sizes.tokens / ms * 1e3}
+        rows[name] |= {
+            "ms": ms,
+            "least_ms": min(taken),
+            "tokens_per_second": sizes.tokens / ms * 1e3,
+        }
         if base:
             ratio = statistics.median(b / a for a, b in zip(taken, base, strict=True))
             rows[name]["times_saelens_autocast"] = ratio
@@ -233,7 +237,10 @@ def card(device: str) -> str:
 
 
 def table(rows: dict[str, Any]) -> str:
-    lines = ["| step | ms | tokens/s | peak GB | times as fast as SAELens, autocast |", "|---|---|---|---|---|"]
+    lines = [
+        "| step | ms | tokens/s | peak GB | times as fast as SAELens, autocast |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if "failed" in row:
             lines.append(f"| {name} | not measured: {row['failed']} | | | |")

@@ -17,7 +17,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile_sum(rows, index, weight, first, last, d, is_d, D, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _tile_sum(
+    rows, index, weight, first, last, d, is_d, D, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
     """[BLOCK]: the sum over entries m in [first, last) of weight[m] * rows[index[m], d].
 
     TILE sums side by side, joined at the end: joined in the loop they would cost 8 barriers a turn,
@@ -85,9 +87,7 @@ def join_kernel(out, partial, start, first_part, F, M, D, S, BLOCK: tl.constexpr
 
 
 @triton.jit
-def sampled_kernel(
-    parts, rows, W, index, start, N, M, D, TILE: tl.constexpr, BLOCK: tl.constexpr
-):
+def sampled_kernel(parts, rows, W, index, start, N, M, D, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """parts[b, m] = <rows[n], W[index[m]]> over block b of D, for the entries m of token n.
 
     Grid (N, D / BLOCK): all tokens of one block come before the next, whose columns of W (F x
@@ -227,3 +227,43 @@ def top_k_kernel(
     to = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(values + n * k + to, x, mask=chosen & (to < k))
     tl.store(index + n * k + to, at.to(tl.int64), mask=chosen & (to < k))
+
+
+# ------------------------------------------------------------------ the decoder's update
+
+
+@triton.jit
+def row_gradient_kernel(along, squared, W, grad, D, BLOCK: tl.constexpr):
+    """along[j] = <g, w> / <w, w> and squared[j] = |g - along w|^2 of row j. Grid (F,)."""
+    j = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    w = tl.load(W + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    g = tl.load(grad + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    a = tl.sum(g * w) / tl.sum(w * w)
+    rest = g - a * w
+    tl.store(along + j, a)
+    tl.store(squared + j, tl.sum(rest * rest))
+
+
+@triton.jit
+def update_rows_kernel(W, mean, square, grad, along, numbers, D, BLOCK: tl.constexpr):
+    """A row in one pass: gradient along the row off, clipped, Adam, norm 1. Grid (F,)."""
+    j = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    is_d = d < D
+    at = j * D + d
+    rate, root = tl.load(numbers), tl.load(numbers + 1)
+    beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
+    eps, divisor = tl.load(numbers + 4), tl.load(numbers + 5)
+    w = tl.load(W + at, mask=is_d, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=is_d, other=0.0).to(tl.float32)
+    g = (g - tl.load(along + j) * w) / divisor
+    m = tl.load(mean + at, mask=is_d, other=0.0).to(tl.float32)
+    v = tl.load(square + at, mask=is_d, other=0.0).to(tl.float32)
+    m = m + (g - m) * (1 - beta1)
+    v = beta2 * v + (1 - beta2) * g * g
+    w = w - rate * m / (tl.sqrt(v) / root + eps)
+    w = w / tl.maximum(tl.sqrt(tl.sum(w * w)), 1e-12)
+    tl.store(mean + at, m, mask=is_d)
+    tl.store(square + at, v, mask=is_d)
+    tl.store(W + at, w, mask=is_d)

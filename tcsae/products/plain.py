@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,35 @@ from tcsae.tensors.sparse import SparseCodes
 
 Chosen = tuple[Tensor, Tensor, Tensor]
 """(values, features, tokens) [M] of chosen pre-activations, in the order of tokens."""
+
+
+class Adam(NamedTuple):
+    """An update of Adam for one weight; scalars are numbers or on its device."""
+
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+    """Counted from 1."""
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    divisor: Tensor | None
+    """What the gradient is divided by; None: by 1."""
+
+    def numbers(self) -> Tensor:
+        """[6] float32: rate over the mean's correction, root of the square's correction, both
+        betas, eps, divisor."""
+        beta1, beta2 = self.betas
+        one = torch.ones_like(self.step)
+        parts = (
+            self.lr / (1 - beta1**self.step),
+            (1 - beta2**self.step).sqrt(),
+            beta1 * one,
+            beta2 * one,
+            self.eps * one,
+            one if self.divisor is None else self.divisor,
+        )
+        return torch.stack([part.float() for part in parts])
 
 
 class Plain:
@@ -99,6 +128,28 @@ class Plain:
     def dead(self, dead_F: Tensor) -> tuple[Tensor, Tensor | None]:
         """(indices [J] of features, which of these are dead [J]; None: all), with all the dead."""
         return torch.arange(len(dead_F), device=dead_F.device), dead_F
+
+    # ---- the update of a weight whose rows keep norm 1 ----
+
+    def updates_rows(self, weight_FD: Tensor) -> bool:
+        """Whether the two that follow are to be used: in place of a projection of the gradient,
+        Adam and a normalisation, which each pass over all of it."""
+        return False
+
+    def row_gradient(self, weight_FD: Tensor, grad_FD: Tensor) -> tuple[Tensor, Tensor]:
+        """(along [F], squared [F]): the gradient's part along each row, in units of the row, and
+        the squared norm of what is left without it."""
+        along_F = (grad_FD * weight_FD).sum(1) / weight_FD.square().sum(1)
+        return along_F, (grad_FD - along_F[:, None] * weight_FD).square().sum(1)
+
+    def update_rows(self, weight_FD: Tensor, grad_FD: Tensor, along_F: Tensor, adam: Adam) -> None:
+        """In place: Adam by the gradient without its part along each row; then norm 1."""
+        rate, root, beta1, beta2, eps, divisor = adam.numbers().unbind()
+        grad_FD = (grad_FD - along_F[:, None] * weight_FD) / divisor
+        adam.mean.add_((grad_FD - adam.mean) * (1 - beta1))
+        adam.square.mul_(beta2).add_((1 - beta2) * grad_FD.square())
+        weight_FD.sub_(rate * adam.mean / (adam.square.sqrt() / root + eps))
+        weight_FD.div_(weight_FD.norm(dim=1, keepdim=True).clamp_(min=1e-12))
 
     # ---- sparse codes ----
 

@@ -14,15 +14,19 @@ import triton
 from torch import Tensor
 
 from tcsae.products import kernels
-from tcsae.products.plain import GPU, Chosen
+from tcsae.products.plain import GPU, Adam, Chosen
 from tcsae.tensors.sparse import SparseCodes
 
 GROUP = 8
 """Features whose maximum stands for them in a selection (see `cpu`)."""
 PIECE = 128
 """Entries of one feature that one program sums."""
-DECODE = SAMPLED = BY_FEATURE = (8, 256, 4)
-"""Rows and columns that a program takes at a time, and its warps."""
+DECODE, SAMPLED, BY_FEATURE = (4, 256, 1), (8, 256, 1), (2, 512, 1)
+"""Rows and columns that a program takes at a time, and its warps: the best of a search on an H100
+at d_in 2,304, d_sae 16,384 and 65,536. With 4 warps a program they take two to four times as long.
+"""
+MOST_COLUMNS = 8192
+"""Of a row that one program of the update holds."""
 MOST_PLACES = 2048
 
 
@@ -40,7 +44,9 @@ class Triton(GPU):
         values_NK, index_NK = self.top_k(torch.rand(2, len(rows_FD), device=device), 2)
         token_M = torch.arange(4, device=device) // 2
         shape = (2, len(rows_FD))
-        codes = SparseCodes.of(values_NK.flatten(), index_NK.flatten(), token_M, shape, torch.float32)
+        codes = SparseCodes.of(
+            values_NK.flatten(), index_NK.flatten(), token_M, shape, torch.float32
+        )
         self.by_feature(codes, codes.values_M, self.decode(codes, rows_FD))
         torch.cuda.synchronize(device)
 
@@ -88,6 +94,29 @@ class Triton(GPU):
         feature_M = (flat_M - token_M * (n_groups * GROUP)).clamp(max=d_sae - 1)
         return values_M.index_select(0, order_M), feature_M, token_M
 
+    # ---- the update ----
+
+    def updates_rows(self, weight_FD: Tensor) -> bool:
+        return weight_FD.shape[1] <= MOST_COLUMNS and weight_FD.is_contiguous()
+
+    def row_gradient(self, weight_FD: Tensor, grad_FD: Tensor) -> tuple[Tensor, Tensor]:
+        d_sae, width = weight_FD.shape
+        along_F, squared_F = torch.empty(2, d_sae, device=weight_FD.device)
+        with _on(weight_FD):
+            kernels.row_gradient_kernel[(d_sae,)](
+                along_F, squared_F, weight_FD, grad_FD, width,
+                BLOCK=triton.next_power_of_2(width), num_warps=8 if width <= 4096 else 16,
+            )  # fmt: skip
+        return along_F, squared_F
+
+    def update_rows(self, weight_FD: Tensor, grad_FD: Tensor, along_F: Tensor, adam: Adam) -> None:
+        d_sae, width = weight_FD.shape
+        with _on(weight_FD):
+            kernels.update_rows_kernel[(d_sae,)](
+                weight_FD, adam.mean, adam.square, grad_FD, along_F, adam.numbers(), width,
+                BLOCK=triton.next_power_of_2(width), num_warps=8 if width <= 4096 else 16,
+            )  # fmt: skip
+
     # ---- sparse codes ----
 
     def to_gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +163,7 @@ class Triton(GPU):
             )  # fmt: skip
             kernels.join_kernel[(d_sae, blocks)](
                 out_FD, partial, codes.start_F, first_part_F, d_sae, n_entries, width, PIECE,
-                BLOCK=block, num_warps=4,
+                BLOCK=block, num_warps=warps,
             )  # fmt: skip
         return out_FD
 

@@ -58,7 +58,9 @@ class GraphedStep:
         except Exception as error:  # of the driver, the allocator, the kernels
             self.is_on = False
             said = " ".join(str(error).split())[:200]
-            log.warning(f"steps are not recorded ({type(error).__name__}: {said}): they go on as they are")
+            log.warning(
+                f"steps are not recorded ({type(error).__name__}: {said}): they go on as they are"
+            )
             torch.cuda.synchronize()
             return
         self._graph, self._inputs, self._result = graph, inputs, result

@@ -96,6 +96,9 @@ class Member:
             config.consistency, config.window, config.sae.group_sizes
         ).to(device)
         self.optimizer = build_optimizer(self.sae, config.training)
+        is_all = type(self.sae).constrain is SparseAutoencoder.constrain
+        if is_all and self.products.updates_rows(self.sae.W_dec):
+            self.optimizer.decoder = self.sae.W_dec
         self.controller = None
         if config.training.target_l0 is not None and not hasattr(config.sae, "k"):
             target, lr = config.training.target_l0, config.training.lr
@@ -209,9 +212,7 @@ class Member:
         warmup = ramp(self.step, self.config.steps, min(share, REACHED))
         return warmup * self.controller.multiplier(self.step)
 
-    def _penalty(
-        self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor
-    ) -> Tensor:
+    def _penalty(self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor) -> Tensor:
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
@@ -225,11 +226,13 @@ class Member:
     def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        self.sae.project_decoder_gradient()
+        if self.optimizer.decoder is None:
+            self.sae.project_decoder_gradient()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.sae.constrain()
+        if self.optimizer.decoder is None:
+            self.sae.constrain()
 
     @torch.no_grad()
     def _after_step(

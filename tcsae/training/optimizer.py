@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tcsae.config import TrainingConfig
+from tcsae.products import products_for
+from tcsae.products.plain import Adam
 
 
 def ramp(step: int, steps: int, share: float) -> float:
@@ -24,6 +26,14 @@ def learning_rate(step: int, steps: int, cfg: TrainingConfig) -> float:
     return cfg.lr * ramp(step, steps, cfg.lr_warmup) * fall
 
 
+class _Decoder(NamedTuple):
+    weight: Tensor
+    grad: Tensor
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+
+
 class FusedAdam(torch.optim.Adam):
     """Adam in its fused form, the gradients' clipping folded into the one pass over the weights.
 
@@ -33,6 +43,9 @@ class FusedAdam(torch.optim.Adam):
 
     max_norm: float | None = None
     """Of all gradients together, after which they are scaled down; None: they are not."""
+    decoder: nn.Parameter | None = None
+    """A weight whose rows keep norm 1: its gradient loses its part along them and they are
+    normalised in the same pass. None: nothing of it is done here."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -42,6 +55,12 @@ class FusedAdam(torch.optim.Adam):
             parameters, gradients, means, squares, _, steps = names
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
+            decoder, squared = self._take_out(names), None
+            if decoder is not None:
+                products = products_for(decoder.weight.device)
+                along_F, squared_F = products.row_gradient(decoder.weight, decoder.grad)
+                squared = squared_F.sum()
+            divisor = self._divisor(gradients, squared)
             torch._fused_adam_(
                 _by_row(parameters),
                 _by_row(gradients),
@@ -56,15 +75,32 @@ class FusedAdam(torch.optim.Adam):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
-                grad_scale=self._divisor(gradients),
+                grad_scale=divisor,
                 found_inf=None,
             )
+            if decoder is not None:
+                adam = Adam(
+                    decoder.mean, decoder.square, decoder.step, group["lr"], (beta1, beta2),
+                    group["eps"], divisor,
+                )  # fmt: skip
+                products.update_rows(decoder.weight, decoder.grad, along_F, adam)
 
-    def _divisor(self, gradients: list[Tensor]) -> Tensor | None:
-        """What clipping divides every gradient by, as torch.nn.utils.clip_grad_norm_ has it."""
+    def _take_out(self, names: tuple[list[Any], ...]) -> _Decoder | None:
+        """The decoder's part of Adam's lists, no longer in them."""
+        if self.decoder is None:
+            return None
+        parameters, gradients, means, squares, _, steps = names
+        at = next(i for i, parameter in enumerate(parameters) if parameter is self.decoder)
+        lists = (parameters, gradients, means, squares, steps)
+        return _Decoder(*(part.pop(at) for part in lists))
+
+    def _divisor(self, gradients: list[Tensor], more: Tensor | None) -> Tensor | None:
+        """What clipping divides every gradient by, as torch.nn.utils.clip_grad_norm_ has it; `more`
+        is the squared norm of gradients that are not among them."""
         if self.max_norm is None:
             return None
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = norms.norm() if more is None else (norms.square().sum() + more).sqrt()
         return ((norm + 1e-6) / self.max_norm).clamp_(min=1)
 
 

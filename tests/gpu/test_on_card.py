@@ -64,6 +64,11 @@ def test_selection(triton: Any, d_sae: int, k: int, dtype: torch.dtype) -> None:
     cases.check_selection(triton, "cuda", n=512, d_sae=d_sae, k=k, dtype=dtype)
 
 
+@pytest.mark.parametrize("width", [2304, 4096, 5000])
+def test_the_update_of_the_decoder(triton: Any, width: int) -> None:
+    cases.check_update(triton, "cuda", d_sae=4096, width=width)
+
+
 # ------------------------------------------------------------------ whole steps
 
 

@@ -34,3 +34,8 @@ def test_the_temporal_loss_in_every_form() -> None:
 @pytest.mark.parametrize("d_sae", [256, 200])
 def test_selection(d_sae: int, dtype: torch.dtype) -> None:
     cases.check_selection(TRITON, "cpu", n=6, d_sae=d_sae, k=8, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_the_update_of_the_decoder(width: int) -> None:
+    cases.check_update(TRITON, "cpu", d_sae=12, width=width)

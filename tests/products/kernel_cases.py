@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcsae.consistency import Consistency
 from tcsae.products import PLAIN
-from tcsae.products.plain import Plain
+from tcsae.products.plain import Adam, Plain
 from tcsae.tensors.sparse import SparseCodes
 
 
@@ -72,9 +72,7 @@ def check_penalty(
     for one in (1, contexts):
         within = torch.randn(one, positions, positions, generator=generator).to(device)
         within = within + within.mT
-        wanted = plain.smooth(
-            codes._replace(dtype=torch.float64), f_M.double(), within.double()
-        )
+        wanted = plain.smooth(codes._replace(dtype=torch.float64), f_M.double(), within.double())
         assert error(products.smooth(codes, f_M, within), wanted) < 2e-6
     for factor in (None, factor_M):
         wanted = torch.zeros(d_sae, dtype=torch.float64, device=device)
@@ -95,7 +93,9 @@ def check_selection(
     pre_NF[1] = -pre_NF[1].abs()
     pre_NF = pre_NF.to(device, dtype)
     values_NK, index_NK = products.top_k(pre_NF, k)
-    assert torch.equal(values_NK.float().sort(1).values, pre_NF.topk(k, 1).values.float().sort(1).values)
+    assert torch.equal(
+        values_NK.float().sort(1).values, pre_NF.topk(k, 1).values.float().sort(1).values
+    )
     assert torch.equal(pre_NF.gather(1, index_NK).float(), values_NK.float())
     assert (index_NK.sort(1).values.diff(dim=1) > 0).all()
     valid_N1 = torch.rand(n, 1, generator=generator).to(device) < 0.9
@@ -109,6 +109,36 @@ def check_selection(
     found = values_M[on_M].float().sort(descending=True).values
     # Of those that tie with the smallest more may be kept, as long as there is room.
     assert torch.equal(found[:n_kept], wanted) and (found[n_kept:] == wanted[-1]).all()
+
+
+def check_update(products: Plain, device: str, *, d_sae: int, width: int) -> None:
+    """Three updates against Plain's in float64, and those against torch's own Adam."""
+    generator = torch.Generator().manual_seed(6)
+    W_FD = torch.nn.functional.normalize(torch.randn(d_sae, width, generator=generator), dim=1)
+    weights = [W_FD.to(device), W_FD.to(device).double(), W_FD.to(device).double()]
+    moments = [[torch.zeros_like(W) for _ in range(2)] for W in weights]
+    theirs = weights[2].requires_grad_()
+    adam = torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.99))
+    for step in range(1, 4):
+        grad_FD = torch.randn(d_sae, width, generator=generator).to(device)
+        divisor = torch.tensor(1.5, device=device)
+        for of, W, (mean, square) in zip((products, Plain()), weights, moments, strict=False):
+            grad = grad_FD.to(W.dtype)
+            along_F, squared_F = of.row_gradient(W, grad)
+            rest = grad - along_F[:, None] * W
+            assert error(squared_F, rest.square().sum(1)) < 1e-5
+            now = torch.tensor(float(step), device=device)
+            of.update_rows(
+                W, grad, along_F, Adam(mean, square, now, 1e-2, (0.9, 0.99), 1e-8, divisor)
+            )
+        with torch.no_grad():
+            grad = grad_FD.double()
+            theirs.grad = (grad - (grad * theirs).sum(1, True) * theirs) / divisor
+            adam.step()
+            theirs.div_(theirs.norm(dim=1, keepdim=True))
+    assert error(weights[1], theirs.detach()) < 1e-6
+    assert error(weights[0], weights[1]) < 1e-5
+    assert error(moments[0][1], moments[1][1]) < 1e-5
 
 
 def penalties() -> Iterator[tuple[str, Any, bool]]:
