@@ -2,13 +2,14 @@
 # make check [ARGS="-k window"]              style, types, fast tests: before every commit
 # make test  [ARGS="-k window"]              style, types, all tests, Slurm and browser included
 # make bench [ARGS="--sections steps"]       times a training step, writes docs/performance.md
+# make test-gpu                              what only a GPU can show; fails without one
 # make calibrate [ARGS="--trials 100"]      do the intervals hold what they promise? simulated
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train check test bench lint format lock clean calibrate
+.PHONY: train check test test-gpu bench lint format lock clean calibrate
 
 train: $(VENV)/.train
 	@$(PY) -m tcsae.train $(ARGS)
@@ -18,6 +19,9 @@ check: $(VENV)/.test lint
 
 test: $(VENV)/.test lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=3 $(ARGS)
+
+test-gpu: $(VENV)/.test
+	@$(PY) -m pytest -q tests/gpu/on_card.py $(ARGS)
 
 calibrate: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) scripts/calibrate.py --check $(ARGS)

@@ -166,7 +166,8 @@ def held(device: str) -> float:
 
 
 def measure(sizes: Sizes, rounds: int, kernels: str) -> dict[str, Any]:
-    batches, rows, steps = data(sizes), {}, {}
+    batches, steps = data(sizes), {}
+    rows: dict[str, Any] = {}
     for name, build in variants(sizes, kernels).items():
         before = held(sizes.device)
         try:

@@ -339,7 +339,7 @@ class Config(Measured):
 
 
 def shared_by_a_bank(config: Config) -> dict[str, Any]:
-    """What decides which activations a job sees, in which order, and what a process trains by: equal
+    """What decides which activations a job sees, in which order, and what it is trained by: equal
     for the jobs of a bank."""
     parts = config.dump()
     shared = {key: parts[key] for key in ("model", "layer", "dataset")}

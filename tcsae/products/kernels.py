@@ -41,7 +41,8 @@ def _tile_sum(
 def decode_kernel(
     out, rows, index, weight, start, N, M, D, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[n] = sum of weight[m] * rows[index[m]] over the entries of token n. Grid (N, D / BLOCK)."""
+    """out[n] = sum of weight[m] * rows[index[m]] over the entries of token n.
+    Grid (N, D / BLOCK)."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first, last = tl.load(start + n), tl.load(start + n + 1, mask=n + 1 < N, other=M)
@@ -113,7 +114,7 @@ def sampled_kernel(parts, rows, W, index, start, N, M, D, TILE: tl.constexpr, BL
 
 @triton.jit
 def sums_kernel(out, a, b, start, F, M, BLOCK: tl.constexpr):
-    """out[j] = sum of a[m] * b[m] over the entries m of feature j, as they are sorted. Grid (F,)."""
+    """out[j] = sum of a[m] * b[m] over the entries m of feature j, which are sorted. Grid (F,)."""
     j = tl.program_id(0)
     first, last = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -197,7 +198,8 @@ def _chosen(key, k, BITS: tl.constexpr):
 def groups_kernel(
     groups, pre, F, k, n_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr
 ):
-    """The k groups with the largest maxima; group g holds features g, g + n_groups, ... Grid (N,)."""
+    """The k groups with the largest maxima; group g holds features g, g + n_groups, and so on.
+    Grid (N,)."""
     n = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GROUPS)
     largest = tl.full([GROUPS], float("-inf"), tl.float32)

@@ -37,7 +37,7 @@ class SparseAutoencoder(nn.Module, ABC):
     sequential: ClassVar[bool] = False
     """Whether the code of a token depends on the tokens before it."""
     is_recordable: ClassVar[bool] = False
-    """Whether a training step draws nothing and decides nothing on the host (training/graphed.py)."""
+    """Whether a step draws nothing and decides nothing on the host (training/graphed.py)."""
     resampled_encoder_norm: ClassVar[float] = 0.2
     """Norm of a resampled encoder column, as a share of the live columns' mean norm."""
 
@@ -186,8 +186,8 @@ class SparseAutoencoder(nn.Module, ABC):
         reconstruction = mean over valid tokens of sum over d_in of (x_hat - x)^2; the other
         terms: the architecture's own and "auxk". Tokens that are not valid contribute neither
         value nor gradient, whatever they hold. `sparsity_warmup` multiplies the
-        sparsity term; `dead_F` marks dead features, [d_sae] bool, or has their indices [J] (None: there can be
-        none yet);
+        sparsity term; `dead_F` marks dead features, [d_sae] bool, or has their indices [J]
+        (None: there can be none yet);
         `progress` in [0, 1] is the share of the run that is done; `segments_BT` [B, T] numbers
         the documents of each context (None: one), `generator` (on the CPU) is for what an
         architecture draws. Under torch.autocast the products run in its dtype, sums and losses in

@@ -239,7 +239,7 @@ class Member:
         self,
         output: TrainingOutput,
         valid_BT: Tensor,
-        progress: float | Tensor,
+        progress: float,
         is_temporal: bool,
     ) -> None:
         """What a step changes beside the weights."""

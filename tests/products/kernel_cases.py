@@ -1,6 +1,6 @@
 """Triton's kernels against float64 in PyTorch, for the interpreter on a CPU and for a card alike.
 
-Every function takes a device and sizes, and asserts; `errors` is ||found - wanted|| / ||wanted||.
+Every function takes a device and sizes, and asserts; `error` is ||found - wanted|| / ||wanted||.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from tcsae.consistency import Consistency
 from tcsae.products import PLAIN
 from tcsae.products.plain import Adam, Plain
 from tcsae.tensors.sparse import SparseCodes
+
+# With a small one the first step of a gradient that is nothing but rounding has size lr.
+EPS = 1e-3
 
 
 def sparse_codes(
@@ -118,7 +121,7 @@ def check_update(products: Plain, device: str, *, d_sae: int, width: int) -> Non
     weights = [W_FD.to(device), W_FD.to(device).double(), W_FD.to(device).double()]
     moments = [[torch.zeros_like(W) for _ in range(2)] for W in weights]
     theirs = weights[2].requires_grad_()
-    adam = torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.99))
+    adam = torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.99), eps=EPS)
     for step in range(1, 4):
         grad_FD = torch.randn(d_sae, width, generator=generator).to(device)
         divisor = torch.tensor(1.5, device=device)
@@ -129,7 +132,7 @@ def check_update(products: Plain, device: str, *, d_sae: int, width: int) -> Non
             assert error(squared_F, rest.square().sum(1)) < 1e-5
             now = torch.tensor(float(step), device=device)
             of.update_rows(
-                W, grad, along_F, Adam(mean, square, now, 1e-2, (0.9, 0.99), 1e-8, divisor)
+                W, grad, along_F, Adam(mean, square, now, 1e-2, (0.9, 0.99), EPS, divisor)
             )
         with torch.no_grad():
             grad = grad_FD.double()
