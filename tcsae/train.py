@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from tcsae import cli
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
 from tcsae.config import Config, number_options, run_name
-from tcsae.config.compose import conf_folder, to_config
+from tcsae.config.arguments import arranged
+from tcsae.config.compose import conf_folder, install_hydra_defaults, to_config
 from tcsae.config.mistakes import for_the_user
 from tcsae.launch.plan import cost_lines
 
@@ -89,9 +90,11 @@ def main() -> None:
     # Threads that wait by spinning take the cores from whatever else runs on the machine, and on a
     # busy one each other's. Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.argv[1:] = _dry_run(sys.argv[1:])
+    with cli.command():
+        sweep_name = _sweep_name(_dry_run(sys.argv[1:]))
+        sys.argv[1:] = _dry_run(arranged(sys.argv[1:]))
     number_options.install()
-    sweep_name = _sweep_name(sys.argv[1:])
+    install_hydra_defaults()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", lambda: sweep_name, replace=True)
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)

@@ -18,12 +18,29 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "conf"
 
 
+def install_hydra_defaults() -> None:
+    """Launcher and sweeper of this package as Hydra's own defaults. train.yaml does not override
+    them, so that an experiment may: of two overrides Hydra takes the outer one without a word."""
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigStore
+
+    chosen = {"launcher": "here", "sweeper": "grid"}
+
+    def ours(default: dict[str, Any]) -> dict[str, Any]:
+        return {group: chosen.get(group, option) for group, option in default.items()}
+
+    node = HydraConf()
+    node.defaults = [ours(default) for default in node.defaults]
+    ConfigStore.instance().store(group="hydra", name="config", node=node, provider="hydra")
+
+
 def compose_tree(overrides: list[str]) -> DictConfig:
     """conf/train.yaml with `overrides`, as `python -m tcsae.train` composes it, without Hydra's own
     node. Raises one of Hydra's errors for a key or an option that there is not."""
     from hydra import compose, initialize_config_dir
 
     number_options.install()
+    install_hydra_defaults()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return compose("train", overrides)
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,20 +57,80 @@ def _one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return str(cause)
     text = next((t for t in (" ".join(str(c).split()) for c in _causes(error)) if t), repr(error))
+    written = next(
+        (c.override for c in _causes(error) if isinstance(c, OverrideParseException)), ""
+    )
+    key, _, value = (written or "").partition("=")
+    if "=" in value and not value.startswith(("'", '"')):
+        return f"{key}: a value with = in it must be quoted: '{key}=\"{value}\"'"
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+?)' 1\.", text):
+        return (
+            f"{ambiguous[1]}: several values are a sweep, for which --multirun is added; "
+            "a list is written [a,b]"
+        )
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and "No match in the defaults list" not in text:
-        key = unknown[1]
-        near = difflib.get_close_matches(key, _known_keys(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints the keys"
-        return f"{key}: no such key; {hint}"
+        return _no_such_key(unknown[1])
     text = text.partition(" Config search path")[0]
     missing = re.search(r"Missing mandatory value: .*?full_key: (\S+)", text)
     if missing:
         return f"{missing[1]}: must be given ({missing[1]}=...)"
-    option = re.search(r"Could not find '([^'/]+)/([^']*)'", text)
+    option = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if option:
         group, given = option.groups()
         listed = text.partition(f"Available options in '{group}':")[2].split()
         number = "any finite number, or " if group in ("window", "lambda", "layer") else ""
-        return f"{group} = {given}: must be {number}one of {', '.join(listed)}"
+        near = _OPTIONS.get(given)
+        meant = f"; did you mean {group}={near}?" if near in listed else ""
+        return f"{group} = {given}: must be {number}one of {', '.join(listed)}{meant}"
     return text
+
+
+_OPTIONS = {
+    "submitit_slurm": "slurm",
+    "submitit_local": "local",
+    "joblib": "local",
+    "loky": "local",
+}
+"""Launchers of others, by ours that do what they do."""
+_KEYS = {
+    "lr": "training.lr",
+    "learning_rate": "training.lr",
+    "tokens": "training.tokens",
+    "n_tokens": "training.tokens",
+    "steps": "training.tokens",
+    "epochs": "training.tokens",
+    "batch_size": "training.batch_contexts",
+    "batch": "training.batch_contexts",
+    "device": "model.device",
+    "path": "dataset.path",
+    "ctx_len": "dataset.context_size",
+    "context_length": "dataset.context_size",
+    "l1": "sae.l1_coefficient",
+    "d_hidden": "sae.d_sae",
+    "width": "sae.d_sae",
+    "l0": "training.target_l0",
+    "project": "tracking.project",
+    "lambda_": "lambda",
+    "out": "hydra.run.dir",
+    "output_dir": "hydra.run.dir",
+}
+"""What people type first, by the key that does it."""
+
+
+def _no_such_key(key: str) -> str:
+    group, _, name = key.rpartition(".")
+    if group == "sae":
+        of = sorted(
+            file.stem
+            for file in (conf_folder() / "sae").glob("*.yaml")
+            if name in OmegaConf.load(file).get("sae", {})
+        )
+        if of:
+            return f"{key}: not a key of the chosen architecture; of sae={', sae='.join(of)} it is"
+    known = _known_keys()
+    near = [_KEYS[key]] if key in _KEYS else []
+    near = near or [k for k in known if k.rpartition(".")[2] == name]
+    near = near or difflib.get_close_matches(key, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints the keys"
+    return f"{key}: no such key; {hint}"

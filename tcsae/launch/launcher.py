@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from tcsae.base.errors import UserError
 from tcsae.base.log import console
 from tcsae.base.progress import shown
 from tcsae.base.run_files import OVERRIDES
+from tcsae.config import run_id
 from tcsae.config.compose import to_config
 from tcsae.config.launcher import Options
+from tcsae.config.mistakes import for_the_user
 from tcsae.launch.jobs import GridJob, names_of
 from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.results import results_of, table
@@ -92,7 +96,7 @@ class GridLauncher(Launcher):
         jobs = self.compose(job_overrides, initial_job_idx)
         assert self.config is not None
         sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
-        sweep.check(jobs)
+        self._say_added(jobs, sweep)
         before = {job.number for job in jobs if job.is_finished and not job.config.rerun}
         sent = self.in_progress(sweep) - before
         to_do = [job for job in jobs if job.number not in before | sent]
@@ -114,24 +118,48 @@ class GridLauncher(Launcher):
         ]
 
     def compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[GridJob]:
-        """The jobs of a grid, every one of them checked."""
+        """The jobs of a grid, every one of them checked. Those that were launched into this folder
+        before have the numbers that they had, so that a grid may grow."""
         assert self.context is not None and self.config is not None
         jobs: list[GridJob] = []
         names = names_of(job_overrides)
-        numbered = enumerate(zip(job_overrides, names, strict=True), first)
-        for number, (overrides, name) in shown(numbered, len(names)):
-            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        numbers = _Numbers(SweepFolder(Path(self.config.hydra.sweep.dir).absolute()).jobs(), first)
+        for overrides, name in shown(zip(job_overrides, names, strict=True), len(names)):
+            try:
+                composed = self.context.config_loader.load_sweep_config(
+                    self.config, list(overrides)
+                )
+                self._check_hydra(composed)
+                config = to_config(composed)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                line = for_the_user(error)
+                raise UserError(f"job {len(jobs) + first} ({name}): {line}") from None
+            number = numbers.of(run_id(config))
             with open_dict(composed):
                 composed.hydra.job.id = composed.hydra.job.num = number
-            try:
-                config = to_config(composed)
-            except UserError as error:
-                raise UserError(f"job {number} ({name}): {error}") from None
             folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
             config = _named(config, name, Path(composed.hydra.sweep.dir).name)
             files = _hydra_files(composed, overrides)
             jobs.append(GridJob(number, name, tuple(overrides), config, folder.absolute(), files))
         return jobs
+
+    def _check_hydra(self, composed: DictConfig) -> None:
+        """Raises UserError for a job that chooses what only the sweep can have chosen: an option
+        among those that are swept has a grid, a launcher or a folder of its own."""
+        assert self.config is not None
+        for key in ("launcher", "sweeper", "mode", "callbacks"):
+            mine, of_the_sweep = composed.hydra.get(key), self.config.hydra.get(key)
+            if mine != of_the_sweep:
+                raise UserError(
+                    f"it sets hydra.{key}, which belongs to the whole sweep: an experiment with a "
+                    "grid or a launcher of its own is a command of its own, not one of a list"
+                )
+
+    def _say_added(self, jobs: Sequence[GridJob], sweep: SweepFolder) -> None:
+        before = {job["run_id"] for job in sweep.jobs()}
+        new = {run_id(job.config) for job in jobs} - before
+        if before and new:
+            log.info(f"{len(new)} jobs more, beside the {len(before)} that {sweep.path} has")
 
     def _returned(self, job: GridJob, value: Any, error: str | None) -> JobReturn:
         status = JobStatus.COMPLETED if error is None else JobStatus.FAILED
@@ -142,6 +170,22 @@ class GridLauncher(Launcher):
             status=status,
             _return_value=value if error is None else UserError(error),
         )
+
+
+class _Numbers:
+    """Numbers of jobs: what a job had before, or the next that no other has."""
+
+    def __init__(self, before: Sequence[dict[str, Any]], first: int) -> None:
+        self._before: dict[str, list[int]] = {}
+        for job in before:
+            self._before.setdefault(job["run_id"], []).append(job["number"])
+        self._next = max([first, *(job["number"] + 1 for job in before)])
+
+    def of(self, run_id: str) -> int:
+        if self._before.get(run_id):
+            return self._before[run_id].pop(0)
+        self._next += 1
+        return self._next - 1
 
 
 def _each_once(jobs: Sequence[GridJob]) -> list[GridJob]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, read_json, write_json
 from tcsae.base.run_files import SWEEP_FILE
 from tcsae.config import run_id
@@ -27,25 +26,28 @@ class SweepFolder:
     def name(self) -> str:
         return self.path.name
 
-    def check(self, jobs: Sequence[GridJob]) -> None:
-        """Raises UserError if the folder is another grid's. Nothing is written."""
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs that were ever launched into the folder, as `describe` wrote them."""
         file = self.path / SWEEP_FILE
-        if not file.is_file():
-            return
-        before = {job["run_id"] for job in read_json(file)["jobs"]}
-        now = {run_id(job.config) for job in jobs}
-        if before != now:
-            raise UserError(
-                f"{self.path} holds another grid ({len(before)} jobs, of which this one has "
-                f"{len(before & now)}): choose another folder with hydra.sweep.dir=..., or remove "
-                "it"
-            )
+        return read_json(file)["jobs"] if file.is_file() else []
 
     def describe(self, jobs: Sequence[GridJob], launcher: str, command: Sequence[str]) -> None:
-        """Write `sweep.json`, with the submissions there were before."""
+        """Write `sweep.json`, with the jobs and the submissions that there were before."""
         make_folder(self.path)
         file = self.path / SWEEP_FILE
         before = read_json(file) if file.is_file() else {}
+        numbers = {job.number for job in jobs}
+        older = [job for job in before.get("jobs", []) if job["number"] not in numbers]
+        now = [
+            {
+                "number": job.number,
+                "run_id": run_id(job.config),
+                "name": job.name,
+                "overrides": list(job.overrides),
+                "folder": str(job.folder.relative_to(self.path)),
+            }
+            for job in jobs
+        ]
         write_json(
             file,
             {
@@ -53,16 +55,7 @@ class SweepFolder:
                 "created": before.get("created", time.time()),
                 "command": list(command),
                 "launcher": launcher,
-                "jobs": [
-                    {
-                        "number": job.number,
-                        "run_id": run_id(job.config),
-                        "name": job.name,
-                        "overrides": list(job.overrides),
-                        "folder": str(job.folder.relative_to(self.path)),
-                    }
-                    for job in jobs
-                ],
+                "jobs": sorted(older + now, key=lambda job: job["number"]),
                 "submissions": before.get("submissions", []),
             },
         )

@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig
 
-from tcsae.base.errors import SweepFailed
+from tcsae.base.errors import SweepFailed, UserError
 
 
 class GridSweeper(Sweeper):
@@ -24,13 +24,20 @@ class GridSweeper(Sweeper):
         params: override -> its values as on the command line ("0,0.3,1"); for presets.
         points: overrides in one string each ("window=8 lambda=0.1"), in which lists may stand
             too; the grid is made once for each of them. The command line wins over `params`.
+        max_batch_size: so many jobs are launched at a time; None: all.
     """
 
     def __init__(
-        self, params: DictConfig | None = None, points: Sequence[str] | None = None
+        self,
+        params: DictConfig | None = None,
+        points: Sequence[str] | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         self.params = dict(params or {})
         self.points = list(points or []) or [""]
+        if max_batch_size is not None and max_batch_size < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size = {max_batch_size}: must be 1 or more")
+        self.max_batch_size = max_batch_size
         self.launcher: Any = None
         self.context: HydraContext | None = None
 
@@ -44,7 +51,10 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Raises SweepFailed, after everything else has ended, if a job failed."""
-        results = self.launcher.launch(self.grid(arguments), initial_job_idx=0)
+        jobs, results = self.grid(arguments), []
+        size = self.max_batch_size or len(jobs)
+        for first in range(0, len(jobs), size):
+            results += self.launcher.launch(jobs[first : first + size], initial_job_idx=first)
         failed = [result for result in results if result.status == JobStatus.FAILED]
         if failed:
             raise SweepFailed(f"{len(failed)} of {len(results)} jobs did not finish")

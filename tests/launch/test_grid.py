@@ -20,6 +20,7 @@ from tcsae.config import number_options
 from tcsae.config.compose import conf_folder
 from tcsae.config.launcher import Options, SlurmOptions, checked
 from tcsae.launch.jobs import GridJob, make_packs, names_of, read_pack, stream_key, write_pack
+from tcsae.launch.launcher import _Numbers
 from tcsae.launch.plan import packed
 from tcsae.launch.sweep_folder import SweepFolder
 from tcsae.launch.sweeper import GridSweeper
@@ -172,21 +173,27 @@ def test_a_pack_comes_back_from_its_file_as_it_was(
 # ------------------------------------------------------------------------------- the folder
 
 
-def test_a_folder_keeps_its_grid_and_refuses_another(
+def test_a_folder_keeps_what_was_launched_into_it(
     job: Callable[..., GridJob], tmp_path: Path
 ) -> None:
     sweep = SweepFolder(tmp_path)
     jobs = [job(0), job(1, seed="1")]
-    sweep.check(jobs)
+    assert sweep.jobs() == []
     sweep.describe(jobs, "here", ["seed=0,1"])
     sweep.add_submission([jobs], ["12"])
-    sweep.check(jobs[::-1])
-    sweep.describe(jobs, "slurm", ["seed=0,1"])
+    sweep.describe(jobs[1:], "slurm", ["seed=0,1"])
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert [s["packs"] for s in content["submissions"]] == [[{"jobs": [0, 1], "job_id": "12"}]]
     assert [entry["folder"] for entry in content["jobs"]] == ["0", "1"]
-    with pytest.raises(UserError, match=r"holds another grid \(2 jobs, of which this one has 1\)"):
-        sweep.check([job(0), job(1, seed="2")])
+    sweep.describe([job(2, seed="2")], "here", ["seed=2"])
+    assert [entry["number"] for entry in sweep.jobs()] == [0, 1, 2]
+
+
+def test_a_job_has_the_number_that_it_had() -> None:
+    before = [{"run_id": "a", "number": 0}, {"run_id": "b", "number": 3}]
+    numbers = _Numbers(before, 0)
+    assert [numbers.of(run) for run in ("b", "new", "a", "a")] == [3, 4, 0, 5]
+    assert [_Numbers([], 7).of(run) for run in "x"] == [7]
 
 
 def test_options_are_checked_in_one_line() -> None:

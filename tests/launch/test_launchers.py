@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -148,14 +149,15 @@ def test_one_bad_value_refuses_the_whole_grid_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_another_grid_is_refused_and_left_as_it_was(
+def test_a_grid_grows_and_its_jobs_keep_their_numbers(
     mixed: tuple[Path, Outcome], grid: Grid
 ) -> None:
     sweep, _ = mixed
-    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
-    outcome = run_here(*grid(sweep, window="4,8", **{"lambda": "0,0.2"}))
-    assert "holds another grid (6 jobs, of which this one has 2)" in outcome.refusal()
-    assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before
+    outcome = run_here(*grid(sweep, window="4,8", **{"lambda": "0,0.2"}), "--dry-run")
+    said = words(outcome)
+    assert "2 jobs more, beside the 6 that" in said
+    numbers = re.findall(r"^.*INFO\s+(\d+)  (?:finished|process)", said, re.MULTILINE)
+    assert len(numbers) == 4 and {"6", "7"} < set(numbers)
 
 
 def test_a_bad_launcher_option_is_one_line(grid: Grid, tmp_path: Path) -> None:

@@ -290,6 +290,81 @@ def test_a_folder_without_our_metadata_is_read_by_its_cfg_alone(folder: Path) ->
     assert sae.cfg == build("topk", d_sae=D_SAE, k=6).cfg
 
 
+def old_folder(folder: Path, cfg: dict[str, Any], **tensors: Tensor) -> Path:
+    """As a SAELens before version 6 left it: no metadata, everything at the top."""
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
+    W_enc = torch.randn(D_IN, D_SAE, generator=generator)
+    b_enc = 0.1 * torch.randn(D_SAE, generator=generator)
+    b_dec = 0.1 * torch.randn(D_IN, generator=generator)
+    folder.mkdir()
+    weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors}
+    save_file(weights, folder / WEIGHTS_NAME)
+    (folder / CFG_NAME).write_text(json.dumps({"d_in": D_IN, "d_sae": D_SAE, **cfg}))
+    return folder
+
+
+AT = {"hook_name": "blocks.1.hook_resid_pre", "hook_layer": 1, "model_name": "gpt2-small"}
+REST = {"dtype": "float32", "device": "cpu", "finetuning_scaling_factor": False}
+TOPK = {"activation_fn_kwargs": {"k": 5}}
+OLD: dict[str, dict[str, Any]] = {
+    "5, topk": {"architecture": "topk", "activation_fn_str": "topk", **TOPK, **AT},
+    "5, jumprelu": {"architecture": "jumprelu", "activation_fn_str": "relu", **AT},
+    "4, topk in standard": {"architecture": "standard", "activation_fn_str": "topk", **TOPK, **AT},
+    "4, the runner's name": {"architecture": "standard", "activation_fn": "topk", **TOPK, **AT},
+    "4, relu": {"architecture": "standard", "activation_fn_str": "relu", **AT},
+    "4, without b_dec": {"architecture": "standard", "apply_b_dec_to_input": False, **AT},
+    "3, no architecture": {"activation_fn": "relu", "normalize_activations": False, **AT},
+    "3, topk": {"activation_fn": "topk", **TOPK, "normalize_activations": None, **AT},
+    "2, hook_point": {"hook_point": "blocks.1.hook_resid_pre", "hook_point_layer": 1},
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaling factor of ones"])
+@pytest.mark.parametrize("form", OLD)
+def test_older_folders_are_computed_as_sae_lens_does(
+    form: str, scaled: bool, tmp_path: Path
+) -> None:
+    from sae_lens import SAE
+
+    tensors = {"scaling_factor": torch.ones(D_SAE)} if scaled else {}
+    if "jumprelu" in form:
+        tensors["threshold"] = torch.rand(D_SAE)
+    folder = old_folder(tmp_path / "sae", {**REST, **OLD[form]}, **tensors)
+    theirs, (ours, _) = SAE.load_from_disk(str(folder)), load_saelens(folder)
+    x_ND = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
+    codes_NF = theirs.encode(x_ND)
+    torch.testing.assert_close(ours.encode(x_ND), codes_NF, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x_ND), theirs.decode(codes_NF), rtol=1e-5, atol=1e-5)
+    assert (codes_NF > 0).sum(1).float().mean() == 5 or "topk" not in form
+
+
+def test_a_scaling_factor_that_scales_is_refused(tmp_path: Path) -> None:
+    factor = torch.full((D_SAE,), 1.1)
+    cfg = {**REST, **OLD["4, relu"], "finetuning_scaling_factor": True}
+    assert "is not 1 everywhere" in refusal(
+        old_folder(tmp_path / "sae", cfg, scaling_factor=factor)
+    )
+
+
+def test_every_key_that_sae_lens_writes_is_known() -> None:
+    import dataclasses
+
+    from sae_lens.config import LanguageModelSAERunnerConfig
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    from tcsae.sae.formats.saelens_cfg import _CHANGES_NOTHING, _UNDERSTOOD
+
+    not_read = ("transcoder", "matching_pursuit")  # refused by their names
+    written = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)} - {"sae"}
+    for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY):
+        for name, (_, config) in registry.items():
+            theirs = config.__module__.startswith("sae_lens")
+            if theirs and not any(part in name for part in not_read):
+                written |= {field.name for field in dataclasses.fields(config)}
+    assert written - _UNDERSTOOD - _CHANGES_NOTHING == set()
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -326,7 +401,8 @@ def test_a_cfg_of_another_library_is_refused(folder: Path, text: str, says: str)
         ({"metadata": {"tcsae": {"sae": {"architecture": "later"}}}}, "unknown architecture"),
         ({"d_in": "12"}, "d_in is '12'"),
         ({"d_sae": 0}, "d_sae is 0"),
-        ({"d_in": D_IN + 4}, "W_enc is [12, 40]"),
+        ({"d_in": D_IN + 4}, "W_dec is [40, 12]"),
+        ({"d_sae": 10**12}, "W_dec is [40, 12]"),
         ({"d_sae": D_SAE - 8}, "d_sae 32"),
         ({"k": "DROP"}, "no k"),
         ({"k": 41}, "k is 41"),
@@ -337,7 +413,13 @@ def test_a_cfg_of_another_library_is_refused(folder: Path, text: str, says: str)
         ({"normalize_activations": "expected_average_only_in"}, "factor of the activations"),
         ({"normalize_activations": "covariance_whitening"}, "whitening is not in the folder"),
         ({"normalize_activations": "constant_norm_rescale"}, "no weights can hold"),
-        ({"activation_fn_str": "topk"}, "activation_fn_str='topk'"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn='tanh-relu'"),
+        ({"activation_fn": "topk", "architecture": "jumprelu"}, "with architecture 'jumprelu'"),
+        ({"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs={'k': 3}"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 3, "x": 1}}, "only k is known"),
+        ({"normalize_activations": True, "metadata": "DROP"}, "factor of the activations"),
+        ({"output_scale": 2.0, "metadata": {}}, "output_scale=2.0 is not known here"),
+        ({"architecture": "standard", "rescale_acts_by_decoder_norm": True}, "only with 'topk'"),
     ],
 )
 def test_a_cfg_that_does_not_fit_is_refused(

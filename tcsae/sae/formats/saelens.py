@@ -17,9 +17,9 @@ from torch import Tensor
 from tcsae.base.files import atomic, make_folder, write_json
 from tcsae.config.sae import architectures
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats.saelens_cfg import CFG_NAME, understood
 from tcsae.sae.registry import sae_class
 
-CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"  # the version whose format this is; below 6 SAELens converts the cfg
 
@@ -36,27 +36,6 @@ METADATA_DEFAULTS: dict[str, Any] = {
     "exclude_special_tokens": True,
     "dataset_path": None,
 }
-
-# cfg.json keys that change what an SAE computes, and the values that ours compute. The last two
-# are of SAELens before version 6.
-_COMPUTED_AS: dict[str, tuple[Any, ...]] = {
-    "apply_b_dec_to_input": (True, False),
-    "normalize_activations": ("none", None, False),
-    "reshape_activations": ("none", None),
-    "activation_fn_str": ("relu",),
-    "finetuning_scaling_factor": (False,),
-}
-
-_WHY_NOT = {
-    "expected_average_only_in": "the factor of the activations is not in the folder; fold it in "
-    "with sae-lens (fold_activation_norm_scaling_factor) and save again",
-    "covariance_whitening": "the whitening is not in the folder; fold it in with sae-lens "
-    "(fold_covariance_whitening) and save again",
-    "constant_norm_rescale": "every token has a factor of its own, which no weights can hold",
-    "layer_norm": "every token has a mean and a factor of its own, which no weights can hold",
-    "hook_z": "activations come here with their heads already side by side, [..., d_in]",
-}
-
 
 _OUR_NAMES = {"temporal": "tfa"}
 """Architectures that have another name in SAELens."""
@@ -109,8 +88,9 @@ def load_saelens(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]
     folder = Path(folder)
     try:
         cfg = _read_cfg(folder)
+        tensors = _modern(cfg, _read_weights(folder / WEIGHTS_NAME))
+        _check_width(cfg, tensors)
         sae = empty_sae(cfg)
-        tensors = _read_weights(folder / WEIGHTS_NAME)
         _check_tensors(tensors, sae)
     except ValueError as error:
         raise ValueError(f"cannot load the SAE in {folder}: {error}") from None
@@ -157,21 +137,9 @@ def _read_cfg(folder: Path) -> dict[str, Any]:
         cfg = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{CFG_NAME} is not JSON ({error})") from None
-    required = ("architecture", "d_in", "d_sae")
-    missing = [key for key in required if not isinstance(cfg, dict) or key not in cfg]
-    if missing:
-        raise ValueError(f"{CFG_NAME} has no {', '.join(missing)}: it is not SAELens' format")
-    for key in ("d_in", "d_sae"):
-        if type(cfg[key]) is not int or cfg[key] < 1:
-            raise ValueError(f"{CFG_NAME}: {key} is {cfg[key]!r}, it must be an integer above 0")
-    for key, allowed in _COMPUTED_AS.items():
-        if key in cfg and cfg[key] not in allowed:
-            why = _WHY_NOT.get(str(cfg[key]))
-            raise ValueError(
-                f"{CFG_NAME}: {key}={cfg[key]!r} is not supported, only {allowed[0]!r}"
-                + (f": {why}" if why else "")
-            )
-    return cfg
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{CFG_NAME} has no architecture, d_in, d_sae: it is not SAELens' format")
+    return understood(cfg)
 
 
 def empty_sae(cfg: Mapping[str, Any]) -> SparseAutoencoder:
@@ -220,6 +188,33 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path.name} is damaged or not a safetensors file ({error})") from None
+
+
+def _modern(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of SAELens 2 to 5 as those of 6: a scaling factor that scales nothing goes, a
+    logarithm of the threshold becomes one."""
+    found = dict(tensors)
+    factor = found.pop("scaling_factor", None)
+    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+        raise ValueError(
+            f"{WEIGHTS_NAME}: scaling_factor is not 1 everywhere (finetuning_scaling_factor="
+            f"{cfg.get('finetuning_scaling_factor')!r}), which is not computed here: multiply "
+            "W_dec's rows by it and leave it out"
+        )
+    if "log_threshold" in found and "threshold" not in found:
+        found["threshold"] = found.pop("log_threshold").float().exp()
+    return found
+
+
+def _check_width(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Before an SAE of the size that cfg.json names is made: it may be any number."""
+    wanted = [cfg["d_sae"], cfg["d_in"]]
+    shape = list(tensors["W_dec"].shape) if "W_dec" in tensors else wanted
+    if shape != wanted:
+        raise ValueError(
+            f"{WEIGHTS_NAME}: W_dec is {shape}, but d_in {cfg['d_in']} and d_sae {cfg['d_sae']} "
+            f"in {CFG_NAME} ask for {wanted}"
+        )
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], sae: SparseAutoencoder) -> None:

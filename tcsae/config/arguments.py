@@ -1,0 +1,77 @@
+"""The command line as people write it, brought into the form that Hydra reads."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from hydra.errors import HydraException
+
+MULTIRUN = ("--multirun", "-m")
+OURS = ("--dry-run",)
+_ONE_OF = (*MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+_LIST = re.compile(r"[^=]+=.*,.*|[^=]+=(choice|range|glob|interval)\(.*")
+
+
+def arranged(arguments: Sequence[str]) -> list[str]:
+    """Flags first, then overrides: between overrides Hydra's parser does not know them.
+
+    Raises HydraException for a flag that there is not.
+    """
+    if len(chosen := [a for a in arguments if a in _ONE_OF]) > 1:
+        raise HydraException(f"{' and '.join(chosen)}: only one of them can be given")
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = _flags()
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        name, given, _ = argument.partition("=")
+        if name in OURS:
+            flags.append(argument)
+            continue
+        if name not in takes_value:
+            raise HydraException(_unknown_flag(argument, takes_value))
+        flags.append(argument)
+        if takes_value[name] and not given and rest:
+            flags.append(rest.pop(0))
+    return flags + _for_the_jobs(overrides)
+
+
+def _flags() -> dict[str, bool]:
+    """Hydra's flags, and whether a value follows."""
+    from hydra._internal.utils import get_args_parser
+
+    return {
+        name: action.nargs is None and action.dest != "version"
+        for action in get_args_parser()._actions
+        for name in action.option_strings
+    }
+
+
+def _unknown_flag(argument: str, known: dict[str, bool]) -> str:
+    name, _, value = argument.lstrip("-").partition("=")
+    flags = sorted(flag for flag in (*known, *OURS) if flag.startswith("--"))
+    near = difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.7)
+    if near:
+        return f"{argument}: no such flag; did you mean {near[0]}?"
+    shown = f"{name}={value or 'VALUE'}"
+    return f"{argument}: no such flag; keys are given without dashes ({shown}). --help shows both"
+
+
+def _for_the_jobs(overrides: list[str]) -> list[str]:
+    """Where a group is swept, keys below it belong to the jobs: the sweep itself is composed of
+    the group's default option, which may not have them. A choice of one is left to the jobs."""
+    swept = {o.partition("=")[0].lstrip("+~") for o in overrides if _LIST.fullmatch(o)}
+    groups = tuple(f"{name}." for name in swept if "." not in name and "/" not in name)
+
+    def placed(override: str) -> str:
+        key, equals, value = override.partition("=")
+        plain = equals and value and not _LIST.fullmatch(override)
+        return f"{key}=choice({value})" if plain and key.startswith(groups) else override
+
+    return [placed(override) for override in overrides] if groups else overrides

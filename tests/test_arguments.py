@@ -1,0 +1,99 @@
+"""Command lines as people write them, and Hydra's own mechanisms where ours stand in for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+from tcsae.config.arguments import arranged
+from tcsae.config.compose import compose_tree, conf_folder
+from tcsae.config.mistakes import for_the_user
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("window=4,8 -m lambda=0,0.1", "-m window=4,8 lambda=0,0.1"),
+        ("window=4 --cfg job lambda=0.1", "--cfg job window=4 lambda=0.1"),
+        ("a=1 --config-dir=there b=2 --multirun", "--config-dir=there --multirun a=1 b=2"),
+        ("a=1 -cd there --dry-run b=2", "-cd there --dry-run a=1 b=2"),
+        ("-m sae=topk,gated sae.d_sae=64 seed=1", "-m sae=topk,gated sae.d_sae=choice(64) seed=1"),
+        ("-m sae=topk,gated sae.d_sae=64,128", "-m sae=topk,gated sae.d_sae=64,128"),
+        ("sae=topk sae.k=8", "sae=topk sae.k=8"),
+    ],
+)
+def test_flags_may_stand_anywhere(given: str, wanted: str) -> None:
+    assert arranged(given.split()) == wanted.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--lambda=1", "--lambda=1: no such flag; keys are given without dashes (lambda=1)"),
+        ("--lr 1e-3", "--lr: no such flag; keys are given without dashes (lr=VALUE)"),
+        ("--dryrun", "--dryrun: no such flag; did you mean --dry-run?"),
+        ("-m --cfg job", "-m and --cfg: only one of them can be given"),
+    ],
+)
+def test_a_flag_that_is_none_is_one_line(given: str, said: str) -> None:
+    with pytest.raises(HydraException) as raised:
+        arranged(given.split())
+    assert str(raised.value).startswith(said) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("k=64", "did you mean sae.k?"),
+        ("lr=1e-3", "did you mean training.lr?"),
+        ("tokens=1000", "did you mean training.tokens?"),
+        ("batch_size=64", "did you mean training.batch_contexts?"),
+        ("sae.l1_coefficient=0.05", "not a key of the chosen architecture; of sae=gated"),
+        ("dataset.path=/tmp/run=1", """must be quoted: 'dataset.path="/tmp/run=1"'"""),
+        ("experiment=grid", "use +experiment=grid"),
+        ("hydra/launcher=submitit_slurm", "did you mean hydra/launcher=slurm?"),
+        ("hydra/launcher=nothing", "must be one of basic, here, local, slurm"),
+        ("hydra/sweeper=optuna", "must be one of basic, grid"),
+    ],
+)
+def test_what_to_type_instead_is_said(override: str, said: str) -> None:
+    with pytest.raises(Exception) as raised:
+        compose_tree([override])
+    line = for_the_user(raised.value)
+    assert line is not None and said in line and "\n" not in line
+
+
+def hydra_part(*arguments: str) -> str:
+    command = [sys.executable, "-m", "tcsae.train", "--cfg", "hydra", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_an_experiment_may_choose_the_launcher(tmp_path: Path) -> None:
+    """As Hydra's manual has it; an override in train.yaml itself would win over it in silence."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: slurm\n"
+    )
+    chosen = hydra_part("--config-dir", str(tmp_path), "+experiment=mine")
+    assert "_target_: hydra_plugins.tcsae_launchers.SlurmLauncher" in chosen
+    assert "override hydra" not in (conf_folder() / "train.yaml").read_text()
+
+
+def test_without_a_choice_it_is_here_by_grid() -> None:
+    chosen = hydra_part()
+    assert "_target_: hydra_plugins.tcsae_launchers.HereLauncher" in chosen
+    assert "_target_: hydra_plugins.tcsae_launchers.GridSweeper" in chosen
+
+
+def test_experiments_with_grids_of_their_own_are_no_list(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tcsae.train", "-m", "--dry-run"]
+    given = ["+experiment=first_look,lambda_ablation", f"hydra.sweep.dir={tmp_path / 's'}"]
+    done = subprocess.run([*command, *given], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("tcsae: ")]
+    assert "job 0 (experiment=first_look): it sets hydra.sweeper" in line
+    assert not (tmp_path / "s").exists()
