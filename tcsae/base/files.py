@@ -183,6 +183,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without git-lfs holds in place of the real one."""
+    with open(path, "rb") as file:
+        return file.read(48).startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def _described(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata with the SHA-256 of everything that the file says.
 
