@@ -1,13 +1,11 @@
 """The language model: its tokenizer, its shape and its activations.
 
-Its weights are in two networks that share them: transformers' own, whose attention is one kernel,
-for activations of the residual stream, and the TransformerLens bridge around a second tree of
-modules, which has a hook at every part, for everything else.
+Activations, and the logits with something in their place, come from one network: transformers' own
+(network.py). What is tried on it at loading is in `checks`.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +18,12 @@ from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
-from tcsae.data.weights import find_weights, quiet
+from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
+from tcsae.data.model_checks import check_batch, check_causality, compare_bridge
+from tcsae.data.network import Network, Replace
+from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
-
-HOOKS = {
-    "resid_pre": "hook_resid_pre",
-    "resid_post": "hook_resid_post",
-    "mlp_out": "hook_mlp_out",
-    "attn_out": "hook_attn_out",
-}
 
 
 def bfloat16_is_native(device: str) -> bool:
@@ -47,7 +41,7 @@ def choose_device(wanted: str) -> str:
         torch.zeros(1, device=wanted)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
-            f"model.device = {wanted}: not usable here ({_first_line(error)}): take auto or cpu"
+            f"model.device = {wanted}: not usable here ({first_line(error)}): take auto or cpu"
         ) from None
     return wanted
 
@@ -97,13 +91,6 @@ def _read_shape(path: Path) -> _Shape:
     return _Shape(n_layers, d_in, vocabulary, positions, is_learned)
 
 
-class _Reached(Exception):
-    """The forward pass has come to the activations that were wanted."""
-
-    def __init__(self, activation: Tensor) -> None:
-        self.activation = activation
-
-
 class LanguageModel:
     """A language model that is loaded when it is first run; its tokenizer and shape come earlier.
 
@@ -128,6 +115,8 @@ class LanguageModel:
         except ValueError as error:
             raise UserError(f"{error} for {cfg.name}") from None
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
+        self.checks: dict[str, Any] | None = None
+        """What was found when it was loaded; None: it was not."""
 
     def check_length(self, context_size: int) -> None:
         """Raises UserError for contexts longer than the model's table of positions, and warns of
@@ -152,11 +141,15 @@ class LanguageModel:
     def identity(self) -> dict[str, Any]:
         """What determines the activations, beside the token ids."""
         weights = self.weights.identity
-        return {
+        found = {
             "weights": f"untrained:{weights}" if self.cfg.untrained else weights,
             "hook": self.hook_name,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if self.cfg.hook not in ("resid_pre", "resid_post"):
+            # Stores made when the bridge gave a block's parts, which for some families are others.
+            found["network"] = "transformers"
+        return found
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -168,10 +161,10 @@ class LanguageModel:
             raise UserError(f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)})")
         try:
             with quiet():
-                return AutoTokenizer.from_pretrained(folder)
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"no tokenizer can be loaded from {folder}: {_first_line(error)}"
+                f"no tokenizer can be loaded from {folder}: {first_line(error)}"
             ) from None
 
     @cached_property
@@ -189,125 +182,58 @@ class LanguageModel:
         return SpecialIds(bos=bos, boundaries=frozenset(boundaries), masked=frozenset(masked))
 
     @cached_property
-    def _networks(self) -> tuple[Any, Any]:
-        """transformers' own model and the TransformerLens bridge, sharing tensors on `device`."""
+    def _network(self) -> Network:
         from safetensors import SafetensorError
-        from transformer_lens.model_bridge import TransformerBridge
 
         kind = "untrained, " if self.cfg.untrained else ""
         log.info(f"loading {self.cfg.name} ({kind}{self.dtype}, {self.device})")
-        folder = str(self.weights.folder)
+        folder = self.weights.folder
         # RuntimeError: shapes that do not fit, a device that is not there or is full.
         expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
             with quiet():
-                model = self._untrained() if self.cfg.untrained else self._trained()
+                model = load_model(folder, self.dtype, self.cfg.untrained)
                 model = model.to(self.device).eval().requires_grad_(False)
-                weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
-                own = copy.deepcopy(model, weights)  # modules are copied, tensors are not
-                bridge = TransformerBridge.boot_transformers(
-                    folder,
-                    hf_model=model,
-                    tokenizer=self.tokenizer,
-                    device=self.device,
-                    dtype=self.dtype,
-                )
         except expected as error:
             raise UserError(
                 f"{folder} does not load as a model ({self.dtype}, {self.device}): "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
-        return own, bridge.eval().requires_grad_(False)
+        with quiet():
+            network, bridge = with_place(model, folder, self.tokenizer, self.layer, self.cfg.hook)
+        self.checks = self._try(network, bridge)
+        return network
 
-    @property
-    def bridge(self) -> Any:
-        """The TransformerLens bridge."""
-        return self._networks[1]
-
-    def _trained(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(self.weights.folder),
-            dtype=self.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, found = loaded
-        if found["missing_keys"]:
-            # transformers fills them with random numbers and only warns.
-            raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
-        return model
-
-    def _untrained(self) -> Any:
-        """The architecture at its random start: the same weights for everybody."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(str(self.weights.folder))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config).to(self.dtype)
+    def _try(self, network: Network, bridge: Any) -> dict[str, Any]:
+        """What is found when one batch goes through the model. Raises UserError."""
+        name = self.cfg.name
+        ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
+        ids_BT = ids_BT.to(self.device)
+        try:
+            with torch.inference_mode():
+                x_BTD = network.activations(ids_BT)
+        # Each family has code of its own, which raises whatever does not fit.
+        except Exception as error:
+            raise UserError(f"{name} does not run: {first_line(error)}") from error
+        if x_BTD is None or x_BTD.shape != (*ids_BT.shape, self.d_in):
+            raise UserError(
+                f"model.hook = {self.cfg.hook}: what comes by {self.hook_name} of {name} is not "
+                f"one vector of {self.d_in} numbers for each token: take another hook or layer"
+            )
+        return {
+            "network": "transformers",
+            "later_tokens_change": check_causality(network, ids_BT, name),
+            "transformer_lens": compare_bridge(network, bridge, ids_BT, self.hook_name, name),
+        }
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:
-        """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there.
-
-        The residual stream is taken from transformers' own model: the bridge makes attention in
-        many kernels, so that each part has a hook, which takes a quarter longer. Both are the same
-        up to rounding. Its parts, attn_out and mlp_out, are not modules of every model: the bridge
-        knows where they are.
-        """
-        ids_BT = ids_BT.to(self.device, torch.long)
-        try:
-            if self.cfg.hook not in ("resid_pre", "resid_post"):
-                self._at_hook_point(ids_BT)
-            else:
-                self._at_block(ids_BT)
-        except _Reached as reached:
-            return reached.activation
-        raise AssertionError(f"the forward pass does not come by {self.hook_name}")
-
-    def _at_block(self, ids_BT: Tensor) -> None:
-        """Raises _Reached with what goes into the block, or comes out of it."""
-        own, bridge = self._networks
-        block = own.get_submodule(bridge.blocks[self.layer].name)
-
-        def before(block: Any, args: Any, named: Any) -> None:
-            raise _Reached(args[0] if args else named["hidden_states"])
-
-        def after(block: Any, args: Any, out: Any) -> None:
-            raise _Reached(out[0] if isinstance(out, tuple) else out)
-
-        if self.cfg.hook == "resid_pre":
-            handle = block.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = block.register_forward_hook(after)
-        with handle:
-            own(ids_BT, use_cache=False)
-
-    def _at_hook_point(self, ids_BT: Tensor) -> None:
-        """Raises _Reached with what comes by the bridge's hook point."""
-
-        def stop(activation: Tensor, hook: Any) -> None:
-            raise _Reached(activation)
-
-        # run_with_hooks resolves the names of all hooks at every call.
-        point = self.bridge.hook_dict[self.hook_name]
-        point.add_hook(stop, level=1)
-        try:
-            self.bridge(ids_BT)
-        finally:
-            point.remove_hooks("fwd", level=1)
+        """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there."""
+        x_BTD = self._network.activations(ids_BT.to(self.device, torch.long))
+        assert x_BTD is not None, f"the forward pass does not come by {self.hook_name}"
+        return x_BTD
 
     @torch.inference_mode()
-    def logits(self, ids_BT: Tensor, replace: Any = None) -> Tensor:
+    def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
         """[B, T, vocab]; `replace` maps the hook's activations [B, T, d_in] to their stand-in."""
-        ids_BT = ids_BT.to(self.device, torch.long)
-        if replace is None:
-            return self.bridge(ids_BT)
-        hooks = [(self.hook_name, lambda activation, hook: replace(activation))]
-        return self.bridge.run_with_hooks(ids_BT, fwd_hooks=hooks)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+        return self._network.logits(ids_BT.to(self.device, torch.long), replace)

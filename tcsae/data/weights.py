@@ -7,17 +7,12 @@ models, embedded, local or from the hub, are then loaded from a folder by the sa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import logging
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +30,7 @@ from tcsae.base.files import (
     write_json,
 )
 from tcsae.config import ModelConfig
+from tcsae.data.loading import quiet
 
 log = logging.getLogger(__name__)
 
@@ -178,27 +174,3 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
             f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
         ) from None
     return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence libraries' progress bars and warnings about what is intended."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    lens = logging.getLogger("transformer_lens")
-    lens_before = lens.level
-    lens.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            if not sys.stderr.isatty():
-                # The bar of a conversion obeys no setting, and in a log it is one long line.
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-        lens.setLevel(lens_before)
