@@ -20,6 +20,7 @@ from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
 from tcsae.data.model_checks import check_batch, check_causality, compare_bridge
+from tcsae.data.model_folder import VOCABULARIES
 from tcsae.data.network import Network, Replace
 from tcsae.data.weights import find_weights
 
@@ -50,9 +51,6 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     if wanted == "auto":
         wanted = "bfloat16" if bfloat16_is_native(device) else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-
-
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 class _Shape(NamedTuple):
@@ -156,9 +154,9 @@ class LanguageModel:
         from transformers import AutoTokenizer
 
         folder = self.weights.folder
-        if not any((folder / name).is_file() for name in _VOCABULARIES):
+        if not any((folder / name).is_file() for name in VOCABULARIES):
             # transformers makes an empty tokenizer then, and says nothing.
-            raise UserError(f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)})")
+            raise UserError(f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)})")
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

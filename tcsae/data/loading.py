@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,48 @@ def _trained(folder: Path, dtype: torch.dtype) -> Any:
         trust_remote_code=False,
     )
     model, found = loaded
-    if found["missing_keys"]:
-        # transformers fills them with random numbers and only warns.
-        raise ValueError(f"it has no weights for {sorted(found['missing_keys'])[0]}")
+    _check_keys(model, found["missing_keys"], found["unexpected_keys"])
     return model
+
+
+_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
+"""Tables that old files hold beside the weights: masks and angles, which every class makes."""
+
+
+def _check_keys(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError for weights that transformers makes up, or leaves out, with a warning."""
+    if missing := sorted(missing):
+        raise ValueError(f"it has no weights for {missing[0]}")
+    extra = sorted(key for key in unexpected if not key.endswith(_COMPUTED))
+    inside = [key for key in extra if _is_part(model, key)]
+    if inside:
+        raise ValueError(
+            f"its weights hold {inside[0]}{_others(inside)}, which config.json has no place for: "
+            "they do not belong together (another config, an adapter that is not merged?)"
+        )
+    if extra:
+        log.warning(
+            f"left out: {extra[0]}{_others(extra)}, which {type(model).__name__} has no place for"
+        )
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and None not in ends and ends[0].weight is not ends[1].weight:
+        log.warning(
+            "config.json ties the embeddings of input and output (tie_word_embeddings), and the "
+            "weights have two that differ: both are used, each in its place"
+        )
+
+
+def _others(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def _is_part(model: Any, key: str) -> bool:
+    """Whether it is of a part of the language model, not of a head or a tower beside it."""
+    if "lora_" in key or key.startswith("base_model."):
+        return True
+    names = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
+    return key.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in names
 
 
 def _untrained(folder: Path, dtype: torch.dtype) -> Any:

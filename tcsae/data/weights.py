@@ -7,7 +7,6 @@ models, embedded, local or from the hub, are then loaded from a folder by the sa
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -23,7 +22,6 @@ from tcsae.base.files import (
     Lock,
     disk_errors,
     disk_reason,
-    file_digest,
     honour_umask,
     locked,
     make_folder,
@@ -31,6 +29,14 @@ from tcsae.base.files import (
 )
 from tcsae.config import ModelConfig
 from tcsae.data.loading import quiet
+from tcsae.data.model_folder import (
+    INDEX,
+    READ,
+    check_folder,
+    content_identity,
+    refuse_adapters,
+    say_what_is_not_read,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +66,17 @@ def find_weights(cfg: ModelConfig) -> Weights:
 
 
 def _local_weights(folder: Path) -> Weights:
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"model.path = {folder}: no config.json there; give a folder as save_pretrained "
             "writes it (config.json, *.safetensors, tokenizer files)"
         )
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         raise UserError(f"model.path = {folder}: no *.safetensors there (pickles are not read)")
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")):
-        digest.update(f"{file.name} {file_digest(file)};".encode())
-    return Weights(folder, f"sha256:{digest.hexdigest()}")
+    files = check_folder(folder)
+    say_what_is_not_read(folder, files)
+    return Weights(folder, content_identity(files))
 
 
 def _packaged_weights(cfg: ModelConfig) -> Weights:
@@ -147,7 +153,7 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
         folder = snapshot_download(
             cfg.name,
             revision=cfg.revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            allow_patterns=["*.safetensors", *(f"*{end}" for end in READ if end != ".py")],
             ignore_patterns=["onnx/*", "*/*"],
         )
     except GatedRepoError:
@@ -173,4 +179,5 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
             f"{cfg.name} is not in the local hub cache and the hub cannot be reached "
             f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
         ) from None
+    check_folder(Path(folder))
     return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")
