@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError
-from tcsae.base.files import read_json
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
 from tcsae.data.model_checks import check_batch, check_causality, compare_bridge
 from tcsae.data.model_folder import VOCABULARIES
 from tcsae.data.network import Network, Replace
+from tcsae.data.shape import positions_are_learned, read_shape
 from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
@@ -53,42 +52,6 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
-class _Shape(NamedTuple):
-    n_layers: int
-    d_in: int
-    vocabulary: int
-    positions: int | None
-    """As many as the model was made for; None: the config does not say."""
-    positions_are_learned: bool
-    """One vector for each: there is none for a later position."""
-
-
-_SHAPE_KEYS = (
-    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-    ("hidden_size", "n_embd", "d_model", "dim"),
-    ("vocab_size",),
-)
-
-
-def _read_shape(path: Path) -> _Shape:
-    """From a config.json, whose keys differ between families of models."""
-    config = read_json(path)
-    config = config.get("text_config", config)
-    found = []
-    for keys in _SHAPE_KEYS:
-        values = [config[key] for key in keys if isinstance(config.get(key), int)]
-        if not values:
-            raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
-        found.append(values[0])
-    of_positions = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-    positions = next((n for n in of_positions if isinstance(n, int)), None)
-    # What rotates, or weighs by distance, has a value at any position.
-    is_open = any(key.startswith(("rope", "rotary", "alibi", "partial_rotary")) for key in config)
-    n_layers, d_in, vocabulary = found
-    is_learned = positions is not None and not is_open
-    return _Shape(n_layers, d_in, vocabulary, positions, is_learned)
-
-
 class LanguageModel:
     """A language model that is loaded when it is first run; its tokenizer and shape come earlier.
 
@@ -105,9 +68,8 @@ class LanguageModel:
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
-        shape = _read_shape(self.weights.folder / "config.json")
-        self.n_layers, self.d_in, self.vocabulary = shape.n_layers, shape.d_in, shape.vocabulary
-        self.positions, self.positions_are_learned = shape.positions, shape.positions_are_learned
+        shape = read_shape(self.weights.folder / "config.json")
+        self.n_layers, self.d_in, self.vocabulary, self.positions = shape
         try:
             self.layer = resolve_layer(layer, self.n_layers)
         except ValueError as error:
@@ -123,7 +85,7 @@ class LanguageModel:
         if n is None or context_size <= n:
             return
         said = f"dataset.context_size = {context_size}: {self.cfg.name} has {n} positions"
-        if self.positions_are_learned:
+        if positions_are_learned(self.weights.folder / "config.json"):
             raise UserError(f"{said}; take at most so many")
         log.warning(f"{said}, and was not trained on later ones: what it does there is not its own")
 

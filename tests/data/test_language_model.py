@@ -110,6 +110,10 @@ def test_a_hub_model_goes_from_text_to_final_info(
     info = json.loads((tmp_path / "run" / "final_info.json").read_text())
     assert info["training_steps"] == 12
     assert info["layer"] == 1
+    checks = info["model_checks"]
+    assert (checks["network"], checks["later_tokens_change"]) == ("transformers", 0)
+    assert set(checks["transformer_lens"]) == {"activations", "logits"}
+    assert max(checks["transformer_lens"].values()) < 1e-5
     assert (tmp_path / "run" / "sae" / "sae_weights.safetensors").is_file()
     assert 0 < info["metrics"]["sparsity"]["l0"] <= 96
 
