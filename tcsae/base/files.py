@@ -162,7 +162,7 @@ def read_json(path: Path) -> Any:
     """Raises UserError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON ({error})") from None
 
 

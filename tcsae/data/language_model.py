@@ -17,7 +17,7 @@ from tcsae.base.errors import UserError
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
-from tcsae.data.model_checks import check_batch, check_causality, compare_bridge
+from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import VOCABULARIES
 from tcsae.data.network import Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
@@ -122,7 +122,8 @@ class LanguageModel:
         try:
             with quiet():
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        # Each class has its own way to fail on a file of another form.
+        except Exception as error:
             raise UserError(
                 f"no tokenizer can be loaded from {folder}: {first_line(error)}"
             ) from None
@@ -143,48 +144,30 @@ class LanguageModel:
 
     @cached_property
     def _network(self) -> Network:
-        from safetensors import SafetensorError
-
+        self.check_ids(self.special_ids.bos)
         kind = "untrained, " if self.cfg.untrained else ""
         log.info(f"loading {self.cfg.name} ({kind}{self.dtype}, {self.device})")
         folder = self.weights.folder
-        # RuntimeError: shapes that do not fit, a device that is not there or is full.
-        expected = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
         try:
             with quiet():
                 model = load_model(folder, self.dtype, self.cfg.untrained)
                 model = model.to(self.device).eval().requires_grad_(False)
-        except expected as error:
+        # Files that are damaged, shapes that do not fit, a device that is full, and whatever a
+        # family's own code raises for a config of another form.
+        except Exception as error:
             raise UserError(
                 f"{folder} does not load as a model ({self.dtype}, {self.device}): "
                 f"{first_line(error)}"
             ) from error
         with quiet():
             network, bridge = with_place(model, folder, self.tokenizer, self.layer, self.cfg.hook)
-        self.checks = self._try(network, bridge)
+        ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
+        self.checks = try_model(network, bridge, ids_BT.to(self.device), self._hook_point)
         return network
 
-    def _try(self, network: Network, bridge: Any) -> dict[str, Any]:
-        """What is found when one batch goes through the model. Raises UserError."""
-        name = self.cfg.name
-        ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
-        ids_BT = ids_BT.to(self.device)
-        try:
-            with torch.inference_mode():
-                x_BTD = network.activations(ids_BT)
-        # Each family has code of its own, which raises whatever does not fit.
-        except Exception as error:
-            raise UserError(f"{name} does not run: {first_line(error)}") from error
-        if x_BTD is None or x_BTD.shape != (*ids_BT.shape, self.d_in):
-            raise UserError(
-                f"model.hook = {self.cfg.hook}: what comes by {self.hook_name} of {name} is not "
-                f"one vector of {self.d_in} numbers for each token: take another hook or layer"
-            )
-        return {
-            "network": "transformers",
-            "later_tokens_change": check_causality(network, ids_BT, name),
-            "transformer_lens": compare_bridge(network, bridge, ids_BT, self.hook_name, name),
-        }
+    @property
+    def _hook_point(self) -> HookPoint:
+        return HookPoint(self.cfg.name, self.cfg.hook, self.hook_name, self.d_in)
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:

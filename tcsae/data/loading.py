@@ -47,9 +47,15 @@ def _trained(folder: Path, dtype: torch.dtype) -> Any:
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         trust_remote_code=False,
     )
     model, found = loaded
+    for key, there, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{key} is {tuple(there)} in its weights and {tuple(wanted)} by config.json: they do "
+            "not belong together"
+        )
     _check_keys(model, found["missing_keys"], found["unexpected_keys"])
     return model
 

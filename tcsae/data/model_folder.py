@@ -155,14 +155,15 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         kind = config.get("model_type")
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise UserError(
                 f"{folder}: transformers has no model_type {kind!r}, {never}: give a model that "
                 "transformers itself has, or update transformers"
             )
     tokenizer = folder / "tokenizer_config.json"
     said = read_json(tokenizer) if tokenizer.is_file() else {}
-    if isinstance(said, dict) and "AutoTokenizer" in (said.get("auto_map") or {}):
+    code = said.get("auto_map") if isinstance(said, dict) else None
+    if isinstance(code, dict) and "AutoTokenizer" in code:
         import transformers
 
         kind = said.get("tokenizer_class")

@@ -36,6 +36,8 @@ def read_shape(path: Path) -> Shape:
         values = [config[key] for key in keys if isinstance(config.get(key), int)]
         if not values:
             raise UserError(f"{path} has none of {', '.join(keys)}: it is no decoder's config")
+        if values[0] < 1:
+            raise UserError(f"{path} has {values[0]} as one of {', '.join(keys)}: no such model")
         found.append(values[0])
     n_layers, d_in, vocabulary = found
     return Shape(n_layers, d_in, vocabulary, _positions(config))
@@ -53,8 +55,8 @@ def positions_are_learned(path: Path) -> bool:
 
     try:  # Files say only what differs from the class's defaults, among them older Llamas' angles.
         whole = AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError):
-        return True  # it does not load, which is said where it is loaded
+    except Exception:  # it does not load, which is said where it is loaded
+        return True
     return not _is_open(_of_text(whole))
 
 

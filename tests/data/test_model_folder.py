@@ -107,6 +107,12 @@ def test_weights_that_the_config_has_no_place_for_are_refused(folder: Path) -> N
     assert "config.json has no place for" in line
 
 
+def test_weights_of_another_shape_are_named(folder: Path) -> None:
+    rewrite(folder / "config.json", n_positions=64)
+    line = loading(folder)
+    assert "transformer.wpe.weight is (128, 48) in its weights and (64, 48) by config.json" in line
+
+
 def test_a_head_of_its_own_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     change_weights(folder, **{"v_head.summary.weight": torch.ones(1, 48)})
     LanguageModel(config(folder), 1).activations(IDS)
@@ -265,6 +271,34 @@ def test_leftovers_are_said_and_are_no_part_of_the_model(
 def test_weights_of_another_name_are_said_not_to_be_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "own.safetensors")
     assert "own.safetensors is not read under this name" in refusal(folder)
+
+
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", DEEP, '{"version": '])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_of_another_form_end_in_one_line(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    assert str(folder) in loading(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"n_head": 0}, {"n_head": 5}, {"n_positions": "x"}, {"model_type": "own"}),
+        *({"model_type": ["own"]}, {"auto_map": 3}, {"auto_map": {}, "model_type": ["own"]}),
+        *({"activation_function": "none"}, {"text_config": 3}, {"add_cross_attention": True}),
+    ],
+)
+def test_configs_of_no_model_end_in_one_line(folder: Path, changes: dict[str, Any]) -> None:
+    rewrite(folder / "config.json", **changes)
+    assert str(folder) in loading(folder)
+
+
+def test_a_tokenizer_that_starts_beyond_the_vocabulary_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")  # <|endoftext|> is added to it then
+    assert "token 400 is beyond the 400 of t/m" in loading(folder)
 
 
 # ---------------------------------------------------------------------- pointers and code

@@ -76,3 +76,9 @@ def test_a_table_of_positions_is_told_from_angles_and_distances(
 def test_a_config_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
     with pytest.raises(UserError, match="it is no decoder's config"):
         read_shape(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("said", [{"num_hidden_layers": 0}, {"vocab_size": -1}])
+def test_sizes_of_nothing_are_refused(tmp_path: Path, said: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="no such model"):
+        read_shape(write(tmp_path, SIZE | said))
