@@ -18,7 +18,7 @@ from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
-from tcsae.data.model_folder import VOCABULARIES
+from tcsae.data.model_folder import CONFIG, VOCABULARIES
 from tcsae.data.network import Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
 from tcsae.data.weights import find_weights
@@ -68,7 +68,7 @@ class LanguageModel:
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
-        shape = read_shape(self.weights.folder / "config.json")
+        shape = read_shape(self.weights.folder / CONFIG)
         self.n_layers, self.d_in, self.vocabulary, self.positions = shape
         try:
             self.layer = resolve_layer(layer, self.n_layers)
@@ -85,7 +85,7 @@ class LanguageModel:
         if n is None or context_size <= n:
             return
         said = f"dataset.context_size = {context_size}: {self.cfg.name} has {n} positions"
-        if positions_are_learned(self.weights.folder / "config.json"):
+        if positions_are_learned(self.weights.folder / CONFIG):
             raise UserError(f"{said}; take at most so many")
         log.warning(f"{said}, and was not trained on later ones: what it does there is not its own")
 

@@ -17,6 +17,7 @@ from tcsae.base.files import file_digest, is_lfs_pointer, read_json
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -93,7 +94,7 @@ def refuse_adapters(folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there")
     if is_lfs_pointer(path):
@@ -108,7 +109,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     """In the order in which transformers looks for them."""
     named = config.get("transformers_weights")
     if named is not None:
-        file = _inside(folder, folder / "config.json", named, (".safetensors", INDEX))
+        file = _inside(folder, folder / CONFIG, named, (".safetensors", INDEX))
         return _shards(folder, file) if file.name.endswith(".json") else [file]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -30,6 +30,7 @@ from tcsae.base.files import (
 from tcsae.config import ModelConfig
 from tcsae.data.loading import quiet
 from tcsae.data.model_folder import (
+    CONFIG,
     INDEX,
     READ,
     check_folder,
@@ -67,7 +68,7 @@ def find_weights(cfg: ModelConfig) -> Weights:
 
 def _local_weights(folder: Path) -> Weights:
     refuse_adapters(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(
             f"model.path = {folder}: no config.json there; give a folder as save_pretrained "
             "writes it (config.json, *.safetensors, tokenizer files)"
