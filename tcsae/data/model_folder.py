@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "spm.model"),
+)
 """Without any of these transformers makes an empty tokenizer, and says nothing."""
 
 READ = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe", ".codes", ".py")

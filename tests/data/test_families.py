@@ -159,6 +159,18 @@ def test_an_encoder_is_no_causal_model(dtype: str, untrained: bool, make: Make) 
     assert model.checks is None
 
 
+def test_a_decoder_that_is_set_to_see_both_ways_is_none_either(make: Make) -> None:
+    kind, settings = FAMILIES["gemma3"]
+    model = at_hook(make(kind, {**settings, "use_bidirectional_attention": True}), "resid_post")
+    assert "is no causal language model" in refusal(model)
+
+
+def test_an_encoders_architecture_as_a_decoder_is_one(make: Make) -> None:
+    model = at_hook(make("BertConfig", {**USUAL, "is_decoder": True}), "attn_out")
+    model.activations(IDS)
+    assert model.checks is not None and model.checks["later_tokens_change"] == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mixtral", "gemma3", "mamba", "gpt_oss"])
 def test_a_causal_one_is_in_either_precision(family: str, dtype: str, make: Make) -> None:
