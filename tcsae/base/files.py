@@ -162,7 +162,7 @@ def read_json(path: Path) -> Any:
     """Raises UserError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON ({error})") from None
 
 
@@ -181,6 +181,12 @@ def tensors_digest(tensors: Mapping[str, Any]) -> str:
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without git-lfs holds in place of the real one."""
+    with open(path, "rb") as file:
+        return file.read(48).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def _described(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -7,17 +7,11 @@ models, embedded, local or from the hub, are then loaded from a folder by the sa
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import logging
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +22,22 @@ from tcsae.base.files import (
     Lock,
     disk_errors,
     disk_reason,
-    file_digest,
     honour_umask,
     locked,
     make_folder,
     write_json,
 )
 from tcsae.config import ModelConfig
+from tcsae.data.loading import quiet
+from tcsae.data.model_folder import (
+    CONFIG,
+    INDEX,
+    READ,
+    check_folder,
+    content_identity,
+    refuse_adapters,
+    say_what_is_not_read,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +67,17 @@ def find_weights(cfg: ModelConfig) -> Weights:
 
 
 def _local_weights(folder: Path) -> Weights:
-    if not (folder / "config.json").is_file():
+    refuse_adapters(folder)
+    if not (folder / CONFIG).is_file():
         raise UserError(
             f"model.path = {folder}: no config.json there; give a folder as save_pretrained "
             "writes it (config.json, *.safetensors, tokenizer files)"
         )
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         raise UserError(f"model.path = {folder}: no *.safetensors there (pickles are not read)")
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")):
-        digest.update(f"{file.name} {file_digest(file)};".encode())
-    return Weights(folder, f"sha256:{digest.hexdigest()}")
+    files = check_folder(folder)
+    say_what_is_not_read(folder, files)
+    return Weights(folder, content_identity(files))
 
 
 def _packaged_weights(cfg: ModelConfig) -> Weights:
@@ -151,7 +154,7 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
         folder = snapshot_download(
             cfg.name,
             revision=cfg.revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            allow_patterns=["*.safetensors", *(f"*{end}" for end in READ if end != ".py")],
             ignore_patterns=["onnx/*", "*/*"],
         )
     except GatedRepoError:
@@ -177,28 +180,5 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
             f"{cfg.name} is not in the local hub cache and the hub cannot be reached "
             f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
         ) from None
+    check_folder(Path(folder))
     return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence libraries' progress bars and warnings about what is intended."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    lens = logging.getLogger("transformer_lens")
-    lens_before = lens.level
-    lens.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            if not sys.stderr.isatty():
-                # The bar of a conversion obeys no setting, and in a log it is one long line.
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-        lens.setLevel(lens_before)

@@ -53,6 +53,7 @@ def measured_info(
         "layer": stream.model.layer,
         "dict_size": config.sae.d_sae,
         "wall_seconds": wall_seconds,
+        "model_checks": stream.model.checks,
         "massive_token_share": stream.train.calibration.massive_share,
         "explained_variance_by_norm_limit": extras["explained_variance_by_norm_limit"],
         "unique_id": run_id(config),

@@ -110,6 +110,10 @@ def test_a_hub_model_goes_from_text_to_final_info(
     info = json.loads((tmp_path / "run" / "final_info.json").read_text())
     assert info["training_steps"] == 12
     assert info["layer"] == 1
+    checks = info["model_checks"]
+    assert (checks["network"], checks["later_tokens_change"]) == ("transformers", 0)
+    assert set(checks["transformer_lens"]) == {"activations", "logits"}
+    assert max(checks["transformer_lens"].values()) < 1e-5
     assert (tmp_path / "run" / "sae" / "sae_weights.safetensors").is_file()
     assert 0 < info["metrics"]["sparsity"]["l0"] <= 96
 
@@ -173,37 +177,21 @@ def test_parts_of_a_block_add_up_to_the_residual_stream(folder: Path) -> None:
     torch.testing.assert_close(total, part["resid_post"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("hook", "network"), [("resid_post", 0), ("resid_pre", 0), ("mlp_out", 1)])
+@pytest.mark.parametrize("hook", ["resid_post", "resid_pre", "mlp_out"])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_the_forward_pass_ends_at_the_hook_point(
-    folder: Path, layer: int, hook: str, network: int
-) -> None:
+def test_the_forward_pass_ends_at_the_hook_point(folder: Path, layer: int, hook: str) -> None:
     model = tiny(folder, layer, hook=hook)
-    # The residual stream comes from transformers' own model, all else from the bridge.
-    passed, bridge = model._networks[network], model.bridge.original_model
-    assert (passed is bridge or passed is model.bridge) == (network == 1)
+    model.activations(IDS)  # loads it, which runs it to the end
     ran: list[Any] = []
-    for original in (model._networks[0], bridge):
-        for number, block in enumerate(blocks_of(original)):
-            block.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
-        original.lm_head.register_forward_pre_hook(lambda *_: ran.append("logits"))
+    for number, block in enumerate(blocks_of(model._network.model)):
+        block.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
+    model._network.model.lm_head.register_forward_pre_hook(lambda *_: ran.append("logits"))
     x_BTD = model.activations(IDS)
     assert ran == list(range(layer + 1))
     ran.clear()
     clean = model.logits(IDS)  # and what is run after it goes to the end
     assert ran == [0, 1, 2, "logits"]
-    torch.testing.assert_close(model.logits(IDS, lambda x: x_BTD), clean, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("hook", ["resid_pre", "resid_post"])
-def test_the_residual_stream_is_the_bridge_s_too(folder: Path, hook: str) -> None:
-    """What is harvested and what the SAE stands in for: one tensor, from two networks."""
-    model, seen = tiny(folder, 1, hook=hook), []
-    model.logits(IDS, lambda x: seen.append(x) or x)  # type: ignore[func-returns-value]
-    torch.testing.assert_close(model.activations(IDS), seen[0], rtol=1e-5, atol=1e-5)
-    own, bridge = model._networks
-    shared = {t.data_ptr() for t in own.parameters()}
-    assert shared & {t.data_ptr() for t in bridge.original_model.parameters()} == shared
+    assert torch.equal(model.logits(IDS, lambda x: x_BTD), clean)
 
 
 def test_putting_activations_back_changes_nothing_and_other_ones_do(folder: Path) -> None:
@@ -212,7 +200,7 @@ def test_putting_activations_back_changes_nothing_and_other_ones_do(folder: Path
         expected = hf_model(folder)(IDS).logits
     clean = model.logits(IDS)
     torch.testing.assert_close(clean, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.logits(IDS, lambda x: x.clone()), clean)
+    assert torch.equal(model.logits(IDS, lambda x: x.clone()), clean)
     assert (model.logits(IDS, torch.zeros_like) - clean).abs().max() > 1e-2
 
 
@@ -265,7 +253,7 @@ def broken(folder: Path, tmp_path: Path, without: str = "", **replaced: bytes) -
 
 def complaint(model: LanguageModel) -> str:
     with pytest.raises(UserError) as raised:
-        assert model.bridge
+        model.activations(IDS)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

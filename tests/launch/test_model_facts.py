@@ -47,7 +47,14 @@ def test_a_folder_tells_the_shape_of_its_model(kind: str, request: pytest.Fixtur
     assert passes(facts.shape, 1, 8, 1, False).weights == 4 * real
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"hidden_size": 8}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "", "[]", "{}", '{"hidden_size": 8}', "[" * 100_000),
+        '{"model_type": "gpt2", "n_positions": "x"}',
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}',
+    ],
+)
 def test_a_folder_that_is_no_model_is_not_known(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)

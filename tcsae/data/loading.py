@@ -1,0 +1,175 @@
+"""transformers' model from a folder: what its files lack, or have too much, is not passed by.
+
+No code of a folder is ever run (trust_remote_code=False), and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcsae.base.errors import UserError
+from tcsae.data.network import Network, find_place, module_paths
+
+log = logging.getLogger(__name__)
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+}
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def load_model(folder: Path, dtype: torch.dtype, untrained: bool) -> Any:
+    """transformers' model on the CPU. Raises what transformers raises, or ValueError."""
+    return _untrained(folder, dtype) if untrained else _trained(folder, dtype)
+
+
+def _trained(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        trust_remote_code=False,
+    )
+    model, found = loaded
+    for key, there, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{key} is {tuple(there)} in its weights and {tuple(wanted)} by config.json: they do "
+            "not belong together"
+        )
+    _check_keys(model, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
+"""Tables that old files hold beside the weights: masks and angles, which every class makes."""
+
+
+def _check_keys(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError for weights that transformers makes up, or leaves out, with a warning."""
+    if missing := sorted(missing):
+        raise ValueError(f"it has no weights for {missing[0]}")
+    extra = sorted(key for key in unexpected if not key.endswith(_COMPUTED))
+    inside = [key for key in extra if _is_part(model, key)]
+    if inside:
+        raise ValueError(
+            f"its weights hold {inside[0]}{_others(inside)}, which config.json has no place for: "
+            "they do not belong together (another config, an adapter that is not merged?)"
+        )
+    if extra:
+        log.warning(
+            f"left out: {extra[0]}{_others(extra)}, which {type(model).__name__} has no place for"
+        )
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and None not in ends and ends[0].weight is not ends[1].weight:
+        log.warning(
+            "config.json ties the embeddings of input and output (tie_word_embeddings), and the "
+            "weights have two that differ: both are used, each in its place"
+        )
+
+
+def _others(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def _is_part(model: Any, key: str) -> bool:
+    """Whether it is of a part of the language model, not of a head or a tower beside it."""
+    if "lora_" in key or key.startswith("base_model."):
+        return True
+    names = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
+    return key.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in names
+
+
+def _untrained(folder: Path, dtype: torch.dtype) -> Any:
+    """The architecture at its random start: the same weights for everybody."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return model.to(dtype)
+
+
+def with_place(
+    model: Any, folder: Path, tokenizer: Any, layer: int, hook: str
+) -> tuple[Network, Any]:
+    """The network with its place for `hook`, and TransformerLens' bridge on the same tensors.
+
+    Raises UserError where TransformerLens does not know the family, or the block has no such part.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    own = copy.deepcopy(model, weights)  # modules are copied, tensors are not
+    paths = module_paths(model)
+    family = model.config.model_type
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            str(folder),
+            hf_model=model,
+            tokenizer=tokenizer,
+            device=model.device,
+            dtype=model.dtype,
+            trust_remote_code=False,
+        )
+    # Each family has code of its own there, which raises whatever does not fit.
+    except Exception as error:
+        raise UserError(
+            f"TransformerLens, which knows where the parts of a model are, has no map of {family} "
+            f"({first_line(error).split('. ')[0][:200]}): give a model of another family"
+        ) from error
+    bridge = bridge.eval().requires_grad_(False)
+    places = {name: find_place(bridge, paths, layer, point) for name, point in HOOKS.items()}
+    place = places[hook]
+    if place is None:
+        there = [name for name, found in places.items() if found is not None]
+        raise UserError(
+            f"model.hook = {hook}: block {layer} of {family} has no such part; it has "
+            f"{', '.join(there) or 'none of the hooks'}"
+        )
+    return Network(own, place), bridge
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries' progress bars and warnings about what is intended."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    lens = logging.getLogger("transformer_lens")
+    lens_before = lens.level
+    lens.setLevel(logging.ERROR)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if not sys.stderr.isatty():
+                # The bar of a conversion obeys no setting, and in a log it is one long line.
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+        lens.setLevel(lens_before)

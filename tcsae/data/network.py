@@ -1,0 +1,132 @@
+"""The one network that every number comes from: transformers' own, read and changed at one place.
+
+TransformerLens knows where in each family's modules the tensor of a hook's name is; its own
+bridge, a second network on the same weights, is not run for any result, so that what is harvested
+and what a reconstruction stands in for are the same tensor to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Replace = Callable[[Tensor], Tensor]
+
+
+class _Reached(Exception):
+    """The forward pass has come to the activations that were wanted."""
+
+    def __init__(self, activation: Tensor) -> None:
+        self.activation = activation
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a hook's tensor is: what goes into a module, or comes out of it."""
+
+    module: str
+    """Its path in transformers' model."""
+    is_input: bool
+    factor: float = 1.0
+    """What the block multiplies it by before it joins the residual stream (Granite)."""
+
+
+def module_paths(model: nn.Module) -> dict[int, str]:
+    """The path of each module, by its id: asked before the bridge puts its own around them."""
+    return {id(module): path for path, module in model.named_modules()}
+
+
+def find_place(bridge: Any, paths: dict[int, str], layer: int, hook: str) -> Place | None:
+    """Where the bridge's hook point is in transformers' model; None: this block has none."""
+    point = bridge.hook_dict.get(f"blocks.{layer}.{hook}")
+    if point is None:
+        return None
+    for component in bridge.modules():
+        for end in ("hook_in", "hook_out"):
+            if getattr(component, end, None) is point:
+                path = paths.get(id(getattr(component, "original_component", None)))
+                return None if path is None else Place(path, end == "hook_in")
+    return _scaled_place(bridge.blocks[layer], paths, hook)
+
+
+def _scaled_place(block: Any, paths: dict[int, str], hook: str) -> Place | None:
+    """TransformerLens' ScaledResidualBlockBridge: the part's output, times a number."""
+    parts = {"hook_attn_out": "scaled_attn_submodule", "hook_mlp_out": "scaled_mlp_submodule"}
+    name = getattr(block, parts.get(hook, ""), None)
+    part = getattr(block, name, None) if name else None
+    path = paths.get(id(getattr(part, "original_component", None)))
+    return None if path is None else Place(path, False, block.residual_contribution_scale)
+
+
+class Network:
+    """A causal model of transformers, with one place in it that is read or replaced."""
+
+    def __init__(self, model: Any, place: Place) -> None:
+        self.model, self.place = model, place
+        self._module = model.get_submodule(place.module)
+
+    def activations(self, ids_BT: Tensor) -> Tensor | None:
+        """[B, T, d] at the place; the forward pass ends there. None: it does not come by it, or
+        what comes by has another form."""
+
+        def stop(x_BTD: Tensor) -> Tensor:
+            raise _Reached(x_BTD)
+
+        try:
+            self.logits(ids_BT, stop)
+        except _Reached as reached:
+            return reached.activation
+        return None
+
+    def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
+        """[B, T, vocab]; `replace` is called with the place's activations [B, T, d]."""
+        if replace is None:
+            return self._forward(ids_BT)
+        shape = tuple(ids_BT.shape)
+        factor = self.place.factor
+
+        def change(tensor: Any) -> Any:
+            flat = isinstance(tensor, Tensor) and tensor.ndim == 2  # OPT: tokens in one row
+            if not isinstance(tensor, Tensor) or not flat and tuple(tensor.shape[:-1]) != shape:
+                return tensor
+            x_BTD = tensor.view(*shape, -1) if flat else tensor
+            if factor != 1:
+                return (replace(x_BTD * factor) / factor).view(tensor.shape)
+            return replace(x_BTD).view(tensor.shape)
+
+        def before(module: Any, args: Any, named: Any) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), named
+            return args, named | {"hidden_states": change(named["hidden_states"])}
+
+        def after(module: Any, args: Any, out: Any) -> Any:
+            if isinstance(out, tuple | list):
+                return type(out)((change(out[0]), *out[1:]))
+            return change(out)
+
+        if self.place.is_input:
+            handle = self._module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = self._module.register_forward_hook(after)
+        with handle:
+            return self._forward(ids_BT)
+
+    def _forward(self, ids_BT: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids_BT, use_cache=False).logits
+        return logits
+
+
+@torch.inference_mode()
+def bridge_outputs(bridge: Any, ids_BT: Tensor, hook_name: str) -> tuple[Tensor, Tensor]:
+    """What TransformerLens' bridge has at the hook, and its logits."""
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        seen.append(activation.clone())  # Falcon adds attention's output to it in place
+
+    logits = bridge.run_with_hooks(ids_BT, fwd_hooks=[(hook_name, keep)])
+    return seen[0], logits
