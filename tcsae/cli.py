@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, Interrupted, SweepFailed
+from tcsae.base.printable import printable
 
 JOB_FAILED_EXIT_CODE = 1
 KILLED_EXIT_CODE = 130  # as shells report SIGINT
@@ -27,7 +28,7 @@ COMMANDS = {
 
 
 def say(message: str) -> None:
-    print(f"tcsae: {message}", file=sys.stderr)
+    print(f"tcsae: {printable(message)}", file=sys.stderr)
 
 
 def refuse(message: str) -> NoReturn:

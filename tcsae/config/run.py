@@ -71,6 +71,14 @@ class DatasetConfig(StrictModel):
     eval_key: Annotated[int, Field(ge=0)] = 0
     """Which held-out contexts; no seed changes them."""
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.source != "hub":
+            for key in ("subset", "revision"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for datasets of the hub; leave it out here")
+        return self
+
 
 TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
 """The forms of the loss that see positions."""
@@ -171,14 +179,25 @@ class TrackingConfig(StrictModel):
     """What W&B gets, beside metrics.jsonl. Lengths are W&B's own limits."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "tcsae"
-    entity: str | None = None
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "tcsae"
+    entity: Annotated[str, Field(min_length=1)] | None = None
     group: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Runs of one group are shown together: the sweep."""
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     """Beside those that every run has (tcsae/jobs/tracking.py)."""
     artifacts: bool = True
     """Whether the SAE and the report go along."""
+
+    @field_validator("project", "entity")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # W&B's own rule for projects; what it refuses would be refused after the training.
+        if bad := sorted(set(value or "") & set("/\\#?%:")):
+            raise ValueError(
+                f"W&B takes no {' '.join(bad)} in a name; what stands before a / of a project is "
+                "tracking.entity"
+            )
+        return value
 
 
 class Measured(StrictModel):

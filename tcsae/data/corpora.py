@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.base.errors import UserError
+from tcsae.base.files import is_lfs_pointer
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, parts_digest
 from tcsae.data.plays import PlaysCorpus
@@ -109,6 +110,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 row = json.loads(text)
             except ValueError as error:
                 raise UserError(f"{where} is not JSON ({error}): one object a line") from error
+            except RecursionError:
+                raise UserError(f"{where} is nested too deep to be read: leave it out") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object: one object a line")
             if field not in row:
@@ -175,7 +178,51 @@ _READERS: dict[str, Reader] = {".txt": _read_whole, ".md": _read_whole, **_ROWS}
 _KINDS = ", ".join(kind[1:] for kind in _READERS)
 
 
-def _files_in(root: Path) -> list[Path]:
+# What stands beside data and is none, in the folder of a dataset.
+_NO_DATA = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)\b.*", re.I
+)
+# As `datasets` finds splits by the names of files.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def _files_in(root: Path, split: str) -> list[Path]:
+    """The data under `root`: its readable files, and where these have rows, those of `split`
+    without what describes them. Raises UserError if there are none."""
+    found = _readable(root)
+    rows = [path for path in found if path.suffix.lower() in _ROWS]
+    beside = [path for path in found if path not in rows and _NO_DATA.fullmatch(path.name)]
+    beside = beside if rows else []
+    if beside:
+        named = ", ".join(path.relative_to(root).as_posix() for path in beside)
+        logger.warning("%s: not taken for data: %s", root, named)
+    of_split = {name: [p for p in rows if _is_of(p.relative_to(root), name)] for name in _SPLITS}
+    named_splits = [name for name, files in of_split.items() if files]
+    if not named_splits:
+        if split != "train":
+            raise UserError(
+                f"dataset.split={split}: {root} has no splits (files named train, validation or "
+                "test): leave the key out"
+            )
+        return [path for path in found if path not in beside]
+    if split not in named_splits:
+        raise UserError(
+            f"{root} has no split {split}: set dataset.split to one of {', '.join(named_splits)}"
+        )
+    logger.info("%s: split %s of %s", root, split, ", ".join(named_splits))
+    return of_split[split]
+
+
+def _is_of(name: Path, split: str) -> bool:
+    words = re.split(r"[-._ 0-9/]+", name.as_posix().lower())
+    return any(word in _SPLITS[split] for word in words)
+
+
+def _readable(root: Path) -> list[Path]:
     """The readable files under `root`, sorted; hidden ones are skipped, others counted."""
     found, ignored = [], Counter[str]()
     for path in sorted(root.rglob("*")):
@@ -220,11 +267,23 @@ class FilesCorpus:
                         + ", ".join(splits)
                     )
                 path = path / split
-            corpus = cls(path, tuple(_files_in(path)), text_field)
+                files = _readable(path)
+            else:
+                files = _files_in(path, split)
+            corpus = cls(path, tuple(files), text_field)
         elif path.suffix.lower() not in _READERS:
             raise UserError(f"{path} is none of {_KINDS}: give text in one of these forms")
         else:
             corpus = cls(path.parent, (path,), text_field)
+        if not path.is_dir() and split != "train":
+            raise UserError(
+                f"dataset.split={split}: {path} is one file, which has no splits: leave the key out"
+            )
+        if pointer := next((file for file in corpus.files if is_lfs_pointer(file)), None):
+            raise UserError(
+                f"{pointer} is a pointer of git-lfs, not the file itself: run `git lfs pull` in "
+                "its repository"
+            )
         if not any(file.stat().st_size for file in corpus.files):
             raise UserError(f"{path} is empty: give a file or folder with text in dataset.path")
         return corpus

@@ -73,6 +73,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.batches import ActivationBatches
 from tcsae.data.language_model import LanguageModel
+from tcsae.data.token_text import token_text
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
 from tcsae.metrics.correlation import FeatureCorrelation
@@ -214,12 +215,12 @@ class _Texts:
     """Token ids as text, each decoded once."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self._decode: Callable[[list[int]], str] = model.tokenizer.decode
+        self._tokenizer = model.tokenizer
         self._known: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
         if token not in self._known:
-            self._known[token] = self._decode([token])
+            self._known[token] = token_text(self._tokenizer, token)
         return self._known[token]
 
 

@@ -1,0 +1,14 @@
+"""Names and texts of others, as they may be shown on a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# Controls but for line ends and tabs, and the marks that turn the direction of a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""`text` with its control characters as \x1b and the like: none moves a cursor or hides a
+    line."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

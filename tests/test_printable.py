@@ -1,0 +1,52 @@
+"""What is shown of names and tokens of others."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from helpers import tiny_tokenizer
+
+from tcsae import cli
+from tcsae.base.log import FORMAT
+from tcsae.base.printable import printable
+from tcsae.data.token_text import token_text
+
+
+def test_control_characters_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2Kb\r\x07\u202ec.txt"
+    assert printable(f"{name}\n\tend") == "a\\x1b[2Kb\\r\\x07\\u202ec.txt\n\tend"
+    cli.say(name)
+    assert capsys.readouterr().err == "tcsae: a\\x1b[2Kb\\r\\x07\\u202ec.txt\n"
+    record = logging.LogRecord("tcsae", logging.INFO, "", 0, "%s", (name,), None)
+    assert FORMAT.format(record).endswith("a\\x1b[2Kb\\r\\x07\\u202ec.txt")
+
+
+def test_tokens_that_are_parts_of_characters_are_told_apart() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("é日 stone")
+    texts = [token_text(tokenizer, i) for i in ids]
+    assert texts[:5] == ["\\xc3", "\\xa9", "\\xe6", "\\x97", "\\xa5"]
+    assert "".join(texts[5:]) == " stone"
+    every = [token_text(tokenizer, i) for i in range(len(tokenizer))]
+    assert "" not in every and len(set(every)) == len(every)
+
+
+def test_a_leading_space_is_kept_where_decoders_take_it_away() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "\u2581a"]
+    own = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, [("\u2581", "a")]))
+    own.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>")
+    shown = {t: token_text(tokenizer, i) for i, t in enumerate(vocabulary)}
+    assert (shown["\u2581"], shown["a"], shown["\u2581a"]) == (" ", "a", " a")
+    assert shown["<0xE6>"] == "\\xe6" and shown["<0x41>"] == "A"
