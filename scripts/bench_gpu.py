@@ -1,6 +1,7 @@
 """How fast a training step is on a GPU, beside other libraries' on the same card.
 
     python scripts/bench_gpu.py [--d-sae 16384 65536] [--tokens 4096 16384] [--json FILE] [--smoke]
+    python scripts/bench_gpu.py --page     write the table of docs/performance.md from docs/gpu.json
 
 Whole steps on random activations with the correlation of contexts, d_in 2,304, contexts of 128
 tokens, products in bfloat16 where a line says no other. Steps are timed by CUDA events in blocks of
@@ -33,6 +34,8 @@ from tcsae.data.batches import Batch, Calibration
 from tcsae.products import choose
 from tcsae.training.member import Member
 
+ROOT = Path(__file__).parent.parent
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.json"
 POSITIONS, BLOCK = 128, 5
 Step = Callable[[], object]
 
@@ -253,6 +256,25 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_page() -> None:
+    from pages import block, replace_block
+
+    results = json.loads(RESULTS.read_text())
+    bits = ", ".join(f"{k} {'yes' if v else 'no'}" for k, v in results["same_bits_twice"].items())
+    parts = [
+        f"{results['card']}; medians of {results['rounds']} rounds of {BLOCK} steps; the same bits "
+        f"twice: {bits}."
+    ]
+    for title, found in results["sizes"].items():
+        bare = found["bare"]
+        parts += [
+            f"**{title}** (the encoder's product alone {bare['encoder_product_ms']:.2f} ms, "
+            f"{bare['tflops']:.0f} TFLOP/s)",
+            table(found["rows"]),
+        ]
+    replace_block(PAGE, block("gpu", "\n\n".join(parts)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d-sae", type=int, nargs="+", default=[16384, 65536])
@@ -261,7 +283,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument("--page", action="store_true", help="write docs/performance.md, no more")
     args = parser.parse_args()
+    if args.page:
+        write_page()
+        return
     logging.disable()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:

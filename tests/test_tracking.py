@@ -19,9 +19,11 @@ from wandb_server import OfflineRun, Server, offline_runs
 from tcsae.base.errors import UserError
 from tcsae.base.files import file_digest
 from tcsae.config import Config, TrackingConfig, parse, run_id, run_name
+from tcsae.config.compose import config_of as composed
 from tcsae.jobs.tracking import (
     Tracker,
     WandbRun,
+    _say_environment,
     comparison_columns,
     comparison_figures,
     comparison_id,
@@ -543,3 +545,17 @@ def test_disabled_tracking_sends_no_comparison(
     send_comparison(compared[0], tmp_path / "there", TrackingConfig(mode="disabled"), GROUP)
     assert not (tmp_path / "there").exists()
     assert file_digest(compared[1] / "comparison.json") == before
+
+
+def test_what_the_environment_asks_in_vain_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"MODE": "online", "PROJECT": "mine", "NAME": "n", "TAGS": "a,b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    _say_environment(composed("tracking=disabled"))
+    assert not caplog.records
+    _say_environment(composed("tracking=offline", "tracking.tags=[a,b]"))
+    (line,) = [r.getMessage() for r in caplog.records if "without effect" in r.getMessage()]
+    assert "WANDB_MODE=online (tracking.mode does it)" in line
+    assert "WANDB_PROJECT=mine (tracking.project does it)" in line
+    assert "WANDB_NAME=n (name does it)" in line and "WANDB_TAGS" not in line

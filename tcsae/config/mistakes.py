@@ -124,7 +124,7 @@ def _no_such_key(key: str) -> str:
         of = sorted(
             file.stem
             for file in (conf_folder() / "sae").glob("*.yaml")
-            if name in OmegaConf.load(file).get("sae", {})
+            if OmegaConf.select(OmegaConf.load(file), key) is not None
         )
         if of:
             return f"{key}: not a key of the chosen architecture; of sae={', sae='.join(of)} it is"

@@ -20,7 +20,7 @@ from typing import Any
 from tcsae.base.errors import UserError
 from tcsae.base.files import is_lfs_pointer
 from tcsae.config import DatasetConfig
-from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, parts_digest
+from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, content_group, parts_digest
 from tcsae.data.plays import PlaysCorpus
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class FilesCorpus:
                         continue
                     any_text = True
                     id_ = f"{name}:{number}" if kind in _ROWS else name
-                    yield Document(id_, text, id_)
+                    yield Document(id_, text, content_group(text))
         if not any_text:
             raise UserError(f"{self.describe()}: no text in it (only blank documents)")
         if blank:
@@ -307,7 +307,7 @@ class FilesCorpus:
 
     def fingerprint(self) -> str:
         def parts() -> Iterator[str | bytes]:
-            yield "files"
+            yield "files, split by content"
             if any(path.suffix.lower() in _ROWS for path in self.files):
                 yield self.text_field
             for path in self.files:
@@ -351,10 +351,7 @@ def _hub_advice(name: str, error: Exception) -> str:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A dataset streamed from the hub in a seeded order; a document, and a group, is a row.
-
-    Rows are named by their text, so that copies of one text stay on one side of the split.
-    """
+    """A dataset streamed from the hub in a seeded order; a document is a row."""
 
     name: str
     subset: str | None
@@ -390,14 +387,14 @@ class HubCorpus:
             text = _row_text(row[self.text_field], where, self.text_field)
             if text.strip():
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                yield Document(key, text, key)
+                yield Document(key, text, content_group(text))
 
     def shuffled_with(self, seed: int) -> HubCorpus:
         return replace(self, seed=seed)
 
     def fingerprint(self) -> str:
         parts = (self.name, self.subset, self.split, self.revision, self.text_field)
-        return parts_digest(iter(["hub", json.dumps(parts)]))
+        return parts_digest(iter(["hub, split by content", json.dumps(parts)]))
 
     def describe(self) -> str:
         which = "/".join(part for part in (self.name, self.subset, self.split) if part)

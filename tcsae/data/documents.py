@@ -18,7 +18,7 @@ class Document:
     """Unique in its corpus."""
     text: str
     group: str
-    """What stays together on one side of the train/evaluation split: a play, a file, a row."""
+    """What stays together on one side of the train/evaluation split: a play, copies of a text."""
 
 
 class Corpus(Protocol):
@@ -52,6 +52,13 @@ HASHES = 2**64
 def text_hash(text: str) -> int:
     """A number from 0 to `HASHES` - 1 that hangs on the text alone, SHA-256's first 64 bits."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def content_group(text: str) -> str:
+    """The same for copies of a text, also where only white space and case differ: they must not
+    be trained on and held out both."""
+    plain = " ".join(text.casefold().split())
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
 def parts_digest(parts: Iterator[str | bytes]) -> str:

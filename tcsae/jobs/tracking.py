@@ -240,11 +240,38 @@ def training_run(config: Config, folder: Path) -> WandbRun:
     )
 
 
+def _say_environment(config: Config) -> None:
+    """One line for what W&B's environment asks and the config has otherwise: the config wins, so
+    that the same command means the same everywhere."""
+    tracking = config.tracking
+    if tracking.mode == "disabled":
+        return
+    keys = {
+        "WANDB_MODE": ("tracking.mode", tracking.mode),
+        "WANDB_PROJECT": ("tracking.project", tracking.project),
+        "WANDB_ENTITY": ("tracking.entity", tracking.entity),
+        "WANDB_NAME": ("name", config.name),
+        "WANDB_TAGS": ("tracking.tags", ",".join(tracking.tags)),
+        "WANDB_RUN_GROUP": ("tracking.group", tracking.group),
+    }
+    asked = {name: os.environ[name] for name in keys if os.environ.get(name)}
+    other = [
+        f"{name}={value} ({keys[name][0]} does it)"
+        for name, value in asked.items()
+        if value != keys[name][1]
+        and not (name == "WANDB_RUN_GROUP" and tracking.group is None)
+        and not (name == "WANDB_ENTITY" and tracking.entity is None)
+    ]
+    if other:
+        log.warning(f"without effect in the environment: {', '.join(other)}")
+
+
 class Tracker:
     """metrics.jsonl and W&B, as the trainer's `MetricsLog`."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, Path(folder)
+        _say_environment(config)
         self.lines = JsonLines(RunFiles(self.folder).metrics)
         self.wandb = training_run(config, self.folder)
 

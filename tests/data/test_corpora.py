@@ -187,12 +187,13 @@ def test_a_folder_gives_a_document_a_text_file_and_a_document_a_row(
     (tmp_path / "x.csv").write_text("a,b")
     with caplog.at_level(logging.WARNING):
         documents = documents_of(tmp_path)
-    assert documents == [
-        Document("a.MD", "# kept *as* it is", "a.MD"),
-        Document("b.txt", "second\nline", "b.txt"),
-        Document("deep/rows.jsonl:0", "one", "deep/rows.jsonl:0"),
-        Document("deep/rows.jsonl:1", "two", "deep/rows.jsonl:1"),
+    assert [(document.id, document.text) for document in documents] == [
+        ("a.MD", "# kept *as* it is"),
+        ("b.txt", "second\nline"),
+        ("deep/rows.jsonl:0", "one"),
+        ("deep/rows.jsonl:1", "two"),
     ]
+    assert len({document.group for document in documents}) == 4
     assert "files of other kinds ignored: 1 .csv" in caplog.text
     assert "skipped 1 blank documents" in caplog.text
 
@@ -200,7 +201,16 @@ def test_a_folder_gives_a_document_a_text_file_and_a_document_a_row(
 def test_a_single_file_is_enough(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").write_text("other")
-    assert documents_of(tmp_path / "a.txt") == [Document("a.txt", "text", "a.txt")]
+    (document,) = documents_of(tmp_path / "a.txt")
+    assert (document.id, document.text) == ("a.txt", "text")
+
+
+def test_copies_of_a_text_are_one_group_wherever_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One  text,\n twice.")
+    (tmp_path / "b.txt").write_text("one text, twice.\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "One text, twice."}\n{"text": "another"}\n')
+    groups = [document.group for document in documents_of(tmp_path)]
+    assert len(set(groups[:3])) == 1 and groups[3] != groups[0]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "stream.arrow", "file.arrow"])
@@ -216,7 +226,7 @@ def test_every_form_of_rows_gives_the_same_documents(tmp_path: Path, kind: str) 
     documents = documents_of(path)
     assert [document.text for document in documents] == [text for text in texts if text]
     rows = [f"{path.name}:{n}" for n in (0, 2, 3, 4)]
-    assert [d.id for d in documents] == [d.group for d in documents] == rows
+    assert [d.id for d in documents] == rows
 
 
 def test_a_dataset_saved_to_disk_reads_back_without_its_caches(tmp_path: Path) -> None:

@@ -46,6 +46,20 @@ def test_compiled_they_spill_nothing_and_add_in_one_order() -> None:
     assert [row for row in found if row[2] or row[3]] == []
 
 
+def test_the_benchmark_for_a_card_runs_on_a_cpu(tmp_path: Path) -> None:
+    script, file = HERE.parents[1] / "scripts" / "bench_gpu.py", tmp_path / "bench.json"
+    done = run(str(script), "--smoke", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())
+    ((title, sizes),) = found["sizes"].items()
+    assert title == "d_sae 512, k 8, 256 tokens" and found["same_bits_twice"]["auto"]
+    ours = [row for name, row in sizes["rows"].items() if name.startswith("ours")]
+    assert len(ours) == 4 and all(row["ms"] > 0 for row in ours)
+    assert sizes["rows"]["SAELens, autocast"]["ms"] > 0
+    if not torch.cuda.is_available():
+        assert "--smoke tries the script" in run(str(script)).stderr
+
+
 def test_nothing_is_tuned_or_added_out_of_order() -> None:
     """A choice by a timing, or a sum in an order that changes, would end exact resumption."""
     tree = ast.parse(Path(kernels.__file__).read_text())
