@@ -24,6 +24,8 @@ from tcsae.config.mistakes import for_the_user
         ("-m sae=topk,gated sae.d_sae=64 seed=1", "-m sae=topk,gated sae.d_sae=choice(64) seed=1"),
         ("-m sae=topk,gated sae.d_sae=64,128", "-m sae=topk,gated sae.d_sae=64,128"),
         ("sae=topk sae.k=8", "sae=topk sae.k=8"),
+        ("hydra.run.dir=/a,b/c=1", "hydra.run.dir='/a,b/c=1'"),
+        ("hydra.sweep.dir='/a,b'", "hydra.sweep.dir='/a,b'"),
     ],
 )
 def test_flags_may_stand_anywhere(given: str, wanted: str) -> None:

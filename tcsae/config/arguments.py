@@ -28,7 +28,7 @@ def arranged(arguments: Sequence[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("-"):
-            overrides.append(argument)
+            overrides.append(_folder_quoted(argument))
             continue
         name, given, _ = argument.partition("=")
         if name in OURS:
@@ -40,6 +40,16 @@ def arranged(arguments: Sequence[str]) -> list[str]:
         if takes_value[name] and not given and rest:
             flags.append(rest.pop(0))
     return flags + _for_the_jobs(overrides)
+
+
+def _folder_quoted(override: str) -> str:
+    """The name of a folder may hold what Hydra's grammar would take for a list or a key."""
+    key, _, value = override.partition("=")
+    plain = not value.startswith(("'", '"')) and "$" not in value
+    if key in ("hydra.run.dir", "hydra.sweep.dir") and plain and set(value) & set(",="):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+    return override
 
 
 def _flags() -> dict[str, bool]:

@@ -50,7 +50,9 @@ class SlurmOptions(Options):
     timeout_min: Count = 240
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     cpus_per_task: Count = 8
-    mem_gb: Positive = 32
+    mem_gb: Positive | None = 32
+    """null: memory is not asked for; mem_per_cpu and the like among `additional_parameters` stand
+    for it."""
     array_parallelism: Count = 256
     """Array tasks that run at once, at most."""
     signal_delay_s: Count = 120

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, UserError
 from tcsae.base.progress import clock
@@ -137,11 +137,11 @@ def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[lis
         for file, pack in zip(files, packs, strict=True):
             write_pack(file, pack, sweep.path)
         executor = _executor(folder, options, "tcsae-" + sweep.name)
-        jobs = executor.map_array(PackJob(), [str(file) for file in files])
+        jobs = _sent(executor, [str(file) for file in files])
     closing = None
     if options.compare:
-        array_id = jobs[0].job_id.partition("_")[0]
-        executor = _executor(folder, _closing_options(options, array_id), "tcsae-compare")
+        arrays = ":".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
+        executor = _executor(folder, _closing_options(options, arrays), "tcsae-compare")
         closing = executor.submit(ClosingJob(), str(sweep.path))
     ids = [job.job_id for job in jobs]
     sweep.add_submission(packs, ids, closing.job_id if closing else None, folder)
@@ -149,11 +149,32 @@ def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[lis
     return jobs, closing
 
 
+def _sent(executor: Any, files: list[str]) -> list[Any]:
+    """The jobs of an array, or of several where Slurm takes none as large (MaxArraySize)."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        return executor.map_array(PackJob(), files)
+    except FailedJobError as error:
+        if len(files) == 1 or "job array specification" not in str(error):
+            raise
+    half = -(-len(files) // 2)
+    first = _sent(executor, files[:half])
+    try:
+        return first + _sent(executor, files[half:])
+    except BaseException:
+        cancel([job.job_id for job in first])
+        raise
+
+
 def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder / "%j", max_num_timeout=1_000_000)
-    extra = {"requeue": True, **options.additional_parameters}
+    given = options.additional_parameters
+    extra = {"requeue": True} | {k: v for k, v in given.items() if v is not None}
+    # Slurm takes one form of a request for memory; one of the user's own stands for ours.
+    asks = options.mem_gb is not None and not any(key in given for key in _MEMORY)
     chosen = {
         "job_name": name,
         "time": options.timeout_min,
@@ -165,7 +186,7 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
         "nodelist": options.nodelist,
         "gpus_per_node": options.gpus_per_node or None,
         "cpus_per_task": options.cpus_per_task,
-        "mem": f"{round(options.mem_gb * 1024)}MB",
+        "mem": f"{round(options.mem_gb * 1024)}MB" if asks and options.mem_gb else None,
         "setup": options.setup or None,
         "teardown": PREEMPTED_EARLY.splitlines(),
         "signal_delay_s": options.signal_delay_s,
@@ -178,15 +199,23 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
     return executor
 
 
-def _closing_options(options: SlurmOptions, array_id: str) -> SlurmOptions:
-    """Small, without a GPU, after the array's end however that comes."""
-    extra = {**options.additional_parameters, "dependency": f"afterany:{array_id}"}
+_MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+
+
+def _is_of_a_gpu(key: str, value: Any) -> bool:
+    return "gpu" in key or (key == "gres" and "gpu" in str(value)) or key == "tres_bind"
+
+
+def _closing_options(options: SlurmOptions, arrays: str) -> SlurmOptions:
+    """Small, without a GPU, after the arrays' end however that comes."""
+    extra = {k: v for k, v in options.additional_parameters.items() if not _is_of_a_gpu(k, v)}
+    extra["dependency"] = f"afterany:{arrays}"
     return options.model_copy(
         update={
             "partition": options.closing_partition or options.partition,
             "gpus_per_node": 0,
             "cpus_per_task": min(options.cpus_per_task, 2),
-            "mem_gb": min(options.mem_gb, 16),
+            "mem_gb": None if options.mem_gb is None else min(options.mem_gb, 16),
             "timeout_min": CLOSING_MINUTES,
             "additional_parameters": extra,
         }
@@ -228,6 +257,7 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
     started = said_at = time.monotonic()
     ended: dict[str, str] = {}
     missing = dict.fromkeys((job.job_id for job in jobs), 0)
+    hopeless = dict(missing)
     while len(ended) < len(jobs):
         queue = in_queue([job.job_id for job in jobs if job.job_id not in ended])
         for job in jobs:
@@ -236,6 +266,12 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
                 continue
             if queue is not None:
                 missing[name] = 0 if name in queue else missing[name] + 1
+                reason = queue[name].reason if name in queue else ""
+                hopeless[name] = hopeless[name] + 1 if reason in NEVER else 0
+            if hopeless[name] >= QUIET_LOOKS:
+                cancel([name])
+                ended[name] = f"Slurm can never start it ({reason}), so it was cancelled"
+                continue
             if missing[name] and job.paths.result_pickle.exists():
                 ended[name] = _failure(job)
             elif missing[name] >= QUIET_LOOKS:
@@ -243,8 +279,8 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
                 ended[name] = f"{state}, with no result; its log: {job.paths.stdout}"
         if time.monotonic() - said_at >= SAY_EVERY:
             said_at = time.monotonic()
-            states = sorted((queue or {}).values())
-            counted = ", ".join(f"{states.count(s)} {s.lower()}" for s in dict.fromkeys(states))
+            states = sorted(found.said for found in (queue or {}).values())
+            counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
             queued = counted or "the queue is not known"
             log.info(f"{clock(said_at - started)}: {len(ended)} ended, {queued}")
         if len(ended) < len(jobs):
@@ -262,18 +298,46 @@ def _failure(job: Any) -> str:
     return f"{lines[-1].partition(': ')[2] or lines[-1]}; its log: {job.paths.stdout}"
 
 
-def in_queue(job_ids: list[str]) -> dict[str, str] | None:
-    """State by job id ("12_3") of those that Slurm still has to end; None if it does not answer."""
+# Reasons of squeue that no waiting ends.
+NEVER = frozenset(
+    (
+        *("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints"),
+        *("InvalidAccount", "InvalidQOS", "AccountNotAllowed", "QOSNotAllowed"),
+    )
+)
+
+
+class InQueue(NamedTuple):
+    state: str
+    reason: str
+
+    @property
+    def said(self) -> str:
+        waits = self.state == "PENDING" and self.reason not in ("", "None", "Priority")
+        return self.state.lower() + (f" ({self.reason})" if waits else "")
+
+
+def cancel(job_ids: list[str]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(["scancel", *job_ids], capture_output=True, timeout=60)
+
+
+def in_queue(job_ids: list[str]) -> dict[str, InQueue] | None:
+    """State and reason by job id ("12_3") of those that Slurm still has to end; None if it does not
+    answer."""
     main = ",".join(dict.fromkeys(name.partition("_")[0] for name in job_ids))
-    command = ["squeue", "--noheader", "--array", "--jobs", main, "--format", "%i %T"]
+    command = ["squeue", "--noheader", "--array", "--jobs", main, "--format", "%i %T %r"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (subprocess.TimeoutExpired, OSError):
         return None
     if answer.returncode:
         return {} if "Invalid job id" in answer.stderr else None
-    states = (line.split() for line in answer.stdout.splitlines())
-    return {name: state for name, state in states}
+    found = {}
+    for line in answer.stdout.splitlines():
+        name, state, *reason = line.split(maxsplit=2)
+        found[name] = InQueue(state, "".join(reason).strip())
+    return found
 
 
 def accounting_state(job_id: str) -> str:

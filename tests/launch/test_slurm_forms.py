@@ -1,0 +1,108 @@
+"""What Slurm is asked for, with an sbatch that keeps what it was sent and refuses as Slurm does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import Outcome, run_here
+from sweeps import grid_maker, words
+
+from tcsae.launch import slurm
+
+SBATCH = """#!/usr/bin/env bash
+f="${@: -1}"; n=$(ls "$KEPT" | wc -l); cp "$f" "$KEPT/$n.sh"
+end=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$f")
+if [ -n "$end" ] && [ "$end" -gt 2 ]; then
+  rm "$KEPT/$n.sh"
+  echo "sbatch: error: Batch job submission failed: Invalid job array specification" >&2; exit 1
+fi
+refuse() { echo "sbatch: fatal: $1" >&2; exit 1; }
+[ $(grep -c '^#SBATCH --mem' "$f") -gt 1 ] && refuse "mutually exclusive"
+grep -q '^#SBATCH --mem=None' "$f" && refuse "Invalid --mem specification"
+echo "Submitted batch job $((n + 7))"
+"""
+Send = Callable[..., tuple[Outcome, list[str]]]
+
+
+@pytest.fixture
+def send(tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Send:
+    tools, kept = tmp_path / "bin", tmp_path / "kept"
+    tools.mkdir()
+    kept.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", "#!/bin/sh\n"), ("scancel", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("KEPT", str(kept))
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    grid = grid_maker(tiny_gpt2, texts, tmp_path / "store")
+
+    def build(*more: str, seed: str = "0") -> tuple[Outcome, list[str]]:
+        fixed = ("hydra/launcher=slurm", "hydra.launcher.wait=false", "hydra.launcher.pack=1")
+        done = run_here(*grid(tmp_path / "sweep", seed=seed), *fixed, *more)
+        files = sorted(kept.iterdir(), key=lambda file: int(file.stem))
+        return done, [file.read_text() for file in files]
+
+    return build
+
+
+def asked(script: str, option: str) -> list[str]:
+    return re.findall(rf"^#SBATCH --{option}[= ]?(.*)$", script, re.MULTILINE)
+
+
+def test_an_array_that_is_too_large_is_sent_in_several(send: Send) -> None:
+    done, scripts = send(seed="0,1,2,3,4")
+    assert done.code == 0, words(done)
+    assert [asked(script, "array")[0].partition("%")[0] for script in scripts[:2]] == ["0-2", "0-1"]
+    (closing,) = scripts[2:]
+    assert asked(closing, "dependency") == ["afterany:7:8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (("+hydra.launcher.additional_parameters.mem_per_cpu=3000",), ["mem-per-cpu=3000"]),
+        (("hydra.launcher.mem_gb=null",), []),
+        (("+hydra.launcher.additional_parameters.mem=null",), []),
+        (("hydra.launcher.mem_gb=4",), ["mem=4096MB"]),
+    ],
+)
+def test_memory_is_asked_for_in_one_form(
+    send: Send, given: tuple[str, ...], wanted: list[str]
+) -> None:
+    done, scripts = send(*given)
+    assert done.code == 0, words(done)
+    assert re.findall(r"^#SBATCH --(mem.*)$", scripts[0], re.MULTILINE) == wanted
+
+
+def test_the_closing_job_asks_for_no_gpu(send: Send) -> None:
+    more = "+hydra.launcher.additional_parameters={gres:'gpu:a100:1',reservation:mine}"
+    done, (array, closing) = send(more, "hydra.launcher.gpus_per_node=0")
+    assert done.code == 0
+    assert asked(array, "gres") == ["gpu:a100:1"] and asked(closing, "gres") == []
+    assert asked(closing, "reservation") == ["mine"] and "gpu" not in closing.lower()
+
+
+def test_a_job_that_can_never_start_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    queue = "#!/bin/sh\necho '7_0 PENDING PartitionConfig'\necho '7_1 PENDING Nodes are DOWN'\n"
+    for name, text in (("squeue", queue), ("scancel", f'#!/bin/sh\necho "$@" > {tmp_path}/gone\n')):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    found = slurm.in_queue(["7_0", "7_1"])
+    assert found is not None
+    assert [job.said for job in found.values()] == [
+        "pending (PartitionConfig)",
+        "pending (Nodes are DOWN)",
+    ]
+
+    class Job:
+        job_id = "7_0"
+
+    ended = slurm._wait([Job()], slurm.SlurmOptions(poll_seconds=0.01))
+    assert ended == {"7_0": "Slurm can never start it (PartitionConfig), so it was cancelled"}
+    assert (tmp_path / "gone").read_text() == "7_0\n"
