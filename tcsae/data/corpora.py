@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.base.errors import UserError
-from tcsae.base.files import is_lfs_pointer
+from tcsae.base.files import is_lfs_pointer, read_json
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, content_group, parts_digest
 from tcsae.data.plays import PlaysCorpus
@@ -182,44 +182,58 @@ _KINDS = ", ".join(kind[1:] for kind in _READERS)
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)\b.*", re.I
 )
-# As `datasets` finds splits by the names of files.
+# As `datasets` finds splits by the names of folders and files.
 _SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_OF_SPLIT = re.compile(rf"(?:.*[-_.])?({'|'.join(_SPLITS)})(?:[-_.]?\d.*)?")
 
 
 def _files_in(root: Path, split: str) -> list[Path]:
-    """The data under `root`: its readable files, and where these have rows, those of `split`
-    without what describes them. Raises UserError if there are none."""
+    """The data under `root`: its readable files without what describes them, and where they are
+    of several splits by their names, those of `split`.
+
+    Raises UserError if there are none.
+    """
     found = _readable(root)
-    rows = [path for path in found if path.suffix.lower() in _ROWS]
-    beside = [path for path in found if path not in rows and _NO_DATA.fullmatch(path.name)]
-    beside = beside if rows else []
-    if beside:
-        named = ", ".join(path.relative_to(root).as_posix() for path in beside)
-        logger.warning("%s: not taken for data: %s", root, named)
-    of_split = {name: [p for p in rows if _is_of(p.relative_to(root), name)] for name in _SPLITS}
-    named_splits = [name for name, files in of_split.items() if files]
-    if not named_splits:
-        if split != "train":
+    has_rows = any(path.suffix.lower() in _ROWS for path in found)
+    taken = [path for path in found if not (has_rows and _NO_DATA.fullmatch(path.name))]
+    saved = root / "state.json"  # of save_to_disk, which may leave files of an earlier saving
+    if saved.is_file() and isinstance(state := read_json(saved), dict) and "_data_files" in state:
+        names = {str(entry.get("filename")) for entry in state["_data_files"]}
+        taken = [path for path in taken if path.name in names] or taken
+    splits = {path: _split_of(path.relative_to(root)) for path in taken}
+    named = sorted({name for name in splits.values() if name})
+    # One name alone may be chance; a folder without a part to train on has no splits.
+    if len(named) > 1 and "train" in named:
+        if split not in named:
             raise UserError(
-                f"dataset.split={split}: {root} has no splits (files named train, validation or "
-                "test): leave the key out"
+                f"{root} has no split {split}: set dataset.split to one of {', '.join(named)}"
             )
-        return [path for path in found if path not in beside]
-    if split not in named_splits:
+        logger.info("%s: split %s of %s", root, split, ", ".join(named))
+        taken = [path for path in taken if splits[path] == split]
+    elif split != "train":
         raise UserError(
-            f"{root} has no split {split}: set dataset.split to one of {', '.join(named_splits)}"
+            f"dataset.split={split}: {root} has no splits (files or folders named train and "
+            "validation or test): leave the key out"
         )
-    logger.info("%s: split %s of %s", root, split, ", ".join(named_splits))
-    return of_split[split]
+    beside = [path for path in found if path not in taken and splits.get(path) not in named]
+    if beside:
+        shown = ", ".join(path.relative_to(root).as_posix() for path in beside[:10])
+        more = f" and {len(beside) - 10} more" if len(beside) > 10 else ""
+        logger.warning("%s: not taken for data: %s%s", root, shown, more)
+    return taken
 
 
-def _is_of(name: Path, split: str) -> bool:
-    words = re.split(r"[-._ 0-9/]+", name.as_posix().lower())
-    return any(word in _SPLITS[split] for word in words)
+def _split_of(name: Path) -> str | None:
+    """Of its outermost folder that is named so, else of the file's own name."""
+    for folder in name.parts[:-1]:
+        if folder.lower() in _SPLITS:
+            return _SPLITS[folder.lower()]
+    found = _OF_SPLIT.fullmatch(name.name.split(".")[0].lower())
+    return _SPLITS[found[1]] if found else None
 
 
 def _readable(root: Path) -> list[Path]:
@@ -260,14 +274,17 @@ class FilesCorpus:
         if path.is_dir():
             saved = path / "dataset_dict.json"
             if saved.is_file():
-                splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+                content = read_json(saved)
+                splits = content.get("splits") if isinstance(content, dict) else None
+                if not isinstance(splits, list) or not splits:
+                    raise UserError(f"{saved} names no splits: save the dataset again")
                 if split not in splits:
                     raise UserError(
                         f"{path} has no split {split}: set dataset.split to one of "
-                        + ", ".join(splits)
+                        + ", ".join(map(str, splits))
                     )
                 path = path / split
-                files = _readable(path)
+                files = _files_in(path, "train")
             else:
                 files = _files_in(path, split)
             corpus = cls(path, tuple(files), text_field)

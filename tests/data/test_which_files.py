@@ -52,7 +52,9 @@ def test_files_named_by_split_are_read_by_split(tmp_path: Path) -> None:
     assert texts_of(tmp_path) == ["a", "b"]
     assert texts_of(tmp_path, "test") == ["c"]
     assert texts_of(tmp_path, "validation") == ["d"]
-    with pytest.raises(UserError, match="no split nosuch: set dataset.split to one of train, val"):
+    with pytest.raises(
+        UserError, match="no split nosuch: set dataset.split to one of test, train, val"
+    ):
         texts_of(tmp_path, "nosuch")
 
 
@@ -62,6 +64,52 @@ def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
         texts_of(tmp_path / "all.jsonl", "test")
     with pytest.raises(UserError, match=r"dataset.split=test: .* has no splits"):
         texts_of(tmp_path, "test")
+
+
+def test_text_files_have_splits_too(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert texts_of(tmp_path) == ["train"] and texts_of(tmp_path, "test") == ["test"]
+
+
+def test_names_by_chance_are_no_splits(tmp_path: Path) -> None:
+    rows(tmp_path / "a" / "wiki.jsonl", "1")
+    rows(tmp_path / "a" / "contest-eval.jsonl", "2")
+    rows(tmp_path / "a" / "dev-notes.jsonl", "3")
+    assert sorted(texts_of(tmp_path / "a")) == ["1", "2", "3"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train.txt").write_text("of a train")
+    (tmp_path / "b" / "boat.txt").write_text("of a boat")
+    assert len(texts_of(tmp_path / "b")) == 2
+
+
+def test_a_file_is_in_one_split_and_what_is_in_none_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows(tmp_path / "train" / "test-1.jsonl", "a")
+    rows(tmp_path / "test" / "0.jsonl", "b")
+    rows(tmp_path / "extra.jsonl", "c")
+    assert texts_of(tmp_path) == ["a"] and texts_of(tmp_path, "test") == ["b"]
+    assert "not taken for data: extra.jsonl" in caplog.text
+
+
+def test_what_a_saved_dataset_does_not_name_is_left_out(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["kept"]}).save_to_disk(str(tmp_path / "d"))
+    Dataset.from_dict({"text": ["left over"]}).save_to_disk(str(tmp_path / "e"))
+    (left,) = (tmp_path / "e").glob("*.arrow")
+    left.rename(tmp_path / "d" / "data-00007-of-00008.arrow")
+    assert texts_of(tmp_path / "d") == ["kept"]
+
+
+@pytest.mark.parametrize("text", ["no json", "{}", "[]", '{"splits": null}', "\udcff"])
+def test_a_broken_list_of_splits_is_one_line(tmp_path: Path, text: str) -> None:
+    rows(tmp_path / "a.jsonl", "a")
+    (tmp_path / "dataset_dict.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="dataset_dict.json") as raised:
+        texts_of(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("key", ["subset", "revision"])
