@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -169,6 +170,21 @@ def test_a_finished_run_is_recognised_at_once(
     assert steps == [] and models == []
     assert time.monotonic() - started < 5
     assert {f: f.read_bytes() for f in finished.glob("*.json*")} == before
+
+
+@pytest.mark.parametrize(("name", "key"), [("text", "dataset.path="), ("weights", "model.path=")])
+def test_a_finished_run_of_other_content_is_not_passed_for_this_one(
+    name: str, key: str, finished: Path, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    content = json.loads((run / "content.json").read_text())
+    assert content.keys() == {"text", "weights", "training_contexts", "held_out_contexts"}
+    (run / "content.json").write_text(json.dumps(content | {name: "of what was there before"}))
+    outcome = run_here(*arguments(run))
+    assert outcome.code == 2
+    assert f"of what was there before: {key}" in outcome.refusal()
+    assert "rerun=true repeats it" in outcome.refusal()
 
 
 def test_rerun_repeats_a_finished_run_with_the_same_result(

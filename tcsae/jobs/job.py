@@ -23,6 +23,7 @@ from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
+from tcsae.jobs.sources import Sources, text_identity
 from tcsae.jobs.tracking import Tracker
 from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
@@ -88,6 +89,7 @@ class Job:
         if not self.files.is_finished:
             return
         if not self.config.rerun:
+            Sources().check(self.config, self.files.path, self.files.content)
             say_finished(self.files)
             self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
             return
@@ -160,7 +162,7 @@ class Scored:
 
 def begin(stream: Stream, claimed: Claimed) -> Training:
     job = claimed.job
-    _check_content(stream, job.files)
+    _check_content(stream, job.config, job.files)
     _check_windows(job.config, stream)
     torch.manual_seed(job.config.seed)
     choose(job.config.training.products, stream.model.device)
@@ -219,12 +221,14 @@ def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) 
     job.outcome = Outcome(info)
 
 
-def _check_content(stream: Stream, files: RunFiles) -> None:
+def _check_content(stream: Stream, config: Config, files: RunFiles) -> None:
     """Raises UserError if the run was begun with other text or weights under the same paths."""
-    known, content = files.content, stream.content
+    known, content = files.content, dict(stream.content)
+    if (text := text_identity(config.dataset)) is not None:
+        content["text"] = text
     if files.checkpoints.exists() and known.is_file():
         before = read_json(known)
-        changed = [name for name, value in content.items() if before.get(name) != value]
+        changed = [name for name in before if before[name] != content.get(name)]
         if changed:
             raise UserError(
                 f"{files.path} was begun with other content ({', '.join(changed)} changed since): "

@@ -27,6 +27,7 @@ from tcsae.config import run_id
 from tcsae.config.compose import to_config
 from tcsae.config.launcher import Options
 from tcsae.config.mistakes import for_the_user
+from tcsae.jobs.sources import Sources
 from tcsae.launch.jobs import GridJob, names_of
 from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.results import results_of, table
@@ -97,7 +98,11 @@ class GridLauncher(Launcher):
         assert self.config is not None
         sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
         self._say_added(jobs, sweep)
-        before = {job.number for job in jobs if job.is_finished and not job.config.rerun}
+        finished = [job for job in jobs if job.is_finished and not job.config.rerun]
+        sources = Sources()
+        for job in finished:
+            sources.check(job.config, job.folder, job.files.content)
+        before = {job.number for job in finished}
         sent = self.in_progress(sweep) - before
         to_do = [job for job in jobs if job.number not in before | sent]
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
