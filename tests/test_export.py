@@ -103,7 +103,8 @@ def test_the_card_has_the_runs_figures_with_their_intervals(run: Path, tmp_path:
         low = float(shown[1].strip("[]").split(",")[0])
         assert abs(low - entry["energy_weighted_interval"][0]) < 6e-4
     assert values["l0"][0] == "4.000"
-    assert rows["model"] == ["test/tiny"] and rows["layer"] == ["1"] and rows["text"] == ["files"]
+    assert rows["model"] == ["`test/tiny`"] and rows["layer"] == ["1"]
+    assert rows["text"] == ["`files`"]
     assert rows["features"] == [f"{F} on {D_IN} dimensions"]
     assert "load_sae" in card and "SAE.load_from_disk" in card and "## Licence" in card
 

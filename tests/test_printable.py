@@ -50,3 +50,17 @@ def test_a_leading_space_is_kept_where_decoders_take_it_away() -> None:
     shown = {t: token_text(tokenizer, i) for i, t in enumerate(vocabulary)}
     assert (shown["\u2581"], shown["a"], shown["\u2581a"]) == (" ", "a", " a")
     assert shown["<0xE6>"] == "\\xe6" and shown["<0x41>"] == "A"
+
+
+@pytest.mark.parametrize("name", ["<script>x</script>", "a`b``c", "[x](http://y)", "a|b\n# c"])
+def test_names_on_a_model_card_are_code(name: str) -> None:
+    import re
+
+    from tcsae.jobs.model_card import quoted
+
+    text = quoted(name)
+    fence = re.match("`+", text)
+    assert fence is not None and text.endswith(fence[0]) and "\n" not in text and "|" not in text
+    # No run of backticks inside is as long as the fence: nothing ends it early.
+    inside = text[len(fence[0]) : -len(fence[0])]
+    assert fence[0] not in re.findall("`+", inside)

@@ -17,6 +17,7 @@ from tcsae.base.labels import (
     number,
     window_part,
 )
+from tcsae.base.printable import printable
 from tcsae.runs.folder import LoadedRun
 
 _FIGURES = ("explained_variance", "l0", "ce_loss_score", "kl_div_score", "frac_alive")
@@ -30,7 +31,7 @@ def model_card(run: LoadedRun, sae_cfg: Mapping[str, Any], hub_name: str | None 
     """README.md of the export; `sae_cfg` is the content of its sae/cfg.json."""
     config, architecture = run.training_config, run.config.sae.architecture
     name, layer = config.model.name, run.final_info["layer"]
-    title = f"{architecture} SAE, {name}, block {layer} {config.model.hook}"
+    title = f"{architecture} SAE, {quoted(name)}, block {layer} {config.model.hook}"
     parts = [
         _front_matter(run),
         f"# {title}",
@@ -46,13 +47,22 @@ def model_card(run: LoadedRun, sae_cfg: Mapping[str, Any], hub_name: str | None 
         _loading(hub_name, sae_cfg["architecture"]),
         "## Licence",
         "This card grants none: whoever publishes the SAE chooses one and writes it here. Its "
-        f"weights come from activations of {name} on the text {config.dataset.name}; the terms "
+        f"weights come from activations of {quoted(name)} on the text "
+        f"{quoted(config.dataset.name)}; the terms "
         "of both may bind what is made from them.",
         "## Configuration",
         "The whole of it is in `config.json`; this is the SAE's and the training's part.",
         f"```yaml\n{_configuration(run)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def quoted(text: str) -> str:
+    """A name that somebody chose, as code: nothing of it becomes markup."""
+    plain = printable(" ".join(str(text).split())).replace("|", "\u00a6") or " "
+    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
+    space = " " if "`" in plain else ""
+    return f"{fence}{space}{plain}{space}{fence}"
 
 
 def _front_matter(run: LoadedRun) -> str:
@@ -73,10 +83,10 @@ def _settings(run: LoadedRun, sae_cfg: Mapping[str, Any]) -> Sequence[tuple[str,
     )
     metadata = sae_cfg.get("metadata", {})
     rows = [
-        ("model", config.model.name),
+        ("model", quoted(config.model.name)),
         ("layer", str(run.final_info["layer"])),
-        ("hook", metadata.get("hook_name") or config.model.hook),
-        ("text", config.dataset.name),
+        ("hook", quoted(metadata.get("hook_name") or config.model.hook)),
+        ("text", quoted(config.dataset.name)),
         ("context size", f"{config.dataset.context_size} tokens"),
         ("architecture", config.sae.architecture),
         ("features", f"{run.sae.d_sae:,} on {run.sae.d_in:,} dimensions"),

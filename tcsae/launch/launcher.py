@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tcsae.base.errors import UserError
 from tcsae.base.log import console
+from tcsae.base.printable import printable
 from tcsae.base.progress import shown
 from tcsae.base.run_files import OVERRIDES
 from tcsae.config import run_id
@@ -116,7 +117,7 @@ class GridLauncher(Launcher):
         if said is None:
             return [self._returned(job, None, None) for job in jobs]
         results = results_of(jobs, before, said)
-        print(table(results), flush=True)
+        print(printable(table(results)), flush=True)
         return [
             self._returned(result.job, result.value, None if result.is_good else result.message)
             for result in results

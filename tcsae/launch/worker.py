@@ -16,6 +16,7 @@ from pathlib import Path
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
 from tcsae.base.files import disk_errors, make_folder, write_text
 from tcsae.base.log import console, run_logs
+from tcsae.base.printable import printable
 from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.launch.jobs import GridJob, read_pack
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log.warning(str(stopped))
         sys.exit(INTERRUPTED_EXIT_CODE)
     except (JobsFailed, UserError) as failed:
-        print(f"tcsae: {failed}", file=sys.stderr)
+        print(f"tcsae: {printable(str(failed))}", file=sys.stderr)
         sys.exit(1)
 
 
