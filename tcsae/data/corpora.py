@@ -5,14 +5,12 @@ Nothing here is ever unpickled, and no code that comes with a dataset is run.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tcsae.base.files import is_lfs_pointer, read_json
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, content_group, parts_digest
 from tcsae.data.plays import PlaysCorpus
+from tcsae.data.readers import ALONE, KINDS, READERS, ROWS, kind_of, reading, row_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,141 +46,11 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
 # ---------------------------------------------------------------- local files
 
 
-Reader = Callable[[Path, str], Iterator[str]]
-"""(file, field of the text in a row) -> the texts in it, blank ones included."""
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _utf8(data: bytes, path: Path, offset: int = 0) -> str:
-    """Decode `data`, found `offset` bytes into `path`. Raises UserError for what is not text."""
-    try:
-        text = data.decode("utf-8")
-        bad = data.find(b"\0")
-    except UnicodeDecodeError as error:
-        zero = data.find(b"\0", 0, error.start)
-        bad = error.start if zero < 0 else zero
-    if bad >= 0:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {offset + bad} is 0x{data[bad]:02x}): "
-            "convert it to UTF-8, or leave it out of dataset.path"
-        )
-    return text if offset else text.removeprefix("\ufeff")
-
-
-def _missing(where: str, field: str, names: Iterator[str] | list[str]) -> UserError:
-    return UserError(
-        f"{where} has no field {field}: set dataset.text_field to one of {', '.join(names)}"
-    )
-
-
-def _row_text(value: Any, where: str, field: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{where}: field {field} holds {type(value).__name__}, not text: "
-            "set dataset.text_field to a field of text"
-        )
-    # Half of a surrogate pair is legal in JSON and refused by tokenizers.
-    return (value or "").encode("utf-8", "replace").decode("utf-8")
-
-
-def _read_whole(path: Path, field: str) -> Iterator[str]:
-    """One text: the file, with line ends as on Unix."""
-    yield re.sub(r"\r\n?", "\n", _utf8(path.read_bytes(), path))
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    """One text a line."""
-    offset = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path} line {number}"
-            text = _utf8(line, path, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({error}): one object a line") from error
-            except RecursionError:
-                raise UserError(f"{where} is nested too deep to be read: leave it out") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object: one object a line")
-            if field not in row:
-                raise _missing(where, field, list(row))
-            yield _row_text(row[field], where, field)
-
-
-def _undamaged(read: Reader) -> Reader:
-    """`read`, with what Arrow says of a broken file turned into one line."""
-
-    @functools.wraps(read)
-    def wrapped(path: Path, field: str) -> Iterator[str]:
-        import pyarrow as pa
-
-        try:
-            yield from read(path, field)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            kind = path.suffix[1:].lower()
-            raise UserError(
-                f"{path} is not a whole {kind} file ({reason}): write or fetch it again"
-            ) from error
-
-    return wrapped
-
-
-@_undamaged
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    """One text a row."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
-            raise _missing(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield _row_text(value, str(path), field)
-
-
-@_undamaged
-def _read_arrow(path: Path, field: str) -> Iterator[str]:
-    """One text a row, from either form of Arrow IPC: `datasets` writes the streaming one."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        seekable = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = pa.ipc.open_file(source) if seekable else pa.ipc.open_stream(source)
-        if field not in reader.schema.names:
-            raise _missing(str(path), field, reader.schema.names)
-        count = reader.num_record_batches if seekable else None
-        batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
-        for batch in batches:
-            for value in batch.column(field).to_pylist():
-                yield _row_text(value, str(path), field)
-
-
-_ROWS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-_READERS: dict[str, Reader] = {".txt": _read_whole, ".md": _read_whole, **_ROWS}
-_KINDS = ", ".join(kind[1:] for kind in _READERS)
-
-
 # What stands beside data and is none, in the folder of a dataset.
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)\b.*", re.I
 )
+_OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 # As `datasets` finds splits by the names of folders and files.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -198,7 +67,7 @@ def _files_in(root: Path, split: str) -> list[Path]:
     Raises UserError if there are none.
     """
     found = _readable(root)
-    has_rows = any(path.suffix.lower() in _ROWS for path in found)
+    has_rows = any(kind_of(path) in ROWS for path in found)
     taken = [path for path in found if not (has_rows and _NO_DATA.fullmatch(path.name))]
     saved = root / "state.json"  # of save_to_disk, which may leave files of an earlier saving
     if saved.is_file() and isinstance(state := read_json(saved), dict) and "_data_files" in state:
@@ -244,14 +113,19 @@ def _readable(root: Path) -> list[Path]:
         if any(part.startswith(".") for part in inside.parts) or not path.is_file():
             continue
         # `datasets` keeps the results of map() as cache-*.arrow beside the data itself.
-        if path.suffix.lower() in _READERS and not path.match("cache-*.arrow"):
-            found.append(path)
+        if kind_of(path) in READERS and not path.match("cache-*.arrow"):
+            if path.name not in _OF_DATASETS:
+                found.append(path)
         else:
             ignored[path.suffix.lower() or "no suffix"] += 1
+    kinds_found = {kind_of(path) for path in found}
+    sure = kinds_found - ALONE.keys() or kinds_found - {".json"} or kinds_found
+    ignored.update(path.suffix.lower() for path in found if kind_of(path) not in sure)
+    found = [path for path in found if kind_of(path) in sure]
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
     if not found:
         beside = f" (only {kinds})" if kinds else ""
-        raise UserError(f"{root} holds no {_KINDS} file{beside}: give text in one of these forms")
+        raise UserError(f"{root} holds no {KINDS} file{beside}: give text in one of these forms")
     if ignored:
         logger.warning("%s: files of other kinds ignored: %s", root, kinds)
     return found
@@ -259,7 +133,7 @@ def _readable(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class FilesCorpus:
-    """Local files. txt, md: a document a file; jsonl, parquet, arrow: a document a row."""
+    """Local files. txt, md: a document a file; all others: a document a row."""
 
     root: Path
     """What the names of the files are relative to."""
@@ -288,8 +162,8 @@ class FilesCorpus:
             else:
                 files = _files_in(path, split)
             corpus = cls(path, tuple(files), text_field)
-        elif path.suffix.lower() not in _READERS:
-            raise UserError(f"{path} is none of {_KINDS}: give text in one of these forms")
+        elif kind_of(path) not in READERS:
+            raise UserError(f"{path} is none of {KINDS}: give text in one of these forms")
         else:
             corpus = cls(path.parent, (path,), text_field)
         if not path.is_dir() and split != "train":
@@ -308,14 +182,14 @@ class FilesCorpus:
     def documents(self) -> Iterator[Document]:
         blank, any_text = 0, False
         for path in self.files:
-            name, kind = path.relative_to(self.root).as_posix(), path.suffix.lower()
-            with _reading(path):
-                for number, text in enumerate(_READERS[kind](path, self.text_field)):
+            name, kind = path.relative_to(self.root).as_posix(), kind_of(path)
+            with reading(path):
+                for number, text in enumerate(READERS[kind](path, self.text_field)):
                     if not text.strip():
                         blank += 1
                         continue
                     any_text = True
-                    id_ = f"{name}:{number}" if kind in _ROWS else name
+                    id_ = f"{name}:{number}" if kind in ROWS else name
                     yield Document(id_, text, content_group(text))
         if not any_text:
             raise UserError(f"{self.describe()}: no text in it (only blank documents)")
@@ -325,11 +199,11 @@ class FilesCorpus:
     def fingerprint(self) -> str:
         def parts() -> Iterator[str | bytes]:
             yield "files, split by content"
-            if any(path.suffix.lower() in _ROWS for path in self.files):
+            if any(kind_of(path) in ROWS for path in self.files):
                 yield self.text_field
             for path in self.files:
                 yield path.relative_to(self.root).as_posix()
-                with _reading(path), path.open("rb") as file:
+                with reading(path), path.open("rb") as file:
                     yield str(path.stat().st_size)
                     yield hashlib.file_digest(file, "sha256").digest()
 
@@ -399,9 +273,7 @@ class HubCorpus:
                 raise UserError(f"{where}: {reason}: {_hub_advice(self.name, error)}") from error
             if row is None:
                 return
-            if self.text_field not in row:
-                raise _missing(where, self.text_field, list(row))
-            text = _row_text(row[self.text_field], where, self.text_field)
+            text = row_text(row, where, self.text_field)
             if text.strip():
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 yield Document(key, text, content_group(text))

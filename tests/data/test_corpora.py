@@ -306,7 +306,7 @@ def test_a_truncated_file_of_rows_is_named(tmp_path: Path, name: str) -> None:
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "no such file or folder" in complaint(tmp_path / "nothing")
-    assert "holds no txt, md, jsonl, parquet, arrow file" in complaint(tmp_path)
+    assert "holds no txt, md, jsonl, ndjson, parquet, arrow, json, csv, tsv" in complaint(tmp_path)
     (tmp_path / "a.pdf").write_text("x")
     assert "(only 1 .pdf)" in complaint(tmp_path)
     assert "a.pdf is none of txt, md" in complaint(tmp_path / "a.pdf")
