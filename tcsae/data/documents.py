@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -52,6 +53,22 @@ HASHES = 2**64
 def text_hash(text: str) -> int:
     """A number from 0 to `HASHES` - 1 that hangs on the text alone, SHA-256's first 64 bits."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+AUTO = "auto"
+# What tokenizers have between documents. `</s>` and `<eos>` are other things too (HTML): they count
+# on a line of their own.
+_KNOWN = re.compile(
+    r"\s*(?:<\|endoftext\|>|<\|end_of_text\|>)\s*|\n[ \t]*(?:</s>|<eos>)[ \t]*(?:\n|$)"
+)
+
+
+def parts_of(text: str, separator: str | None) -> list[str]:
+    """The documents in a text: at least one, blank ones included. `separator`: AUTO, those that are
+    known; None: none; else that text wherever it stands."""
+    if separator is None:
+        return [text]
+    return _KNOWN.split(text) if separator == AUTO else text.split(separator)
 
 
 def content_group(text: str) -> str:

@@ -34,6 +34,7 @@ def text_config(path: object, source: str = "files", **changes: object) -> Simpl
         "source": source,
         "path": None if path is None else str(path),
         "subset": None,
+        "separator": "auto",
         "split": "train",
         "revision": None,
         "text_field": "text",

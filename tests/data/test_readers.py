@@ -121,3 +121,25 @@ def test_what_is_broken_is_one_line(name: str, content: bytes, said: str, tmp_pa
         texts_of(tmp_path / name)
     assert said in str(raised.value) and "\n" not in str(raised.value)
     assert str(tmp_path / name) in str(raised.value)
+
+
+def test_documents_of_one_file_come_apart_at_known_separators(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "a.txt").write_text("one <s>x</s> HTML\n</s>\ntwo\n  </s>  \nthree\n</s>")
+    (tmp_path / "b.txt").write_text("four<|endoftext|>five\n<|endoftext|>\n")
+    documents = list(FilesCorpus.from_path(tmp_path, "text", "train").documents())
+    assert [d.text for d in documents] == ["one <s>x</s> HTML", "two", "three", "four", "five"]
+    assert [d.id for d in documents][:2] == ["a.txt#0", "a.txt#1"]
+    assert "documents end at a separator (4 in its first MB)" in caplog.text
+    assert "blank" not in caplog.text
+
+
+def test_a_separator_of_ones_own_and_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n=====\ntwo<|endoftext|>three")
+    corpus = FilesCorpus.from_path(tmp_path, "text", "train", "\n=====\n")
+    assert [d.text for d in corpus.documents()] == ["one", "two<|endoftext|>three"]
+    whole = FilesCorpus.from_path(tmp_path, "text", "train", None)
+    assert len(list(whole.documents())) == 1
+    assert len({c.fingerprint() for c in (corpus, whole)}) == 2
