@@ -17,8 +17,10 @@ OTHERS = {
     "config.json": {"model_folder.py", "model_facts.py", "dictionary_learning.py"},
     # The locks of an activation store and of a model's weights.
     ".lock": {"context_cache.py", "store.py", "weights.py"},
+    # Of a dataset that the datasets library saved.
+    "state.json": {"corpora.py"},
     # The SAE's own files, in any folder of SAELens.
-    CFG_NAME: {"saelens.py", "saelens_registry.py"},
+    CFG_NAME: {"saelens_cfg.py", "saelens_registry.py"},
     WEIGHTS_NAME: {"saelens.py", "saelens_registry.py"},
 }
 

@@ -419,6 +419,8 @@ def test_a_cfg_of_another_library_is_refused(folder: Path, text: str, says: str)
         ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 3, "x": 1}}, "only k is known"),
         ({"normalize_activations": True, "metadata": "DROP"}, "factor of the activations"),
         ({"output_scale": 2.0, "metadata": {}}, "output_scale=2.0 is not known here"),
+        ({"zz": 3, "metadata": {"tcsae": {}}}, "zz=3 is not known here"),
+        ({"metadata": {"hook_head_index": 3}}, "of one attention head"),
         ({"architecture": "standard", "rescale_acts_by_decoder_norm": True}, "only with 'topk'"),
     ],
 )
@@ -433,6 +435,7 @@ def test_a_cfg_that_does_not_fit_is_refused(
     ("changes", "says"),
     [
         ({"b_enc": None}, "b_enc missing"),
+        ({"W_dec": None}, "W_dec missing"),
         ({"threshold": torch.zeros(D_SAE)}, "threshold not expected"),
         ({"b_dec": torch.zeros(D_IN + 1)}, "b_dec is [13]"),
         ({"W_enc": torch.zeros(D_SAE, D_IN)}, "W_enc is [40, 12]"),

@@ -209,7 +209,9 @@ def _modern(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Ten
 def _check_width(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Before an SAE of the size that cfg.json names is made: it may be any number."""
     wanted = [cfg["d_sae"], cfg["d_in"]]
-    shape = list(tensors["W_dec"].shape) if "W_dec" in tensors else wanted
+    if "W_dec" not in tensors:
+        raise ValueError(f"{WEIGHTS_NAME}: W_dec missing (architecture {cfg['architecture']})")
+    shape = list(tensors["W_dec"].shape)
     if shape != wanted:
         raise ValueError(
             f"{WEIGHTS_NAME}: W_dec is {shape}, but d_in {cfg['d_in']} and d_sae {cfg['d_sae']} "

@@ -109,7 +109,15 @@ def understood(cfg: Mapping[str, Any]) -> dict[str, Any]:
             f"{CFG_NAME}: rescale_acts_by_decoder_norm=True is not supported with architecture "
             f"{found['architecture']!r}, only with 'topk'"
         )
-    own = not is_old and "tcsae" in found["metadata"]
+    metadata = {} if is_old else found["metadata"]
+    head = found.get("hook_head_index", metadata.get("hook_head_index"))
+    if head is not None:
+        raise ValueError(
+            f"{CFG_NAME}: hook_head_index={head!r}: the SAE is of one attention head, whose "
+            "activations are not read here"
+        )
+    of_ours = metadata.get("tcsae")
+    own = isinstance(of_ours, dict) and "sae" in of_ours
     unknown = sorted(found.keys() - _UNDERSTOOD - _CHANGES_NOTHING)
     if unknown and not own:
         raise ValueError(
