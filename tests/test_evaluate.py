@@ -396,7 +396,12 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], list[str]]] = [
     ("wrong d_in in the cfg", lambda f: edit_cfg(f, d_in=64), [], ["W_dec is [96, 48]", "d_in 64"]),
     ("d_in of another model", narrower, [], ["d_in is 16, against 48 of test/tiny", "model="]),
     ("pickle", pickled, [], ["pickle", "not opened"]),
-    ("another library", of_another_library, [], ["no architecture", "sparsify's, which is not read"]),
+    (
+        "another library",
+        of_another_library,
+        [],
+        ["no architecture", "sparsify's, which is not read"],
+    ),
     ("not computed here", unknown_architecture, [], ["unknown architecture 'matching_pursuit'"]),
     ("not there", shutil.rmtree, [], ["no such folder"]),
     ("layer the model has not", lambda f: None, ["layer=7"], ["layer = 7", "0 to 2"]),
