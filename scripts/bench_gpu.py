@@ -4,11 +4,12 @@
     python scripts/bench_gpu.py --page     write the table of docs/performance.md from docs/gpu.json
 
 Whole steps on random activations with the correlation of contexts, d_in 2,304, contexts of 128
-tokens, products in bfloat16 where a line says no other. Steps are timed by CUDA events in blocks of
-BLOCK, the variants taking turns; ms are medians over the rounds, peak GB is what a variant holds
-and takes in a step beside the data. "same bits twice": two runs of ten steps from one seed end with
-equal weights. Needs no model and no hub. --smoke: tiny sizes, also without a GPU. The JSON is
-written after every size, so that what was measured is kept whatever comes after.
+tokens, products in bfloat16 where a line says no other. Steps are timed by the host's clock in
+blocks of BLOCK, which end when the card has done them; the variants take turns. ms are medians over
+the rounds, peak GB is what a variant holds and takes in a step beside the data. "same bits twice":
+two runs of ten steps from one seed end with equal weights. Needs no model and no hub. --smoke: tiny
+sizes, also without a GPU. The JSON is written after every size, so that what was measured is kept
+whatever comes after.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def variants(sizes: Sizes, kernels: str) -> dict[str, Callable[[list[Batch]], St
     def of(*given: str) -> Callable[[list[Batch]], Step]:
         return lambda batches: ours(sizes, batches, *given)
 
-    found = {
+    return {
         "ours, plain, no loss": of("plain", "consistency=none"),
         "ours, plain, window 8": of("plain"),
         f"ours, {kernels}, no loss": of(kernels, "consistency=none"),
@@ -142,7 +143,6 @@ def variants(sizes: Sizes, kernels: str) -> dict[str, Callable[[list[Batch]], St
         "SAELens as it starts (float32)": lambda batches: saelens(sizes, batches, False),
         "dictionary_learning, autocast": lambda batches: dictionary_learning(sizes, batches, True),
     }
-    return found
 
 
 # ------------------------------------------------------------------ timing
@@ -174,8 +174,6 @@ def measure(sizes: Sizes, rounds: int, kernels: str) -> dict[str, Any]:
     for name, build in variants(sizes, kernels).items():
         before = held(sizes.device)
         try:
-            if name.startswith("ours"):
-                choose("plain" if "plain" in name else kernels, sizes.device)
             step = build(batches)
             if sizes.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

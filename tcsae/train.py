@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from tcsae import cli
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
-from tcsae.config import Config, number_options, run_name
+from tcsae.config import Config, run_name
 from tcsae.config.arguments import arranged
-from tcsae.config.compose import conf_folder, install_hydra_defaults, to_config
+from tcsae.config.compose import conf_folder, prepare_hydra, to_config
 from tcsae.config.mistakes import for_the_user
 from tcsae.launch.plan import cost_lines
 
@@ -91,10 +91,9 @@ def main() -> None:
     # busy one each other's. Read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with cli.command():
-        sweep_name = _sweep_name(_dry_run(sys.argv[1:]))
+        sweep_name = _sweep_name(sys.argv[1:])
         sys.argv[1:] = _dry_run(arranged(sys.argv[1:]))
-    number_options.install()
-    install_hydra_defaults()
+    prepare_hydra()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", lambda: sweep_name, replace=True)
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)

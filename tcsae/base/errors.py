@@ -10,6 +10,11 @@ class UserError(Exception):
     """A mistake or a condition the user can mend; its text is the whole message."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything that can be resumed has been saved."""
 

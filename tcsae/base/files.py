@@ -189,6 +189,15 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(48).startswith(b"version https://git-lfs.github.com/spec/")
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for such a file."""
+    if is_lfs_pointer(path):
+        raise UserError(
+            f"{path} is a pointer of git-lfs, not the file itself: `git lfs pull` in "
+            f"{path.parent} gets it"
+        )
+
+
 def _described(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata with the SHA-256 of everything that the file says.
 

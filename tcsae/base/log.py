@@ -9,19 +9,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tcsae.base.printable import printable
+from tcsae.base.printable import PrintableFormatter
 from tcsae.base.progress import ConsoleHandler
 from tcsae.base.run_files import RunFiles
 
 _subject: contextvars.ContextVar[Path | None] = contextvars.ContextVar("subject", default=None)
 
-
-class _Printable(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-FORMAT = _Printable("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+FORMAT = PrintableFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 # Controls but for line ends and tabs, and the marks that turn the direction of a line.
@@ -12,3 +13,10 @@ def printable(text: str) -> str:
     r"""`text` with its control characters as \x1b and the like: none moves a cursor or hides a
     line."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Of every log, on a terminal and in files (conf/train.yaml names it too)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

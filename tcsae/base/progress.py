@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
-from tcsae.base.printable import printable
-
 log = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 10.0
@@ -19,9 +17,6 @@ Item = TypeVar("Item")
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
     """Log lines that do not tear the progress bar on stderr."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False) and sys.stderr.isatty():

@@ -18,12 +18,14 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "conf"
 
 
-def install_hydra_defaults() -> None:
-    """Launcher and sweeper of this package as Hydra's own defaults. train.yaml does not override
-    them, so that an experiment may: of two overrides Hydra takes the outer one without a word."""
+def prepare_hydra() -> None:
+    """Before anything is composed: any number as an option, and launcher and sweeper of this
+    package as Hydra's own defaults. train.yaml does not override them, so that an experiment may:
+    of two overrides Hydra takes the outer one without a word."""
     from hydra.conf import HydraConf
     from hydra.core.config_store import ConfigStore
 
+    number_options.install()
     chosen = {"launcher": "here", "sweeper": "grid"}
 
     def ours(default: dict[str, Any]) -> dict[str, Any]:
@@ -39,8 +41,7 @@ def compose_tree(overrides: list[str]) -> DictConfig:
     node. Raises one of Hydra's errors for a key or an option that there is not."""
     from hydra import compose, initialize_config_dir
 
-    number_options.install()
-    install_hydra_defaults()
+    prepare_hydra()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return compose("train", overrides)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tcsae.base.errors import UserError
-from tcsae.base.files import is_lfs_pointer, read_json
+from tcsae.base.errors import UserError, first_line
+from tcsae.base.files import read_json, refuse_lfs_pointer
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import (
     AUTO,
@@ -50,6 +50,11 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
         path = Path(cfg.path).expanduser()
         return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator)
     return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
+
+
+def text_identity(cfg: DatasetConfig) -> str | None:
+    """Of local files, by their content; None for text that a name and a revision fix."""
+    return open_corpus(cfg).fingerprint() if cfg.source == "files" else None
 
 
 # ---------------------------------------------------------------- local files
@@ -177,17 +182,14 @@ class FilesCorpus:
             corpus = cls(path, tuple(files), text_field, separator)
         elif kind_of(path) not in READERS:
             raise UserError(f"{path} is none of {KINDS}: give text in one of these forms")
-        else:
-            corpus = cls(path.parent, (path,), text_field, separator)
-        if not path.is_dir() and split != "train":
+        elif split != "train":
             raise UserError(
                 f"dataset.split={split}: {path} is one file, which has no splits: leave the key out"
             )
-        if pointer := next((file for file in corpus.files if is_lfs_pointer(file)), None):
-            raise UserError(
-                f"{pointer} is a pointer of git-lfs, not the file itself: run `git lfs pull` in "
-                "its repository"
-            )
+        else:
+            corpus = cls(path.parent, (path,), text_field, separator)
+        for file in corpus.files:
+            refuse_lfs_pointer(file)
         if not any(file.stat().st_size for file in corpus.files):
             raise UserError(f"{path} is empty: give a file or folder with text in dataset.path")
         corpus._say_separator()
@@ -298,7 +300,7 @@ class HubCorpus:
             # Whatever goes wrong between here and the hub is the user's to mend, and the
             # libraries on the way raise types of their own that change with their versions.
             except Exception as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                reason = first_line(error).rstrip(".")
                 raise UserError(f"{where}: {reason}: {_hub_advice(self.name, error)}") from error
             if row is None:
                 return

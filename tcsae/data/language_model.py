@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcsae.base.errors import UserError
+from tcsae.base.errors import UserError, first_line
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.contexts import SpecialIds
-from tcsae.data.loading import HOOKS, first_line, load_model, quiet, with_place
+from tcsae.data.loading import HOOKS, load_model, quiet, with_place
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
 from tcsae.data.network import Network, Replace

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tcsae.base.errors import UserError
+from tcsae.base.errors import UserError, first_line
 from tcsae.data.network import Network, find_place, module_paths
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ HOOKS = {
     "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
 }
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def load_model(folder: Path, dtype: torch.dtype, untrained: bool) -> Any:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tcsae.base.errors import UserError
-from tcsae.data.loading import first_line
+from tcsae.base.errors import UserError, first_line
 from tcsae.data.network import Network, bridge_outputs
 
 log = logging.getLogger(__name__)

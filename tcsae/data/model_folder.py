@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tcsae.base.errors import UserError
-from tcsae.base.files import file_digest, is_lfs_pointer, read_json
+from tcsae.base.files import file_digest, read_json, refuse_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ def check_folder(folder: Path) -> list[Path]:
         ]
     )
     for file in files:
-        if is_lfs_pointer(file):
-            raise _pointer(file)
+        refuse_lfs_pointer(file)
     _refuse_code(folder, config)
     _refuse_quantised(folder, config)
     return files
@@ -78,13 +77,6 @@ def _is_text(file: Path) -> bool:
     return file.suffix == ".txt" and file.name.lower().startswith(_DOCUMENTS)
 
 
-def _pointer(file: Path) -> UserError:
-    return UserError(
-        f"{file} is a pointer of git-lfs, not the file itself: `git lfs pull` in {file.parent} "
-        "gets it"
-    )
-
-
 def refuse_adapters(folder: Path) -> None:
     """Raises UserError where a model is weights and something to be added to them."""
     found = next((name for name in _ADAPTERS if (folder / name).exists()), None)
@@ -100,8 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there")
-    if is_lfs_pointer(path):
-        raise _pointer(path)
+    refuse_lfs_pointer(path)
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is no model's config: it holds no keys")
@@ -126,8 +117,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    if is_lfs_pointer(index):
-        raise _pointer(index)
+    refuse_lfs_pointer(index)
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tcsae.base.errors import UserError
+from tcsae.base.errors import UserError, first_line
 
 Reader = Callable[[Path, str], Iterator[str]]
 """(file, field of the text in a row) -> the texts in it, blank ones included."""
@@ -86,7 +86,7 @@ def _whole(read: Reader) -> Reader:
             packed = path.suffix.lower() in _PACKED or kind_of(path) in (".parquet", ".arrow")
             if not isinstance(error, broken) and not (packed and _is_of_reading(error)):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise UserError(
                 f"{path} is not a whole {path.suffix[1:].lower()} file ({reason}): write or fetch "
                 "it again"

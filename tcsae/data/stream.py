@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.batches import ActivationBatches, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
+from tcsae.data.corpora import text_identity
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, StreamSource
 
@@ -25,15 +27,17 @@ class Stream:
     model: LanguageModel
     train: ActivationBatches
     evaluation: ActivationBatches
+    text: str | None
+    """Of local files, by their content."""
 
-    @property
+    @cached_property
     def content(self) -> dict[str, str]:
         """Names of what was really read, whatever paths the config has."""
         parts = {"training_contexts": self.train, "held_out_contexts": self.evaluation}
         ids = {name: {"ids": part.source.contexts.ids} for name, part in parts.items()}
-        return {"weights": self.model.weights.identity} | {
-            name: tensors_digest(tensors) for name, tensors in ids.items()
-        }
+        text = {} if self.text is None else {"text": self.text}
+        digests = {name: tensors_digest(tensors) for name, tensors in ids.items()}
+        return {"weights": self.model.weights.identity, **digests, **text}
 
 
 def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None = None) -> Stream:
@@ -58,5 +62,5 @@ def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None
         f"norm {calibration.median_norm:.4g}, {100 * calibration.massive_share:.2f} % massive "
         "tokens left out"
     )
-    batches = [ActivationBatches(source, calibration, model.device) for source in sources]
-    return Stream(model, *batches)
+    train, evaluation = (ActivationBatches(s, calibration, model.device) for s in sources)
+    return Stream(model, train, evaluation, text_identity(config.dataset))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tcsae.base.errors import Interrupted, UserError
+from tcsae.base.errors import Interrupted, UserError, first_line
 from tcsae.base.files import read_json, write_json
 from tcsae.base.log import speaking_of
 from tcsae.base.run_files import RunFiles
@@ -23,7 +23,7 @@ from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
-from tcsae.jobs.sources import Sources, text_identity
+from tcsae.jobs.sources import Sources
 from tcsae.jobs.tracking import Tracker
 from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
@@ -101,7 +101,7 @@ class Job:
         """Into the state file, once."""
         if self.state.state.state != "failed":
             text = "".join(traceback.format_exception(error))
-            self.state.end("failed", _first_line(error), text)
+            self.state.end("failed", first_line(error), text)
 
     def close(self) -> None:
         """The last word of the state file and of W&B; a second call does nothing."""
@@ -162,7 +162,7 @@ class Scored:
 
 def begin(stream: Stream, claimed: Claimed) -> Training:
     job = claimed.job
-    _check_content(stream, job.config, job.files)
+    _check_content(stream, job.files)
     _check_windows(job.config, stream)
     torch.manual_seed(job.config.seed)
     choose(job.config.training.products, stream.model.device)
@@ -221,11 +221,9 @@ def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) 
     job.outcome = Outcome(info)
 
 
-def _check_content(stream: Stream, config: Config, files: RunFiles) -> None:
+def _check_content(stream: Stream, files: RunFiles) -> None:
     """Raises UserError if the run was begun with other text or weights under the same paths."""
-    known, content = files.content, dict(stream.content)
-    if (text := text_identity(config.dataset)) is not None:
-        content["text"] = text
+    known, content = files.content, stream.content
     if files.checkpoints.exists() and known.is_file():
         before = read_json(known)
         changed = [name for name in before if before[name] != content.get(name)]
@@ -260,10 +258,6 @@ def _check_windows(config: Config, stream: Stream) -> None:
             f"window = {window}: only {100 * share:.1f} % of the training tokens lie where a "
             f"document has {wanted}; the temporal loss sees no others"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _bfloat16_products(config: Config, device: str) -> bool:

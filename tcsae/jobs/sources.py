@@ -6,24 +6,7 @@ from pathlib import Path
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
-from tcsae.config import DatasetConfig, Measured, ModelConfig
-
-
-def text_identity(cfg: DatasetConfig) -> str | None:
-    """Of local files, by their content; None for text that a name and a revision fix."""
-    if cfg.source != "files":
-        return None
-    from tcsae.data.corpora import open_corpus
-
-    return open_corpus(cfg).fingerprint()
-
-
-def _weights_identity(cfg: ModelConfig) -> str | None:
-    if cfg.path is None:
-        return None
-    from tcsae.data.weights import find_weights
-
-    return find_weights(cfg).identity
+from tcsae.config import Measured
 
 
 class Sources:
@@ -35,9 +18,14 @@ class Sources:
     def now(self, config: Measured) -> dict[str, str | None]:
         key = config.model.model_dump_json() + config.dataset.model_dump_json()
         if key not in self._known:
+            # Here, because launchers are imported at every start.
+            from tcsae.data.corpora import text_identity
+            from tcsae.data.weights import find_weights
+
+            local = config.model.path is not None
             self._known[key] = {
                 "text": text_identity(config.dataset),
-                "weights": _weights_identity(config.model),
+                "weights": find_weights(config.model).identity if local else None,
             }
         return self._known[key]
 

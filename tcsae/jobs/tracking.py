@@ -254,13 +254,12 @@ def _say_environment(config: Config) -> None:
         "WANDB_TAGS": ("tracking.tags", ",".join(tracking.tags)),
         "WANDB_RUN_GROUP": ("tracking.group", tracking.group),
     }
-    asked = {name: os.environ[name] for name in keys if os.environ.get(name)}
+    # Where these keys are null the client itself takes the environment's.
+    obeyed = ("tracking.entity", "tracking.group")
     other = [
-        f"{name}={value} ({keys[name][0]} does it)"
-        for name, value in asked.items()
-        if value != keys[name][1]
-        and not (name == "WANDB_RUN_GROUP" and tracking.group is None)
-        and not (name == "WANDB_ENTITY" and tracking.entity is None)
+        f"{name}={asked} ({key} does it)"
+        for name, (key, value) in keys.items()
+        if (asked := os.environ.get(name)) and asked != value and (value or key not in obeyed)
     ]
     if other:
         log.warning(f"without effect in the environment: {', '.join(other)}")

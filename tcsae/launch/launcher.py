@@ -86,6 +86,11 @@ class GridLauncher(Launcher):
 
     # ---- what they share ----
 
+    @property
+    def sweep(self) -> SweepFolder:
+        assert self.config is not None
+        return SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
@@ -95,9 +100,7 @@ class GridLauncher(Launcher):
         """
         options = self.options
         console()
-        jobs = self.compose(job_overrides, initial_job_idx)
-        assert self.config is not None
-        sweep = SweepFolder(Path(self.config.hydra.sweep.dir).absolute())
+        jobs, sweep = self.compose(job_overrides, initial_job_idx), self.sweep
         self._say_added(jobs, sweep)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
         sources = Sources()
@@ -129,7 +132,7 @@ class GridLauncher(Launcher):
         assert self.context is not None and self.config is not None
         jobs: list[GridJob] = []
         names = names_of(job_overrides)
-        numbers = _Numbers(SweepFolder(Path(self.config.hydra.sweep.dir).absolute()).jobs(), first)
+        numbers = _Numbers(self.sweep.jobs(), first)
         for overrides, name in shown(zip(job_overrides, names, strict=True), len(names)):
             try:
                 composed = self.context.config_loader.load_sweep_config(

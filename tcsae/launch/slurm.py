@@ -174,7 +174,7 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
     given = options.additional_parameters
     extra = {"requeue": True} | {k: v for k, v in given.items() if v is not None}
     # Slurm takes one form of a request for memory; one of the user's own stands for ours.
-    asks = options.mem_gb is not None and not any(key in given for key in _MEMORY)
+    mem_gb = None if any(key in given for key in _MEMORY) else options.mem_gb
     chosen = {
         "job_name": name,
         "time": options.timeout_min,
@@ -186,7 +186,7 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
         "nodelist": options.nodelist,
         "gpus_per_node": options.gpus_per_node or None,
         "cpus_per_task": options.cpus_per_task,
-        "mem": f"{round(options.mem_gb * 1024)}MB" if asks and options.mem_gb else None,
+        "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}MB",
         "setup": options.setup or None,
         "teardown": PREEMPTED_EARLY.splitlines(),
         "signal_delay_s": options.signal_delay_s,

@@ -168,8 +168,7 @@ class Triton(GPU):
         return out_FD
 
     def sums(self, codes: SparseCodes, values_M: Tensor) -> Tensor:
-        sorted_M = values_M.index_select(0, codes.order_M)
-        return self.sorted_sums(codes, sorted_M, torch.ones_like(sorted_M))
+        return self.sorted_sums(codes, values_M.index_select(0, codes.order_M))
 
     def sorted_sums(
         self, codes: SparseCodes, values_M: Tensor, factor_M: Tensor | None = None

@@ -110,12 +110,12 @@ def understood(cfg: Mapping[str, Any]) -> dict[str, Any]:
             f"{found['architecture']!r}, only with 'topk'"
         )
     metadata = {} if is_old else found["metadata"]
-    head = found.get("hook_head_index", metadata.get("hook_head_index"))
-    if head is not None:
-        raise ValueError(
-            f"{CFG_NAME}: hook_head_index={head!r}: the SAE is of one attention head, whose "
-            "activations are not read here"
-        )
+    for said in (found, metadata):
+        if (head := said.get("hook_head_index")) is not None:
+            raise ValueError(
+                f"{CFG_NAME}: hook_head_index={head!r}: the SAE is of one attention head, whose "
+                "activations are not read here"
+            )
     of_ours = metadata.get("tcsae")
     own = isinstance(of_ours, dict) and "sae" in of_ours
     unknown = sorted(found.keys() - _UNDERSTOOD - _CHANGES_NOTHING)
