@@ -21,6 +21,7 @@ from tcsae.config import DatasetConfig
 from tcsae.data.documents import HASHES, Corpus, Document, Shuffled
 from tcsae.data.documents import text_hash as _hash
 from tcsae.data.held_out import HeldOut
+from tcsae.data.one_text import PartedText
 from tcsae.data.sides import Side
 
 logger = logging.getLogger(__name__)
@@ -229,10 +230,33 @@ def _reporter(progress: Progress | None, train: Side, held_out: Side) -> Callabl
 # ---------------------------------------------------------------- the split
 
 
-def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int:
+def _parted(corpus: Corpus, cfg: DatasetConfig) -> tuple[Corpus, int]:
+    """The corpus, or where it is one long text the pieces of it; and `_held_out_below`."""
+    limit = _held_out_below(corpus, cfg)
+    if limit is not None:
+        return corpus, limit
+    pieces = PartedText.from_corpus(corpus) if corpus.finite else None
+    limit = None if pieces is None else _held_out_below(pieces, cfg)
+    if pieces is None or limit is None:
+        raise UserError(
+            f"dataset {cfg.name} is one document ({corpus.describe()}), too short to be parted, "
+            "and held-out contexts need another one: give two files or more, or jsonl with a row "
+            "for each document"
+        )
+    logger.warning(
+        "%s is one document: it is parted into %d pieces, some of them held out. What is measured "
+        "on them holds for this text, not for others; give more documents for that",
+        corpus.describe(),
+        pieces.n,
+    )
+    return pieces, limit
+
+
+def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int | None:
     """Groups whose hash is below this are held out; both sides get at least one group.
 
-    Reads only as far as it must, so one look at a few documents as a rule.
+    Reads only as far as it must, so one look at a few documents as a rule. None: there is one
+    group only.
     """
     limit = int(cfg.eval_fraction * HASHES)
     lowest, highest = HASHES, -1
@@ -242,17 +266,14 @@ def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int:
         if lowest < limit <= highest:
             return limit
     if lowest == highest:
-        raise UserError(
-            f"dataset {cfg.name} is one document ({corpus.describe()}), and held-out contexts "
-            "need another one: give two files or more, or jsonl with a row for each document"
-        )
+        return None
     return lowest + 1 if lowest >= limit else highest
 
 
 def _fill_from_finite(
     corpus: Corpus, cfg: DatasetConfig, sides: tuple[Side, Side], report: Callable[[], None]
 ) -> None:
-    limit = _held_out_below(corpus, cfg)
+    corpus, limit = _parted(corpus, cfg)
     open_ = set(sides)
     while open_:
         samples = {side: side.sample() for side in sides if side in open_}
