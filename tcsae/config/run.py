@@ -354,6 +354,11 @@ class Config(Measured):
         return self.lambda_ > 0 and self.consistency.form in TEMPORAL_FORMS
 
     @property
+    def loss_window(self) -> int | str:
+        """Valid tokens in a row, or all of a document, that one term of the temporal loss needs."""
+        return 2 if self.consistency.form == "slow" else self.window
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return -(

@@ -1,12 +1,14 @@
 """Contexts packed once and shared by all jobs on the same text and tokenizer.
 
 <store.dir>/contexts/<key>/train.safetensors, eval.safetensors      ids, segments, masks, documents
+                              seen.json      the share of held-out contexts that is trained on
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from tcsae.base.files import (
@@ -14,6 +16,7 @@ from tcsae.base.files import (
     load_tensors,
     locked,
     make_folder,
+    read_json,
     remove_temporaries,
     save_tensors,
     write_json,
@@ -25,6 +28,7 @@ from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Corpus
 from tcsae.data.language_model import LanguageModel
+from tcsae.data.seen import share_seen
 from tcsae.data.store import content_key
 
 log = logging.getLogger(__name__)
@@ -87,7 +91,13 @@ def load_or_build_contexts(
         # Of contexts from the cache too: the same tokenizer may lie beside a smaller model.
         model.check_ids(int(contexts.ids.max()))
     _say_how_many_documents(both[1])
-    return both
+    return both[0], replace(both[1], seen=_seen(folder / "seen.json", both))
+
+
+def _seen(path: Path, both: tuple[Contexts, Contexts]) -> float:
+    if not path.is_file():
+        write_json(path, {"share": share_seen(*both)})
+    return float(read_json(path)["share"])
 
 
 def _say_how_many_documents(held_out: Contexts) -> None:

@@ -58,6 +58,8 @@ class Contexts:
     """int64 [N]; documents numbered by first appearance. Held out: the one that the context is of
     (short ones that share a context count as one). Training: the one that its first token is of.
     Where none are given, every context is one of its own."""
+    seen: float | None = None
+    """Of held-out ones: the share that was trained on (tcsae/data/seen.py)."""
 
     def __post_init__(self) -> None:
         if not len(self.documents):

@@ -13,6 +13,7 @@ from tcsae.measure.analysis import Analysis, analyse
 from tcsae.measure.evaluation import Evaluation, evaluate
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.report.notes import write_run_notes
+from tcsae.report.origin import origin
 from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import LoadedRun, RunFolder
 from tcsae.sae.base import SparseAutoencoder
@@ -79,11 +80,14 @@ def say_finished(run: RunFolder) -> None:
     log.info(f"already finished: {run.path} (rerun=true repeats it)")
 
 
-def say_results(files: RunFiles, evaluation: Evaluation) -> None:
+def say_results(run: LoadedRun, evaluation: Evaluation) -> None:
+    files = RunFiles(run.folder)
     log.info("held-out results:")
     for line in evaluation.lines():
         log.info(f"  {line}")
     if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
         # The run's own number is in doubt, or only what it may be laid beside.
         log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
+    for line in origin(run).first:
+        log.warning(line)
     log.info(f"the report: {files.report}")

@@ -30,7 +30,7 @@ from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.products import choose, products_for
 from tcsae.report.contents import Contents
-from tcsae.report.origin import missed_l0
+from tcsae.report.origin import few_in_windows, in_a_row
 from tcsae.report.run_page import run_figures
 from tcsae.runs.folder import LoadedRun, RunFolder
 from tcsae.runs.state import StateFile
@@ -215,9 +215,7 @@ def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) 
     run = job.files.load()
     write_pages(run)
     _send_pages(run, tracker)
-    say_results(job.files, evaluation)
-    if missed := missed_l0(job.config, info["metrics"]["sparsity"]["l0"]):
-        log.warning(missed)
+    say_results(run, evaluation)
     job.outcome = Outcome(info)
 
 
@@ -235,29 +233,25 @@ def _check_content(stream: Stream, files: RunFiles) -> None:
     write_json(known, content)
 
 
-FEW_IN_WINDOWS = 0.1
-"""Below this share of tokens in windows the temporal loss says little of the text."""
+def _in_windows(config: Config, stream: Stream) -> float:
+    """Share of the valid training tokens that a window holds."""
+    contexts = stream.train.source.contexts
+    return share_in_windows(config.loss_window, contexts.segments, contexts.valid)
 
 
 def _check_windows(config: Config, stream: Stream) -> None:
     """Raises UserError if no window of the training text could ever have a loss."""
     if not config.has_temporal_loss:
         return
-    window = 2 if config.consistency.form == "slow" else config.window
-    contexts = stream.train.source.contexts
-    share = share_in_windows(window, contexts.segments, contexts.valid)
-    wanted = "two valid tokens" if window == "document" else f"{window} valid tokens in a row"
+    share = _in_windows(config, stream)
     if share == 0:
         raise UserError(
-            f"window = {window}: no document of the training text has {wanted}, so that the "
-            "temporal loss would be 0 at every step: take a smaller window, longer documents, or "
-            "consistency=none"
+            f"window = {config.window}: no document of the training text has {in_a_row(config)}, "
+            "so that the temporal loss would be 0 at every step: take a smaller window, longer "
+            "documents, or consistency=none"
         )
-    if share < FEW_IN_WINDOWS:
-        log.warning(
-            f"window = {window}: only {100 * share:.1f} % of the training tokens lie where a "
-            f"document has {wanted}; the temporal loss sees no others"
-        )
+    if few := few_in_windows(config, share):
+        log.warning(few)
 
 
 def _bfloat16_products(config: Config, device: str) -> bool:
@@ -301,6 +295,8 @@ def _final_info(
         "lambda": config.lambda_,
         "seed": config.seed,
         "tokens": trained.tokens,
+        "tokens_in_windows": _in_windows(config, stream),
+        "held_out_seen_in_training": stream.evaluation.source.contexts.seen,
         "training_seconds": trained.seconds,
         "products": products_for(torch.device(stream.model.device)).name,
         "tokens_per_second": trained.steps

@@ -83,8 +83,9 @@ def _measure(
         **measured_info(config, stream, evaluation, time.monotonic() - started),
     }
     write_json(run.final_info, info)
-    write_pages(run.load())
-    say_results(run, evaluation)
+    loaded = run.load()
+    write_pages(loaded)
+    say_results(loaded, evaluation)
 
 
 def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) -> None:

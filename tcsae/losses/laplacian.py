@@ -87,16 +87,27 @@ def _allowed_windows(window: int, segments: Tensor, valid: Tensor) -> Tensor:
 
 def share_in_windows(window: Window, segments: Tensor, valid: Tensor) -> float:
     """Share of the valid positions [B, T] that some window holds."""
-    held_BT = torch.zeros_like(valid)
+    parts = zip(segments.split(_CHUNK), valid.split(_CHUNK), strict=True)
+    n_held = sum(_held(window, *part).sum().item() for part in parts)
+    return n_held / max(valid.sum().item(), 1)
+
+
+_CHUNK = 8192
+"""Contexts looked at together: a large text's would take many times its memory."""
+
+
+def _held(window: Window, segments: Tensor, valid: Tensor) -> Tensor:
+    """Which valid positions some window holds: bool [B, T]."""
     if window == "document":
-        for n in range(len(valid)):  # one by one: T x T of all contexts would be too much
-            same_TT = (segments[n][:, None] == segments[n]) & valid[n]
-            held_BT[n] = valid[n] & (same_TT.sum(-1) >= 2)
-    else:
-        allowed_BS = _allowed_windows(int(window), segments, valid)
-        for offset in range(int(window)):
-            held_BT[:, offset : offset + allowed_BS.shape[1]] |= allowed_BS
-    return held_BT.sum().item() / max(valid.sum().item(), 1)
+        places = segments.long()
+        n_BS = torch.zeros(len(places), int(places.max()) + 1, dtype=torch.int64)
+        n_BS.scatter_add_(1, places, valid.long())
+        return valid & (n_BS.gather(1, places) >= 2)
+    held_BT = torch.zeros_like(valid)
+    allowed_BS = _allowed_windows(int(window), segments, valid)
+    for offset in range(int(window)):
+        held_BT[:, offset : offset + allowed_BS.shape[1]] |= allowed_BS
+    return held_BT
 
 
 def _document_laplacian(segments: Tensor, valid: Tensor, dtype: torch.dtype) -> Laplacian:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import html
+import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_here, small_job
+from helpers import WORDS, run_here, small_job
 
 from tcsae.base.labels import interval_text, number
 from tcsae.base.run_files import NOTES, RunFiles
+from tcsae.jobs.finish import write_pages
 from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
+from tcsae.report.origin import misleading
 from tcsae.runs.folder import LoadedRun, load_run
 
 
@@ -70,6 +75,85 @@ def test_an_l0_that_was_asked_for_and_not_reached_is_said_first(
         measured = load_run(folder).final_info["metrics"]["sparsity"]["l0"]
         assert (abs(measured / asked - 1) > 0.1) == (target == "1.5"), measured
     assert said == {"1.5": [True] * 3, "near": [False] * 3}
+
+
+def test_what_makes_the_text_unfit_is_said(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """Documents shorter than the window; copies that a few words keep from being equal."""
+    rng = random.Random(0)
+    passage = [" ".join(rng.choices(WORDS, k=120)) for _ in range(10)]
+    wanted = {
+        "good": [" ".join(rng.choices(WORDS, k=120)) for _ in range(100)],
+        "short": [" ".join(rng.choices(WORDS, k=120 if n < 4 else 4)) for n in range(3000)],
+        "copies": [f"{n} {passage[n % 10]}" for n in range(100)],
+    }
+    words = {
+        "short": "of the training tokens lie where a document has 12 valid tokens in a row",
+        "copies": "of the held-out contexts stand in the training text too (half",
+    }
+    for name, rows in wanted.items():
+        text = tmp_path / f"{name}.jsonl"
+        text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        changes = {"window": "12", "lambda": "0.2", "training__tokens": "2000"}
+        changes |= {"dataset__n_contexts": "null", "dataset__eval_fraction": "0.3"}
+        folder = tmp_path / name
+        command = small_job(tiny_gpt2, text, folder, store__dir=str(tmp_path / "store"), **changes)
+        assert run_here(*command).code == 0
+        files, info = RunFiles(folder), load_run(folder).final_info
+        # The end of a page's section where cautions stand, as in the notes.
+        said = {
+            kind: [
+                sentence in " ".join(html.unescape(file.read_text()).split())
+                for file in (files.notes, files.report)
+            ]
+            for kind, sentence in words.items()
+        }
+        assert said == {kind: [kind == name] * 2 for kind in words}, name
+        share = info["tokens_in_windows"]
+        assert (share < 0.5) == (name == "short") and 0 < share <= 1
+        assert (words["short"] in files.log.read_text()) == (name == "short")
+        seen = info["held_out_seen_in_training"]
+        assert seen > 0.9 if name == "copies" else seen == 0, (name, seen)
+        notes = files.notes.read_text()
+        assert f"{100 * share:.2f} % of the training tokens" in notes
+
+
+@pytest.mark.parametrize(
+    ("explained", "score", "alive", "words"),
+    [
+        (0.9, 0.99, 1.0, []),
+        (0.0, 1.0, 0.1, []),
+        (-5.0, 0.9, 1.0, ["Explained variance is -5"]),
+        (-0.01, -0.2, 1.0, ["Explained variance is -0.01", "worse with the reconstruction"]),
+        (0.5, 1.28, 1.0, ["better with the reconstruction"]),
+        (None, None, 0.0, ["No feature fired"]),
+    ],
+)
+def test_numbers_that_cannot_be_read_as_usual_come_with_words(
+    explained: float | None, score: float | None, alive: float, words: list[str]
+) -> None:
+    metrics = {
+        "reconstruction_quality": {"explained_variance": explained},
+        "model_performance_preservation": {"ce_loss_score": score},
+        "misc_metrics": {"frac_alive": alive},
+    }
+    said = misleading(metrics)
+    assert len(said) == len(words)
+    assert all(word in line for word, line in zip(words, said, strict=True))
+
+
+def test_an_sae_worse_than_the_mean_says_so_before_any_number(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    files = RunFiles(folder)
+    info = json.loads(files.final_info.read_text())
+    info["metrics"]["reconstruction_quality"]["explained_variance"] = -5.0
+    files.final_info.write_text(json.dumps(info))
+    write_pages(load_run(folder))
+    page = files.report.read_text()
+    assert page.index("Explained variance is -5") < page.index("Results on held-out text")
+    assert "- Explained variance is -5" in files.notes.read_text()
 
 
 def test_explained_variance_by_norm_limit_is_there(run: LoadedRun, notes: str) -> None:
