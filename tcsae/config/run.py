@@ -75,10 +75,10 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
-        if self.source != "hub":
-            for key in ("subset", "revision"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is for datasets of the hub; leave it out here")
+        if self.source == "wheel" and self.subset is not None:
+            raise ValueError("subset is for datasets of the hub and folders; leave it out here")
+        if self.source != "hub" and self.revision is not None:
+            raise ValueError("revision is for datasets of the hub; leave it out here")
         if self.source != "files" and self.separator != "auto":
             raise ValueError("separator is for local files; leave it out here")
         return self

@@ -9,14 +9,13 @@ import hashlib
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tcsae.base.errors import UserError, first_line
-from tcsae.base.files import read_json, refuse_lfs_pointer
+from tcsae.base.files import refuse_lfs_pointer
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import (
     AUTO,
@@ -28,7 +27,8 @@ from tcsae.data.documents import (
     parts_of,
 )
 from tcsae.data.plays import PlaysCorpus
-from tcsae.data.readers import ALONE, KINDS, READERS, ROWS, kind_of, reading, row_text
+from tcsae.data.readers import READERS, ROWS, kind_of, reading, row_text
+from tcsae.data.which_files import which_files
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
         return PlaysCorpus.from_package(cfg.path)
     if cfg.source == "files":
         path = Path(cfg.path).expanduser()
-        return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator)
+        return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator, cfg.subset)
     return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
 
 
@@ -58,91 +58,6 @@ def text_identity(cfg: DatasetConfig) -> str | None:
 
 
 # ---------------------------------------------------------------- local files
-
-
-# What stands beside data and is none, in the folder of a dataset.
-_NO_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)\b.*", re.I
-)
-_OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-# As `datasets` finds splits by the names of folders and files.
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-_OF_SPLIT = re.compile(rf"(?:.*[-_.])?({'|'.join(_SPLITS)})(?:[-_.]?\d.*)?")
-
-
-def _files_in(root: Path, split: str) -> list[Path]:
-    """The data under `root`: its readable files without what describes them, and where they are
-    of several splits by their names, those of `split`.
-
-    Raises UserError if there are none.
-    """
-    found = _readable(root)
-    has_rows = any(kind_of(path) in ROWS for path in found)
-    taken = [path for path in found if not (has_rows and _NO_DATA.fullmatch(path.name))]
-    saved = root / "state.json"  # of save_to_disk, which may leave files of an earlier saving
-    if saved.is_file() and isinstance(state := read_json(saved), dict) and "_data_files" in state:
-        names = {str(entry.get("filename")) for entry in state["_data_files"]}
-        taken = [path for path in taken if path.name in names] or taken
-    splits = {path: _split_of(path.relative_to(root)) for path in taken}
-    named = sorted({name for name in splits.values() if name})
-    # One name alone may be chance; a folder without a part to train on has no splits.
-    if len(named) > 1 and "train" in named:
-        if split not in named:
-            raise UserError(
-                f"{root} has no split {split}: set dataset.split to one of {', '.join(named)}"
-            )
-        logger.info("%s: split %s of %s", root, split, ", ".join(named))
-        taken = [path for path in taken if splits[path] == split]
-    elif split != "train":
-        raise UserError(
-            f"dataset.split={split}: {root} has no splits (files or folders named train and "
-            "validation or test): leave the key out"
-        )
-    beside = [path for path in found if path not in taken and splits.get(path) not in named]
-    if beside:
-        shown = ", ".join(path.relative_to(root).as_posix() for path in beside[:10])
-        more = f" and {len(beside) - 10} more" if len(beside) > 10 else ""
-        logger.warning("%s: not taken for data: %s%s", root, shown, more)
-    return taken
-
-
-def _split_of(name: Path) -> str | None:
-    """Of its outermost folder that is named so, else of the file's own name."""
-    for folder in name.parts[:-1]:
-        if folder.lower() in _SPLITS:
-            return _SPLITS[folder.lower()]
-    found = _OF_SPLIT.fullmatch(name.name.split(".")[0].lower())
-    return _SPLITS[found[1]] if found else None
-
-
-def _readable(root: Path) -> list[Path]:
-    """The readable files under `root`, sorted; hidden ones are skipped, others counted."""
-    found, ignored = [], Counter[str]()
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root)
-        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
-            continue
-        # `datasets` keeps the results of map() as cache-*.arrow beside the data itself.
-        if kind_of(path) in READERS and not path.match("cache-*.arrow"):
-            if path.name not in _OF_DATASETS:
-                found.append(path)
-        else:
-            ignored[path.suffix.lower() or "no suffix"] += 1
-    kinds_found = {kind_of(path) for path in found}
-    sure = kinds_found - ALONE.keys() or kinds_found - {".json"} or kinds_found
-    ignored.update(path.suffix.lower() for path in found if kind_of(path) not in sure)
-    found = [path for path in found if kind_of(path) in sure]
-    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
-    if not found:
-        beside = f" (only {kinds})" if kinds else ""
-        raise UserError(f"{root} holds no {KINDS} file{beside}: give text in one of these forms")
-    if ignored:
-        logger.warning("%s: files of other kinds ignored: %s", root, kinds)
-    return found
 
 
 @dataclass(frozen=True)
@@ -159,35 +74,17 @@ class FilesCorpus:
 
     @classmethod
     def from_path(
-        cls, path: Path, text_field: str, split: str, separator: str | None = AUTO
+        cls,
+        path: Path,
+        text_field: str,
+        split: str,
+        separator: str | None = AUTO,
+        subset: str | None = None,
     ) -> FilesCorpus:
         if not path.exists():
             raise UserError(f"dataset.path={path}: no such file or folder")
-        if path.is_dir():
-            saved = path / "dataset_dict.json"
-            if saved.is_file():
-                content = read_json(saved)
-                splits = content.get("splits") if isinstance(content, dict) else None
-                if not isinstance(splits, list) or not splits:
-                    raise UserError(f"{saved} names no splits: save the dataset again")
-                if split not in splits:
-                    raise UserError(
-                        f"{path} has no split {split}: set dataset.split to one of "
-                        + ", ".join(map(str, splits))
-                    )
-                path = path / split
-                files = _files_in(path, "train")
-            else:
-                files = _files_in(path, split)
-            corpus = cls(path, tuple(files), text_field, separator)
-        elif kind_of(path) not in READERS:
-            raise UserError(f"{path} is none of {KINDS}: give text in one of these forms")
-        elif split != "train":
-            raise UserError(
-                f"dataset.split={split}: {path} is one file, which has no splits: leave the key out"
-            )
-        else:
-            corpus = cls(path.parent, (path,), text_field, separator)
+        root, files = which_files(path, split, subset)
+        corpus = cls(root, tuple(files), text_field, separator)
         for file in corpus.files:
             refuse_lfs_pointer(file)
         if not any(file.stat().st_size for file in corpus.files):

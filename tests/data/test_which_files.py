@@ -112,11 +112,93 @@ def test_a_broken_list_of_splits_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("key", ["subset", "revision"])
-def test_a_key_of_the_hub_is_refused_for_files(key: str) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "key"),
+    [("files", "revision"), ("shakespeare", "revision"), ("shakespeare", "subset")],
+)
+def test_a_key_of_the_hub_is_refused_for_other_text(dataset: str, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} is for datasets of the hub"):
-        config_of("dataset=files", "dataset.path=x", f"dataset.{key}=main")
+        config_of(f"dataset={dataset}", "dataset.path=x", f"dataset.{key}=main")
     assert getattr(config_of("dataset=pile", f"dataset.{key}=main").dataset, key) == "main"
+
+
+# ---------------------------------------------------------------- the dataset card
+
+CARD = """---
+license: mit
+configs:
+- config_name: stories
+  data_files:
+  - split: train
+    path: stories/part-*.jsonl
+  - split: test
+    path: [stories/held.jsonl]
+- config_name: letters
+  data_dir: letters
+- config_name: all
+  default: true
+  data_files: ["stories/*.jsonl", "letters/**/*.jsonl"]
+---
+# A card
+"""
+
+
+@pytest.fixture
+def with_card(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text(CARD)
+    rows(tmp_path / "stories" / "part-0.jsonl", "a")
+    rows(tmp_path / "stories" / "part-1.jsonl", "b")
+    rows(tmp_path / "stories" / "held.jsonl", "c")
+    rows(tmp_path / "letters" / "x" / "1.jsonl", "d")
+    rows(tmp_path / "draft.jsonl", "e")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("subset", "split"),
+    [("stories", "train"), ("stories", "test"), ("letters", "train"), (None, "train")],
+)
+def test_a_card_says_which_files_are_which(with_card: Path, subset: str | None, split: str) -> None:
+    import datasets
+
+    corpus = FilesCorpus.from_path(with_card, "text", split, subset=subset)
+    cache = str(with_card.parent / "cache")
+    wanted = datasets.load_dataset(str(with_card), name=subset, split=split, cache_dir=cache)
+    texts = [d.text for d in corpus.documents()]
+    assert sorted(texts) == sorted(wanted["text"]) and "e" not in texts
+
+
+def test_what_a_card_does_not_have_is_refused_with_what_it_has(with_card: Path) -> None:
+    with pytest.raises(UserError, match="no subset x: set dataset.subset to one of stories, let"):
+        FilesCorpus.from_path(with_card, "text", "train", subset="x")
+    with pytest.raises(UserError, match="no split test: set dataset.split to one of train"):
+        FilesCorpus.from_path(with_card, "text", "test")
+    card = with_card / "README.md"
+    card.write_text(CARD.replace("  default: true\n", ""))
+    with pytest.raises(UserError, match="several subsets: set dataset.subset to one of stories"):
+        FilesCorpus.from_path(with_card, "text", "train")
+    card.write_text(CARD.replace("stories/part-*", "stories/gone-*"))
+    with pytest.raises(UserError, match="gone-.*fetch what is missing"):
+        FilesCorpus.from_path(with_card, "text", "train", subset="stories")
+    card.write_text("---\nconfigs: [}\n---\n")
+    with pytest.raises(UserError, match="header is not YAML") as raised:
+        FilesCorpus.from_path(with_card, "text", "train")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("pattern", ["../out/*.jsonl", "/etc/*.jsonl", "stories/../../out/*.jsonl"])
+def test_a_card_names_nothing_outside_its_folder(with_card: Path, pattern: str) -> None:
+    rows(with_card.parent / "out" / "secret.jsonl", "s")
+    (with_card / "README.md").write_text(CARD.replace("stories/part-*.jsonl", pattern))
+    with pytest.raises(UserError, match="fetch what is missing"):
+        FilesCorpus.from_path(with_card, "text", "train", subset="stories")
+
+
+def test_a_subset_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    rows(tmp_path / "a.jsonl", "a")
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UserError, match="dataset.subset=x.*has no subsets"):
+            FilesCorpus.from_path(path, "text", "train", subset="x")
 
 
 def test_a_pointer_of_git_lfs_is_not_trained_on(tmp_path: Path) -> None:
