@@ -23,6 +23,7 @@ from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import EvalFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage
 from tcsae.config import Measured, run_id
 from tcsae.data.batches import ActivationBatches, Batch
 from tcsae.data.language_model import LanguageModel
@@ -155,7 +156,24 @@ def evaluate(
     """
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
-    reconstruction, suite, limits = on_activations(sae, config, batches, units, stop)
+    seen = on_activations(sae, config, batches, units, stop)
+    return _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
+
+
+@stage("intervals")
+def _evaluation(
+    sae: SparseAutoencoder,
+    config: Measured,
+    model: LanguageModel,
+    batches: ActivationBatches,
+    units: Units,
+    sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
+    reconstruction: ReconstructionMetrics,
+    suite: ConsistencySuite,
+    limits: NormLimits,
+) -> Evaluation:
+    """What was accumulated, as numbers with intervals."""
     by_limit = limits.compute()
     through_model = model_contexts(config, units)
     log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
@@ -221,6 +239,7 @@ def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dic
     ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
 
 
+@stage("evaluate features")
 def on_activations(
     sae: SparseAutoencoder,
     config: Measured,
