@@ -71,9 +71,8 @@ from tcsae.base.progress import Progress
 from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
-from tcsae.data.language_model import LanguageModel
-from tcsae.data.token_text import token_text
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
 from tcsae.metrics.correlation import FeatureCorrelation
@@ -154,7 +153,7 @@ class Analysis:
 def analyse(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     per_feature: Mapping[str, Tensor],
     stop: StopRequest,
@@ -180,7 +179,7 @@ def analyse(
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
-            seen.update(features, batch.ids, batch.segments, batch.valid)
+            seen.update(features, model.shown(batch.ids), batch.segments, batch.valid)
             progress.update(batch.valid.numel())
     stop.check()
     W_dec = sae.W_dec.detach().cpu().float()
@@ -214,13 +213,13 @@ def analyse(
 class _Texts:
     """Token ids as text, each decoded once."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._tokenizer = model.tokenizer
+    def __init__(self, model: ActivationModel) -> None:
+        self._model = model
         self._known: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
         if token not in self._known:
-            self._known[token] = token_text(self._tokenizer, token)
+            self._known[token] = self._model.text_of(token)
         return self._known[token]
 
 
