@@ -10,8 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.base.printable import printable
-from tcsae.cli import command
+from tcsae.cli import command, show
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         comparison = compare_runs(given.folders, baseline)
         output = given.output or default_output(given.folders)
         page = write_comparison(comparison, output)
-    print(printable(comparison.markdown()))
-    print(printable(f"page: {page}"))
+    show(comparison.markdown())
+    show(f"page: {page}")
 
 
 if __name__ == "__main__":
