@@ -15,6 +15,7 @@ from torch import Tensor
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.data.language_model import HOOKS
+from tcsae.sae.formats.known import LoadedSAE
 
 RUNNER_NAME = "runner_cfg.json"
 """Of SAELens 6: the whole configuration of the training, beside the SAE."""
@@ -44,6 +45,13 @@ def part(content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _of(kind: type, value: Any) -> Any:
     return value if type(value) is kind else None
+
+
+def facts_of(found: LoadedSAE) -> Facts:
+    """By the words of the library that wrote it."""
+    if found.library == "dictionary_learning":
+        return dictionary_learning_facts(found.cfg)
+    return saelens_facts(found.cfg, found.weights, found.sae.saelens_state().tensors)
 
 
 def saelens_facts(cfg: Mapping[str, Any], weights: Path, tensors: Mapping[str, Tensor]) -> Facts:
@@ -95,9 +103,12 @@ def dictionary_learning_facts(config: Mapping[str, Any]) -> Facts:
     trainer = part(config, "trainer")
     layer, place = trainer.get("layer"), str(trainer.get("submodule_name"))
     hook = next((hook for hook in HOOKS if place.startswith(hook)), None)
-    known = hook is not None and type(layer) is int
+    name = f"blocks.{layer}.{HOOKS[hook]}" if hook and type(layer) is int else None
+    buffer = part(config, "buffer")
+    if buffer.get("io") == "in":
+        name = f"the input of {name or place}"
     return Facts(
         model=_of(str, trainer.get("lm_name")),
-        hook_name=f"blocks.{layer}.{HOOKS[hook]}" if known and hook else None,
-        context_size=_of(int, part(config, "buffer").get("ctx_len")),
+        hook_name=name,
+        context_size=_of(int, buffer.get("ctx_len")),
     )
