@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,20 @@ from tcsae.data.documents import Document
 
 BATCH_CHARS = 1_000_000
 """Text given to the tokenizer at once: enough to use every core, little enough to hold."""
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, no special ones added: the one way from text to what is trained on."""
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        # Text that spells <|endoftext|> must not become a boundary between documents.
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
 
 
 @dataclass
@@ -152,15 +166,7 @@ class Side(abc.ABC):
         """Tokenise what is pending."""
         if not self._pending:
             return
-        all_ids = self._tokenizer(
-            [document.text for document in self._pending],
-            add_special_tokens=False,
-            # Text that spells <|endoftext|> must not become a boundary between documents.
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        all_ids = token_ids(self._tokenizer, [document.text for document in self._pending])
         for document, ids in zip(self._pending, all_ids, strict=True):
             if ids:
                 self.n_tokens += len(ids) + 1
