@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tcsae.base.printable import printable
-from tcsae.cli import command
+from tcsae.cli import command, show
 
 if TYPE_CHECKING:
     from tcsae.report.comparison import Comparison
@@ -60,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         comparison = compare_runs(given.folders, baseline)
         output = given.output or default_output(given.folders)
         page = write_comparison(comparison, output)
-    print(printable(comparison.markdown()))
-    print(printable(f"page: {page}"))
+    show(comparison.markdown())
+    show(f"page: {page}")
 
 
 def compare(*runs: LoadedRun | str | Path, baseline: dict[str, str] | None = None) -> Comparison:
