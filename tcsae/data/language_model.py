@@ -121,7 +121,9 @@ class LanguageModel:
             raise UserError(f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)})")
         try:
             with quiet():
-                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                tokenizer("tried once")  # settings of another form show only here
+                return tokenizer
         # Each class has its own way to fail on a file of another form.
         except Exception as error:
             raise UserError(
