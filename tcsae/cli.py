@@ -27,6 +27,11 @@ COMMANDS = {
 }
 
 
+def show(text: str) -> None:
+    """Print a result: what it quotes of names and texts moves no cursor."""
+    print(printable(text))
+
+
 def say(message: str) -> None:
     print(f"tcsae: {printable(message)}", file=sys.stderr)
 

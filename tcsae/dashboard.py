@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, write_json
-from tcsae.cli import command
+from tcsae.cli import command, show
 from tcsae.report.workspace import DEFAULT_WINDOW, definition, outline, workspace
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command():
         made = workspace(given.entity, given.project, given.group, given.window)
         if given.dry_run:
-            print(outline(made))
+            show(outline(made))
         elif given.json is not None:
             make_folder(given.json.parent)
             write_json(given.json, definition(made))
-            print(f"definition: {given.json}")
+            show(f"definition: {given.json}")
         else:
-            print(f"workspace: {_save(made)}")
+            show(f"workspace: {_save(made)}")
 
 
 if __name__ == "__main__":

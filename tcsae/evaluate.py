@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tcsae.base.log import tcsae_console
 from tcsae.base.signals import stop_on_signal
-from tcsae.cli import command
+from tcsae.cli import command, show
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             found = from_folder(Path(given.folder))
         folder = evaluate_sae(found, given.arguments, given.output, stop)
-    print(f"measured: {folder}")
+    show(f"measured: {folder}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.cli import command
+from tcsae.cli import command, show
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with command():
         if given.hub is not None:
-            print(f"uploaded: {upload_run(given.run, given.hub, given.private)}")
+            show(f"uploaded: {upload_run(given.run, given.hub, given.private)}")
         else:
-            print(f"exported: {export_run(given.run, given.output)}")
+            show(f"exported: {export_run(given.run, given.output)}")
 
 
 if __name__ == "__main__":

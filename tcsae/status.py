@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.cli import command, refuse
+from tcsae.cli import command, refuse, show
 from tcsae.report.status_table import WIDTH, fitting_text, text, to_json, tracebacks
 from tcsae.runs.status import find_groups
 
@@ -84,7 +84,7 @@ def _show(given: argparse.Namespace) -> None:
     elif given.json:
         print(json.dumps(to_json(find_groups(given.folders)), indent=2, allow_nan=False))
     elif given.failed:
-        print("\n".join(tracebacks(find_groups(given.folders))))
+        show("\n".join(tracebacks(find_groups(given.folders))))
     else:
         width = shutil.get_terminal_size((WIDTH, 24)).columns
         print(text(find_groups(given.folders), width, _uses_colour()))

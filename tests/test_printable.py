@@ -18,6 +18,8 @@ def test_control_characters_are_shown_and_not_obeyed(capsys: pytest.CaptureFixtu
     assert printable(f"{name}\n\tend") == "a\\x1b[2Kb\\r\\x07\\u202ec.txt\n\tend"
     cli.say(name)
     assert capsys.readouterr().err == "tcsae: a\\x1b[2Kb\\r\\x07\\u202ec.txt\n"
+    cli.show(b"a\xff.txt".decode("utf-8", "surrogateescape"))
+    assert capsys.readouterr().out == "a\\udcff.txt\n"
     record = logging.LogRecord("tcsae", logging.INFO, "", 0, "%s", (name,), None)
     assert FORMAT.format(record).endswith("a\\x1b[2Kb\\r\\x07\\u202ec.txt")
 

@@ -11,8 +11,14 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of a library says, or its type where it says nothing.
+
+    Where the first line only announces the next, both.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 class Interrupted(Exception):

@@ -5,14 +5,26 @@ from __future__ import annotations
 import logging
 import re
 
-# Controls but for line ends and tabs, and the marks that turn the direction of a line.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# Controls but for line ends and tabs, the marks that turn the direction of a line, and the bytes of
+# a file's name that are no text, which cannot be printed at all.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
     r"""`text` with its control characters as \x1b and the like: none moves a cursor or hides a
     line."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda found: _escaped(found[0]), text)
+
+
+def visible(text: str) -> str:
+    """`printable` for a cell of a table: in one line, and nothing in it without a width."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class PrintableFormatter(logging.Formatter):

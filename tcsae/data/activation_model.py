@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tcsae.config import ModelConfig
 from tcsae.data.contexts import SpecialIds
+from tcsae.data.token_text import TokenTexts
 
 
 class ActivationModel(Protocol):
@@ -44,5 +45,5 @@ class ActivationModel(Protocol):
     def shown(self, ids_BT: Tensor) -> Tensor:
         """[B, T] int64 below `vocabulary`: what stands for each token where tokens are counted."""
 
-    def text_of(self, shown: int) -> str:
-        """One of them as text."""
+    def texts(self) -> TokenTexts:
+        """The same as text."""

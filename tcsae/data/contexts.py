@@ -162,6 +162,11 @@ def build_contexts(
     else:
         _fill_from_stream(corpus, cfg, (train, held_out), report)
     contexts = tuple(_contexts_of(side, special, cfg) for side in (train, held_out))
+    if train.tokens_given or held_out.tokens_given:
+        logger.warning(
+            "%s: tokens are taken as they are, as this model's, and a row is one document",
+            corpus.describe(),
+        )
     logger.info(
         "%s: %d training and %d evaluation contexts of %d tokens in %.1f s",
         corpus.describe(),

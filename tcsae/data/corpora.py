@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tcsae.base.errors import UserError, first_line
 from tcsae.base.files import refuse_lfs_pointer
 from tcsae.config import DatasetConfig
@@ -27,7 +29,7 @@ from tcsae.data.documents import (
     parts_of,
 )
 from tcsae.data.plays import PlaysCorpus
-from tcsae.data.readers import READERS, ROWS, kind_of, reading, row_text
+from tcsae.data.readers import READERS, ROWS, Content, kind_of, reading, row_content
 from tcsae.data.which_files import which_files
 
 logger = logging.getLogger(__name__)
@@ -110,18 +112,27 @@ class FilesCorpus:
             with reading(path):
                 for number, whole in enumerate(READERS[kind](path, self.text_field)):
                     id_ = f"{name}:{number}" if kind in ROWS else name
-                    parts = parts_of(whole, self.separator)
-                    for place, text in enumerate(parts):
-                        if not text.strip():
-                            blank += len(parts) == 1  # a separator ends the last one too
-                            continue
-                        any_text = True
-                        part = id_ if len(parts) == 1 else f"{id_}#{place}"
-                        yield Document(part, text, content_group(text))
+                    found = 0
+                    for document in self._parts(id_, whole):
+                        found += 1
+                        yield document
+                    any_text |= found > 0
+                    blank += not found
         if not any_text:
             raise UserError(f"{self.describe()}: no text in it (only blank documents)")
         if blank:
             logger.warning("%s: skipped %d blank documents", self.root, blank)
+
+    def _parts(self, id_: str, whole: Content) -> Iterator[Document]:
+        """The documents in a text or a row; none in a blank one."""
+        if isinstance(whole, np.ndarray):
+            yield Document(id_, "", content_group(whole), whole)
+            return
+        parts = parts_of(whole, self.separator)
+        for place, text in enumerate(parts):
+            if text.strip():
+                part = id_ if len(parts) == 1 else f"{id_}#{place}"
+                yield Document(part, text, content_group(text))
 
     def fingerprint(self) -> str:
         def parts() -> Iterator[str | bytes]:
@@ -201,8 +212,10 @@ class HubCorpus:
                 raise UserError(f"{where}: {reason}: {_hub_advice(self.name, error)}") from error
             if row is None:
                 return
-            text = row_text(row, where, self.text_field)
-            if text.strip():
+            text = row_content(row, where, self.text_field)
+            if isinstance(text, np.ndarray):
+                yield Document(content_group(text), "", content_group(text), text)
+            elif text.strip():
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 yield Document(key, text, content_group(text))
 

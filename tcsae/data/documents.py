@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+CHARS_A_TOKEN = 4
+"""Of English text, about; sizes are counted in characters."""
 LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
 
 
@@ -20,6 +24,20 @@ class Document:
     text: str
     group: str
     """What stays together on one side of the train/evaluation split: a play, copies of a text."""
+    ids: np.ndarray | None = field(default=None, compare=False)
+    """int32 [tokens]; given where the text was had as tokens, and `text` is then empty."""
+
+    @property
+    def n_chars(self) -> int:
+        """The text's characters; for tokens about as many as their text has."""
+        return len(self.text) if self.ids is None else CHARS_A_TOKEN * len(self.ids)
+
+    def part(self, start: int, n_chars: int) -> Document:
+        """The document's `n_chars` from character `start` on."""
+        if self.ids is None:
+            return replace(self, text=self.text[start : start + n_chars])
+        first = start // CHARS_A_TOKEN
+        return replace(self, ids=self.ids[first : first + n_chars // CHARS_A_TOKEN])
 
 
 class Corpus(Protocol):
@@ -71,9 +89,11 @@ def parts_of(text: str, separator: str | None) -> list[str]:
     return _KNOWN.split(text) if separator == AUTO else text.split(separator)
 
 
-def content_group(text: str) -> str:
+def content_group(text: str | np.ndarray) -> str:
     """The same for copies of a text, also where only white space and case differ: they must not
-    be trained on and held out both."""
+    be trained on and held out both. Of tokens: of the same ids."""
+    if isinstance(text, np.ndarray):
+        return hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()[:32]
     plain = " ".join(text.casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()[:32]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,11 +96,11 @@ class HeldOut(Side):
 
     def shortened(self, document: Document) -> Document:
         most = KEPT_CONTEXTS * self.size * self.chars_per_token
-        if len(document.text) <= most:
+        if document.n_chars <= most:
             return document
         self._cut = True
-        start = self._drawn("kept", document) % (len(document.text) - most + 1)
-        return replace(document, text=document.text[start : start + most])
+        start = self._drawn("kept", document) % (document.n_chars - most + 1)
+        return document.part(start, most)
 
     def add(self, document: Document) -> bool:
         # A stream names a text by its content: a copy is no second document.

@@ -21,7 +21,7 @@ from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
 from tcsae.data.network import Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
-from tcsae.data.token_text import token_text
+from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
@@ -121,9 +121,9 @@ class LanguageModel:
         """What stands for a token where tokens are counted: its id."""
         return ids_BT
 
-    def text_of(self, shown: int) -> str:
-        """A token's text."""
-        return token_text(self.tokenizer, shown)
+    def texts(self) -> TokenTexts:
+        """Tokens as text."""
+        return TokenTexts(self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -135,7 +135,9 @@ class LanguageModel:
             raise UserError(f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)})")
         try:
             with quiet():
-                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                tokenizer("tried once")  # settings of another form show only here
+                return tokenizer
         # Each class has its own way to fail on a file of another form.
         except Exception as error:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tcsae.data.documents import Corpus, Document
 
@@ -30,11 +30,14 @@ class PartedText:
     @classmethod
     def from_corpus(cls, of: Corpus) -> PartedText | None:
         """None: the text is too short to be parted."""
-        n = min(PIECES, len(next(of.documents()).text) // SHORTEST)
+        n = min(PIECES, next(of.documents()).n_chars // SHORTEST)
         return cls(of, n) if n > 1 else None
 
     def documents(self) -> Iterator[Document]:
         whole = next(self.of.documents())  # any other is a copy of it
+        if whole.ids is not None:
+            yield from self._of_tokens(whole)
+            return
         length = len(whole.text) / self.n
         ends = [_after_a_word(whole.text, round(length * k)) for k in range(self.n + 1)]
         for k in range(self.n):
@@ -42,6 +45,13 @@ class PartedText:
             text = whole.text[start : ends[k + 1]]
             if text.strip():
                 yield Document(f"{whole.id}#{k}", text, f"{whole.group}#{k}")
+
+    def _of_tokens(self, whole: Document) -> Iterator[Document]:
+        length = whole.n_chars / self.n
+        for k in range(self.n):
+            start = round(length * k) + GAP * (k > 0)
+            part = whole.part(start, round(length * (k + 1)) - start)
+            yield replace(part, id=f"{whole.id}#{k}", group=f"{whole.group}#{k}")
 
     def fingerprint(self) -> str:
         return self.of.fingerprint()

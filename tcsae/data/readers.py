@@ -21,10 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tcsae.base.errors import UserError, first_line
 
-Reader = Callable[[Path, str], Iterator[str]]
-"""(file, field of the text in a row) -> the texts in it, blank ones included."""
+Content = str | np.ndarray
+"""A document: its text, or its tokens int32 [tokens]."""
+Reader = Callable[[Path, str], Iterator[Content]]
+"""(file, field of the text in a row) -> the documents in it, blank ones included."""
 
 
 @contextmanager
@@ -71,7 +75,7 @@ def _whole(read: Reader) -> Reader:
     """`read`, with what libraries say of a broken file turned into one line."""
 
     @functools.wraps(read)
-    def wrapped(path: Path, field: str) -> Iterator[str]:
+    def wrapped(path: Path, field: str) -> Iterator[Content]:
         import pyarrow as pa
 
         broken = (
@@ -124,8 +128,8 @@ def missing(where: str, field: str, names: Iterable[str]) -> UserError:
     )
 
 
-def row_text(row: Any, where: str, field: str) -> str:
-    """The text of a row: its `field`, which may be nested (`a.b`) or a conversation."""
+def row_content(row: Any, where: str, field: str) -> Content:
+    """The text of a row: its `field`, which may be nested (`a.b`), a conversation or tokens."""
     if isinstance(row, dict) and field in row:
         value = row[field]
     else:
@@ -136,6 +140,8 @@ def row_text(row: Any, where: str, field: str) -> str:
             value = value[name]
     if isinstance(value, list) and value and all(_is_message(part) for part in value):
         value = "\n\n".join(f"{part['role']}: {_content(part['content'])}" for part in value)
+    if isinstance(value, list) and value and all(type(part) is int for part in value):
+        return _tokens(value, f"{where}: field {field}")
     if value is not None and not isinstance(value, str):
         raise UserError(
             f"{where}: field {field} holds {type(value).__name__}, not text: "
@@ -143,6 +149,14 @@ def row_text(row: Any, where: str, field: str) -> str:
         )
     # Half of a surrogate pair is legal in JSON and refused by tokenizers.
     return (value or "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _tokens(value: list[int], where: str) -> np.ndarray:
+    lowest, highest = min(value), max(value)
+    if lowest < 0 or highest >= 2**31:
+        bad = lowest if lowest < 0 else "a number of more than 31 bits"
+        raise UserError(f"{where} holds {bad}, which is no token: give lists of token ids, or text")
+    return np.array(value, dtype=np.int32)
 
 
 def _is_message(part: Any) -> bool:
@@ -156,14 +170,14 @@ def _content(content: str | list[Any]) -> str:
 
 
 @_whole
-def _read_text(path: Path, field: str) -> Iterator[str]:
+def _read_text(path: Path, field: str) -> Iterator[Content]:
     """One text: the file, with line ends as on Unix."""
     with _open(path) as file:
         yield re.sub(r"\r\n?", "\n", _utf8(file.read(), path))
 
 
 @_whole
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, field: str) -> Iterator[Content]:
     """One text a line."""
     offset = 0
     with _open(path) as lines:
@@ -176,16 +190,23 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             try:
                 row = json.loads(text)
             except ValueError as error:
-                raise UserError(f"{where} is not JSON ({error}): one object a line") from error
+                raise UserError(
+                    f"{where} is not JSON ({_reason(error)}): one object a line"
+                ) from error
             except RecursionError:
                 raise UserError(f"{where} is nested too deep to be read: leave it out") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object: one object a line")
-            yield row_text(row, where, field)
+            yield row_content(row, where, field)
+
+
+def _reason(error: ValueError) -> str:
+    """Python's own words for a number of 5,000 digits are about its settings."""
+    return "a number too long to be read" if "integer string" in str(error) else str(error)
 
 
 @_whole
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, field: str) -> Iterator[Content]:
     """One text a row."""
     import pyarrow.parquet as pq
 
@@ -193,11 +214,11 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         column = _column(str(path), field, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
-                yield row_text({column: value}, str(path), field)
+                yield row_content({column: value}, str(path), field)
 
 
 @_whole
-def _read_arrow(path: Path, field: str) -> Iterator[str]:
+def _read_arrow(path: Path, field: str) -> Iterator[Content]:
     """One text a row, from either form of Arrow IPC: `datasets` writes the streaming one."""
     import pyarrow as pa
 
@@ -210,7 +231,7 @@ def _read_arrow(path: Path, field: str) -> Iterator[str]:
         batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
         for batch in batches:
             for value in batch.column(column).to_pylist():
-                yield row_text({column: value}, str(path), field)
+                yield row_content({column: value}, str(path), field)
 
 
 def _column(where: str, field: str, names: list[str]) -> str:
@@ -221,7 +242,7 @@ def _column(where: str, field: str, names: list[str]) -> str:
 
 
 @_whole
-def _read_table(path: Path, field: str) -> Iterator[str]:
+def _read_table(path: Path, field: str) -> Iterator[Content]:
     """One text a row, of values that commas (csv) or tabs (tsv) are between."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     separator = "\t" if kind_of(path) == ".tsv" else ","
@@ -231,11 +252,11 @@ def _read_table(path: Path, field: str) -> Iterator[str]:
         if rows.fieldnames is None or field not in rows.fieldnames:
             raise missing(str(path), field, rows.fieldnames or [])
         for row in rows:
-            yield row_text(row, f"{path} line {rows.line_num}", field)
+            yield row_content(row, f"{path} line {rows.line_num}", field)
 
 
 @_whole
-def _read_json(path: Path, field: str) -> Iterator[str]:
+def _read_json(path: Path, field: str) -> Iterator[Content]:
     """One text an entry of a list (of texts or objects), which may be the one list of an object."""
     try:
         with _open(path) as file:
@@ -243,7 +264,7 @@ def _read_json(path: Path, field: str) -> Iterator[str]:
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read: leave it out") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+        raise UserError(f"{path} is not JSON ({_reason(error)})") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 and field not in content else [content]
@@ -251,7 +272,7 @@ def _read_json(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path} is no list of texts or of objects")
     for number, row in enumerate(content):
         where = f"{path} entry {number}"
-        yield row_text({field: row} if isinstance(row, str) else row, where, field)
+        yield row_content({field: row} if isinstance(row, str) else row, where, field)
 
 
 ALONE = {".json": _read_json, ".csv": _read_table, ".tsv": _read_table}

@@ -5,16 +5,31 @@ from __future__ import annotations
 import abc
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from tcsae.base.errors import UserError
 from tcsae.data.documents import Document
 
 BATCH_CHARS = 1_000_000
 """Text given to the tokenizer at once: enough to use every core, little enough to hold."""
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, no special ones added: the one way from text to what is trained on."""
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        # Text that spells <|endoftext|> must not become a boundary between documents.
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
 
 
 @dataclass
@@ -33,7 +48,7 @@ class Sample:
     _heap: list[tuple[int, str, Document]] = field(default_factory=list)
 
     def _size(self, document: Document) -> int:
-        return int(min(len(document.text), self.counted))
+        return int(min(document.n_chars, self.counted))
 
     def add(self, rank: int, document: Document) -> None:
         heapq.heappush(self._heap, (-rank, document.id, document))
@@ -72,6 +87,8 @@ class Side(abc.ABC):
     def clear(self) -> None:
         self.n_tokens = 0
         """Of the documents taken and the BOS after each."""
+        self.tokens_given = False
+        """Whether documents came as tokens."""
         self._pending: list[Document] = []
         self._pending_chars = self._pending_counted = 0.0
 
@@ -139,8 +156,8 @@ class Side(abc.ABC):
     def add(self, document: Document) -> bool:
         """Take a document; whether that led to tokens, and so to progress."""
         self._pending.append(document)
-        self._pending_chars += len(document.text)
-        self._pending_counted += min(len(document.text), 4 * self.counted_tokens)
+        self._pending_chars += document.n_chars
+        self._pending_counted += min(document.n_chars, 4 * self.counted_tokens)
         # Near the end a batch is no larger than what is probably still missing.
         few = self._pending_counted < 4 * self.missing_tokens()
         if few and self._pending_chars < BATCH_CHARS:
@@ -152,17 +169,32 @@ class Side(abc.ABC):
         """Tokenise what is pending."""
         if not self._pending:
             return
-        all_ids = self._tokenizer(
-            [document.text for document in self._pending],
-            add_special_tokens=False,
-            # Text that spells <|endoftext|> must not become a boundary between documents.
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        for document, ids in zip(self._pending, all_ids, strict=True):
-            if ids:
+        for document, ids in zip(self._pending, self._tokens(self._pending), strict=True):
+            if len(ids):
                 self.n_tokens += len(ids) + 1
-                self.take(document, np.array(ids, dtype=np.int32))
+                self.take(document, ids)
         self._pending, self._pending_chars, self._pending_counted = [], 0.0, 0.0
+
+    def _tokens(self, documents: list[Document]) -> Iterator[np.ndarray]:
+        """The tokens of each document, int32 [none or more]."""
+        texts = [document.text for document in documents if document.ids is None]
+        tokenised = iter(token_ids(self._tokenizer, texts) if texts else ())
+        for document in documents:
+            if document.ids is None:
+                yield np.array(next(tokenised), dtype=np.int32)
+            else:
+                self.tokens_given = True
+                yield self._without_frame(document, document.ids)
+
+    def _without_frame(self, document: Document, ids: np.ndarray) -> np.ndarray:
+        """Given tokens less the BOS that leads them and the padding at either end."""
+        known = len(self._tokenizer)
+        if len(ids) and ids.max() >= known:
+            raise UserError(
+                f"{document.id}: token {ids.max()} is beyond the {known} of the model's tokenizer: "
+                "these tokens are another tokenizer's; give text, or set model to the one they "
+                "were made for"
+            )
+        frame = {self.bos, self._tokenizer.pad_token_id}
+        inner = np.flatnonzero(~np.isin(ids, [id_ for id_ in frame if id_ is not None]))
+        return ids[inner[0] : inner[-1] + 1] if len(inner) else ids[:0]

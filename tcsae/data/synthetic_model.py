@@ -20,10 +20,26 @@ from tcsae.data.synthetic import (
     document_numbers,
     documents_each,
 )
+from tcsae.data.token_text import TokenTexts
 
 HOOK = "synthetic"
 """In place of the name of a hook."""
-_NOTHING, _BOS = "nothing", "BOS"
+
+
+class _FeatureTexts(TokenTexts):
+    """What stands for a token in words: a true feature by its class and number there."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(tokenizer=None)
+        self._world = world
+
+    def _of(self, token: int) -> tuple[str, bytes | None]:
+        if token < 2:
+            return ("BOS", "nothing")[token], None
+        feature = token - 2
+        name = self._world.cfg.class_names[int(self._world.class_of[feature])]
+        # A space, because tokens are set one behind the other.
+        return f"{name} {feature - self._world.members(name).start} ", None
 
 
 class SyntheticModel:
@@ -65,12 +81,8 @@ class SyntheticModel:
         shown_BT = torch.where(value_BT > 0, feature_BT + 2, 1)
         return torch.where(ids_BT.cpu() == BOS, 0, shown_BT).to(ids_BT.device)
 
-    def text_of(self, shown: int) -> str:
-        if shown < 2:
-            return (_BOS, _NOTHING)[shown]
-        of = int(self.world.class_of[shown - 2])
-        name = self.world.cfg.class_names[of]
-        return f"{name} {shown - 2 - self.world.members(name).start} "
+    def texts(self) -> TokenTexts:
+        return _FeatureTexts(self.world)
 
     def contexts(self, cfg: DatasetConfig) -> tuple[Contexts, Contexts]:
         """Training and held-out contexts, of different documents. UserError for too many."""

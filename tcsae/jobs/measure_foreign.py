@@ -17,8 +17,9 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.stream import open_model, open_stream
+from tcsae.jobs.cautions import cautions
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
-from tcsae.jobs.foreign import ForeignSAE, composed, with_cautions
+from tcsae.jobs.foreign import ForeignSAE, composed
 from tcsae.measure.evaluation import on_the_model
 from tcsae.runs.folder import RunFolder
 from tcsae.sae.formats.saelens import load_saelens, save_saelens
@@ -45,14 +46,16 @@ def evaluate_sae(
     config = composed(found, overrides)
     model = open_model(config)
     _check_width(found, config, model)
-    config = with_cautions(config, found.facts, model.hook_name)
+    said = cautions(found.facts, config, model)
+    source = config.source.model_copy(update={"cautions": said})
+    config = config.model_copy(update={"source": source})
     run = RunFolder(output or Path("outputs") / run_name(config))
     folder = run.path
+    for text in said:
+        log.warning(text)
     if _holds_it(config, run):
         say_finished(run)
         return folder
-    for text in config.source.cautions:
-        log.warning(text)
     # Before the folder is made: what is wrong with text or weights shows here.
     stream = open_stream(config, stop, model)
     with run.owned():

@@ -73,9 +73,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tcsae.base.errors import UserError
+from tcsae.base.frames import data_frame
 from tcsae.base.labels import (
     DEFAULT_WINDOW,
     interval_text,
@@ -91,6 +92,9 @@ from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 log = logging.getLogger(__name__)
 
 _HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
@@ -102,7 +106,7 @@ _HEADLINE_TRUTH = (
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Runs side by side; the fields are described at the top of this file."""
 
@@ -125,6 +129,14 @@ class Comparison:
         parts = [_values_table(self), _differences_table(self)]
         parts.append("\n".join(f"- {notice}" for notice in self.notices))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def __repr__(self) -> str:
+        return self.markdown()
+
+    def table(self) -> DataFrame:
+        """A row per group, as `csv` has it. Raises UserError without pandas."""
+        rows = [_csv_row(self, group) for group in self.groups]
+        return data_frame(rows, "comparison.csv() has the same numbers")
 
     def csv(self) -> str:
         """A row per group, numbers unrounded, empty where there is none."""

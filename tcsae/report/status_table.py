@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from tcsae.base.printable import visible
 from tcsae.runs.status import Group, Job, RunStatus, seconds_left
 
 MISSING = ("failed", "lost", "interrupted", "unknown")
@@ -41,8 +42,8 @@ def duration(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """At most `width` characters, the middle replaced by an ellipsis; what cannot be printed: ?"""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    """One line of at most `width` characters, the middle replaced by an ellipsis."""
+    text = visible(text)
     if len(text) <= width:
         return text
     end = (width - 1) // 2

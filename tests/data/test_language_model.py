@@ -320,6 +320,21 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(folder: Path, tmp_path: Path
     assert "\n" not in str(raised.value)
 
 
+def test_settings_of_another_form_are_one_line(tiny_gpt2: Path, tmp_path: Path) -> None:
+    copy = broken(tiny_gpt2, tmp_path)
+    settings = copy / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**content, "model_max_length": "many"}))
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*'int' and 'str'"):
+        assert tiny(copy).tokenizer
+    config = copy / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "n_positions": "many"}))
+    with pytest.raises(UserError, match=r"n_positions.*(many|int)") as raised:
+        assert tiny(copy).tokenizer
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("device", ["cuda:7", "nosuch"])
 def test_a_device_that_is_not_there_is_refused_in_one_line(tiny_gpt2: Path, device: str) -> None:
     with pytest.raises(UserError, match=f"model.device = {device}: not usable here") as raised:
