@@ -136,6 +136,15 @@ def test_finished_runs_are_laid_side_by_side(
     assert "truth_found" in compared.csv()
 
 
+def test_a_world_reads_no_text(finished: tuple[Path, Any]) -> None:
+    from tcsae.base.errors import UserError
+    from tcsae.measure.text_features import shared_model
+    from tcsae.runs.folder import load_run
+
+    with pytest.raises(UserError, match="synthetic-absorption is a synthetic world"):
+        shared_model(load_run(finished[0]).config.model, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
