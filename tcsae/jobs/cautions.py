@@ -47,6 +47,8 @@ class Here(NamedTuple):
     """Of the language model."""
     masked: frozenset[int]
     """Tokens that are not measured."""
+    eos_is_bos: bool = False
+    """Whether one token is both, as GPT-2's."""
 
 
 Said = Mapping[str, Any]
@@ -69,6 +71,7 @@ def cautions(facts: Facts, config: LoadedConfig, model: LanguageModel) -> list[s
         dataset=tuple(name for name in names if name),
         dtype=_plain(model.dtype),
         masked=model.special_ids.masked,
+        eos_is_bos=model.tokenizer.eos_token_id == model.special_ids.bos,
     )
     told = {"model_name": facts.model, "hook_name": facts.hook_name}
     return differences({**told, "context_size": facts.context_size, **facts.said}, here)
@@ -214,7 +217,9 @@ def _one_document(value: Any, here: Here, said: Said) -> str | None:
 
 
 def _separator(value: Any, here: Here, said: Said) -> str | None:
-    if value == "bos" or value in [*here.masked] or said.get("disable_concat_sequences") is True:
+    if value == "bos" or (value == "eos" and here.eos_is_bos) or value in [*here.masked]:
+        return None
+    if said.get("disable_concat_sequences") is True:
         return None
     return (
         f"The SAE was made on documents parted by {_word(value)} (sequence_separator_token); here "
