@@ -1,10 +1,10 @@
 """`python -m tcsae.evaluate FOLDER [key=value ...]`: measure an SAE from anywhere as a run's is.
 
-FOLDER is SAELens', dictionary_learning's, sparsify's or Gemma Scope's (or a file in it), an export or
-a run; `--release` and `--sae-id` name one of SAELens' pretrained SAEs. What it is measured on is what
-the folder says of itself (model, hook, size of contexts; an export or a run: everything), unless a
-key says otherwise. The result is a run folder like that of a trained run, for `python -m
-tcsae.compare`.
+FOLDER is SAELens', dictionary_learning's, sparsify's or Gemma Scope's (or a file in it), an export
+or a run; `--release` and `--sae-id` name one of SAELens' pretrained SAEs. What it is measured on is
+what the folder says of itself (model, hook, size of contexts; an export or a run: everything),
+unless a key says otherwise. The result is a run folder like that of a trained run, for
+`python -m tcsae.compare`.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def _threshold(what: str, said: Said) -> str | None:
         return None
     if said.get("rescale_acts_by_decoder_norm") is False:
         return None
-    if said.get(TRAINED_ON, "expected_average_only_in") != "expected_average_only_in":
+    if said.get(TRAINED_ON) not in (None, "expected_average_only_in"):
         return None
     told = f"SAELens {_word(made_by)}" if made_by else "a SAELens that it does not name"
     return (
