@@ -1,16 +1,23 @@
 """`python -m tcsae.compare DIR [DIR ...]`: runs and sweeps side by side.
 
 Writes comparison.json, comparison.csv, comparison.md, report.html and notes.txt, and prints the
-table.
+table. From Python, `tcsae.compare(a, b)` lays the same side by side and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from tcsae.cli import command, show
+
+if TYPE_CHECKING:
+    from tcsae.report.comparison import Comparison
+    from tcsae.runs.folder import LoadedRun
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,6 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         page = write_comparison(comparison, output)
     show(comparison.markdown())
     show(f"page: {page}")
+
+
+def compare(*runs: LoadedRun | str | Path, baseline: dict[str, str] | None = None) -> Comparison:
+    """Runs side by side: `.markdown()`, `.table()`, `.csv()`, `.to_json()`.
+
+    Args:
+        runs: loaded, or folders of runs or sweeps.
+        baseline: KEY: VALUE, as --baseline of `python -m tcsae.compare`.
+
+    Raises:
+        UserError: a folder without runs, or none that has finished.
+    """
+    from tcsae.report.comparison import compare_runs
+
+    folders = [run if isinstance(run, str | Path) else run.folder for run in runs]
+    return compare_runs(folders, baseline)
+
+
+class _Callable(ModuleType):
+    """`tcsae.compare` is this module, which `python -m tcsae.compare` runs, and is called too."""
+
+    def __call__(
+        self, *runs: LoadedRun | str | Path, baseline: dict[str, str] | None = None
+    ) -> Comparison:
+        return compare(*runs, baseline=baseline)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

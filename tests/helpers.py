@@ -23,10 +23,11 @@ SLOW = (
     *("launch/test_estimate.py", "training/test_resume.py", "training/test_edges.py"),
     *("test_run.py", "test_kill.py", "test_tracking.py", "test_bad_input.py", "test_install.py"),
     *("report/test_run_page.py", "report/test_compare_page.py", "test_compare.py"),
+    *("test_look.py",),
     *("training/test_architectures.py", "training/test_no_synchronisation.py"),
     *("sae/test_dead_features.py", "data/test_language_model.py", "data/test_store.py"),
     *("test_evaluate.py", "test_export.py", "test_calibrate.py", "metrics/test_specialization.py"),
-    *("test_analysis.py", "products/test_kernels.py"),
+    *("test_analysis.py", "products/test_kernels.py", "test_synthetic.py"),
 )
 """Files that take more than ten seconds of the suite: not in `make check`, in `make test`.
 

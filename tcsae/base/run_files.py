@@ -32,6 +32,9 @@ class EvalFiles:
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
         self.by_density = self.path / "by_density.safetensors"
+        # Of a synthetic world alone.
+        self.truth = self.path / "truth.json"
+        self.truth_per_feature = self.path / "truth.safetensors"
 
 
 class AnalysisFiles:
@@ -74,6 +77,8 @@ class RunFiles:
         self.sae_weights = self.sae / "sae_weights.safetensors"
         self.eval = EvalFiles(self.path / "eval")
         self.analysis = AnalysisFiles(self.path / "analysis")
+        self.wandb_ids = self.path / "wandb_ids.json"
+        """The run's ids in W&B, where they are not its own."""
         self.export_mark = self.path / "export.json"
         """The file that only an export has."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,20 @@ from tcsae.data.documents import Document
 
 BATCH_CHARS = 1_000_000
 """Text given to the tokenizer at once: enough to use every core, little enough to hold."""
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, no special ones added: the one way from text to what is trained on."""
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        # Text that spells <|endoftext|> must not become a boundary between documents.
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
 
 
 @dataclass
@@ -164,19 +178,7 @@ class Side(abc.ABC):
     def _tokens(self, documents: list[Document]) -> Iterator[np.ndarray]:
         """The tokens of each document, int32 [none or more]."""
         texts = [document.text for document in documents if document.ids is None]
-        tokenised: Iterator[list[int]] = iter(
-            self._tokenizer(
-                texts,
-                add_special_tokens=False,
-                # Text that spells <|endoftext|> must not become a boundary between documents.
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            if texts
-            else ()
-        )
+        tokenised = iter(token_ids(self._tokenizer, texts) if texts else ())
         for document in documents:
             if document.ids is None:
                 yield np.array(next(tokenised), dtype=np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tcsae.base.json_numbers import plain
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, LoadedConfig, Measured, run_id
@@ -55,6 +56,7 @@ def measured_info(
         "dict_size": config.sae.d_sae,
         "wall_seconds": wall_seconds,
         "model_checks": stream.model.checks,
+        "norm_limit": plain(stream.train.calibration.norm_limit),
         "massive_token_share": stream.train.calibration.massive_share,
         "explained_variance_by_norm_limit": extras["explained_variance_by_norm_limit"],
         "unique_id": run_id(config),
@@ -63,6 +65,7 @@ def measured_info(
         "eval_cfg": config.evaluation.model_dump(mode="json"),
         "metrics": evaluation.core["eval_result_metrics"],
         "consistency": evaluation.consistency["summary"],
+        **({} if evaluation.truth is None else {"truth": evaluation.truth.summary}),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from tcsae.config import (
 from tcsae.config.compose import compose_tree, conf_folder, override_value
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
-from tcsae.runs.folder import load_sae_and_cfg
+from tcsae.jobs.cautions import hub_name
+from tcsae.jobs.facts import Facts, facts_of, part
+from tcsae.runs.folder import load_any_sae
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.dictionary_learning import AE_NAME
 
 _SETTABLE = tuple(Measured.model_fields)
 _HOOK = re.compile(r"blocks\.(\d+)\.(\w+)")
@@ -55,7 +56,7 @@ class ForeignSAE:
 
     def metadata(self, config: LoadedConfig) -> dict[str, Any]:
         """For the cfg.json of its copy: its own, and where it comes from."""
-        own = _part(self.cfg, "metadata")
+        own = part(self.cfg, "metadata")
         # The copy is in the format of the version that is written, whatever this one was in.
         kept = {k: v for k, v in own.items() if k != "sae_lens_version"}
         kept |= {"model_name": self.facts.model, "hook_name": self.facts.hook_name}
@@ -64,35 +65,20 @@ class ForeignSAE:
         return json.loads(json.dumps(kept), parse_constant=lambda _: None)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What an SAE says of where it was trained; None and {} where it does not."""
-
-    model: str | None = None
-    hook_name: str | None = None
-    context_size: int | None = None
-    processing: Mapping[str, Any] | None = None
-    """How the model's weights were changed before its activations were taken."""
-    own: Mapping[str, Any] | None = None
-    """The whole config of the run that trained it, if that was one of this package."""
-
-
 def from_folder(folder: Path) -> ForeignSAE:
     """Raises UserError, in one line, for what is no SAE or cannot be computed here."""
-    sae, cfg, weights = load_sae_and_cfg(folder)
-    facts = _dictionary_learning(cfg) if weights.name == AE_NAME else _saelens(cfg)
-    trainer = _part(cfg, "trainer")
-    library = "dictionary_learning" if trainer else "tcsae" if facts.own else "SAELens"
+    found = load_any_sae(folder)
+    facts = facts_of(found)
     source = Source.model_validate(
         {
             "folder": str(folder),
-            "sha256": file_digest(weights),
-            "architecture": str(trainer.get("dict_class") or cfg.get("architecture")),
-            "library": library,
+            "sha256": file_digest(found.weights),
+            "architecture": found.architecture,
+            "library": "tcsae" if facts.own else found.library,
             "made_for": ", ".join(filter(None, (facts.model, facts.hook_name))) or None,
         }
     )
-    return ForeignSAE(sae, source, facts, cfg)
+    return ForeignSAE(found.sae, source, facts, found.cfg)
 
 
 def from_release(release: str, sae_id: str) -> ForeignSAE:
@@ -125,44 +111,6 @@ def from_release(release: str, sae_id: str) -> ForeignSAE:
             raise UserError(str(error).replace(f"the SAE in {folder}", name)) from None
     source = found.source.model_copy(update={"folder": name, "pretrained": True})
     return replace(found, source=source)
-
-
-# ------------------------------------------------------------------------- what the files say
-
-
-def _part(content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _of(kind: type, value: Any) -> Any:
-    return value if type(value) is kind else None
-
-
-def _saelens(cfg: Mapping[str, Any]) -> Facts:
-    metadata = _part(cfg, "metadata")
-    # Before version 6 SAELens had no metadata: everything was at the top.
-    said = {**cfg, **{k: v for k, v in metadata.items() if v is not None}}
-    own = _part(metadata, "tcsae")
-    return Facts(
-        model=_of(str, said.get("model_name")),
-        hook_name=_of(str, said.get("hook_name")),
-        context_size=_of(int, said.get("context_size")),
-        processing=_part(said, "model_from_pretrained_kwargs"),
-        own=own if {"model", "dataset"} <= own.keys() else None,
-    )
-
-
-def _dictionary_learning(config: Mapping[str, Any]) -> Facts:
-    trainer = _part(config, "trainer")
-    layer, place = trainer.get("layer"), str(trainer.get("submodule_name"))
-    hook = next((hook for hook in HOOKS if place.startswith(hook)), None)
-    known = hook is not None and type(layer) is int
-    return Facts(
-        model=_of(str, trainer.get("lm_name")),
-        hook_name=f"blocks.{layer}.{HOOKS[hook]}" if known and hook else None,
-        context_size=_of(int, _part(config, "buffer").get("ctx_len")),
-    )
 
 
 # ---------------------------------------------------------------------- what to measure it on
@@ -210,7 +158,7 @@ def _defaults(facts: Facts, chosen: Sequence[str]) -> Iterator[str]:
         # Another option of the group has keys of its own.
         if facts.own and group not in chosen:
             yield f"{group}={option}"
-            for name, value in _part(facts.own, group).items():
+            for name, value in part(facts.own, group).items():
                 if name in kind.model_fields and name not in without:
                     yield f"++{group}.{name}={override_value(value)}"
     if facts.own and "window" in facts.own:
@@ -251,35 +199,8 @@ def _model(name: str) -> Iterator[str]:
         name_of = OmegaConf.select(content, "model.name") or OmegaConf.select(content, "name")
         named[name_of] = file.stem
     if name not in named:
-        name = _hub_name(name)
+        name = hub_name(name)
     if name in named:
         yield f"model={named[name]}"
     else:
         yield from ("model=other", f"model.name={override_value(name)}")
-
-
-def _hub_name(name: str) -> str:
-    """TransformerLens' short names (gpt2-small, gemma-2-2b) as the hub has them."""
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-
-    try:
-        return get_official_model_name(name)
-    except ValueError:
-        return name
-
-
-def with_cautions(config: LoadedConfig, facts: Facts, hook_name: str) -> LoadedConfig:
-    """The config that says where what is measured is not what the SAE was made for."""
-    found = []
-    if facts.hook_name is not None and facts.hook_name != hook_name:
-        found.append(f"The SAE was made for {facts.hook_name} and is measured at {hook_name}.")
-    changes = {k: v for k, v in (facts.processing or {}).items() if v not in (None, False)}
-    if changes:
-        said = ", ".join(f"{key}={value}" for key, value in changes.items())
-        found.append(
-            f"The SAE was made for activations of a model whose weights were processed ({said}); "
-            "here the model is as it was published, so the results may be below what it can do."
-        )
-    return config.model_copy(
-        update={"source": config.source.model_copy(update={"cautions": found})}
-    )

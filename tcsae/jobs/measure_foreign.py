@@ -16,10 +16,11 @@ from tcsae.base.files import make_folder, read_json, write_json, write_text
 from tcsae.base.signals import StopRequest
 from tcsae.base.stages import stage, timing
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
-from tcsae.data.language_model import LanguageModel
-from tcsae.data.stream import open_stream
+from tcsae.data.activation_model import ActivationModel
+from tcsae.data.stream import open_model, open_stream
+from tcsae.jobs.cautions import cautions
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
-from tcsae.jobs.foreign import ForeignSAE, composed, with_cautions
+from tcsae.jobs.foreign import ForeignSAE, composed
 from tcsae.measure.evaluation import on_the_model
 from tcsae.runs.folder import RunFolder
 from tcsae.sae.formats.saelens import load_saelens, save_saelens
@@ -44,16 +45,18 @@ def evaluate_sae(
     started = time.monotonic()
     keep_large_blocks()
     config = composed(found, overrides)
-    model = LanguageModel(config.model, config.layer)
+    model = open_model(config)
     _check_width(found, config, model)
-    config = with_cautions(config, found.facts, model.hook_name)
+    said = cautions(found.facts, config, model)
+    source = config.source.model_copy(update={"cautions": said})
+    config = config.model_copy(update={"source": source})
     run = RunFolder(output or Path("outputs") / run_name(config))
     folder = run.path
+    for text in said:
+        log.warning(text)
     if _holds_it(config, run):
         say_finished(run)
         return folder
-    for text in config.source.cautions:
-        log.warning(text)
     # Before the folder is made: what is wrong with text or weights shows here.
     stream = open_stream(config, stop, model)
     with run.owned():
@@ -92,7 +95,7 @@ def _measure(
     say_results(loaded, evaluation)
 
 
-def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) -> None:
+def _check_width(found: ForeignSAE, config: LoadedConfig, model: ActivationModel) -> None:
     if found.sae.d_in != model.d_in:
         raise UserError(
             f"{found.source.folder}: d_in is {found.sae.d_in}, against {model.d_in} of "

@@ -42,7 +42,8 @@ top_contexts.safetensors:
     context, 0 at positions that do not count; ids [C, T] int32; valid [C, T] bool; number [C]
     int64, which held-out context it is
 top_contexts.json:
-    k, tokens {"token id": text}; features_reason if S < F, else null
+    k, tokens {"token id": text of it alone}, parts {"token id": hex digits of the bytes} of those
+    that are part of a character (older files have none); features_reason if S < F, else null
 correlation.safetensors:
     order [L] int64, features in the order of the picture: by cluster (the unclustered last), in a
     cluster those alike side by side; edges [M + 1] int64: cell m is order[edges[m]:edges[m + 1]];
@@ -72,9 +73,9 @@ from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
 from tcsae.base.stages import stage
 from tcsae.config import Measured
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
-from tcsae.data.language_model import LanguageModel
-from tcsae.data.token_text import token_text
+from tcsae.data.token_text import TokenTexts
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
 from tcsae.metrics.correlation import FeatureCorrelation
@@ -155,7 +156,7 @@ class Analysis:
 def analyse(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     per_feature: Mapping[str, Tensor],
     stop: StopRequest,
@@ -181,7 +182,7 @@ def analyse(
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
-            seen.update(features, batch.ids, batch.segments, batch.valid)
+            seen.update(features, model.shown(batch.ids), batch.segments, batch.valid)
             progress.update(batch.valid.numel())
     stop.check()
     W_dec = sae.W_dec.detach().cpu().float()
@@ -198,7 +199,7 @@ def analyse(
         )
     stop.check()
     statistics = seen.tokens.compute()
-    text = _Texts(model)
+    text = model.texts()
     contexts = _top_contexts(seen)
     return Analysis(
         redundancy=redundancy,
@@ -206,24 +207,11 @@ def analyse(
         top_contexts=contexts,
         top_tokens={
             "k": seen.top.k,
-            "tokens": {str(i): text(i) for i in contexts["ids"].unique().tolist()},
+            **text.files(contexts["ids"].unique().tolist()),
             "features_reason": seen.left_out,
         },
         correlation=correlated | picture(seen, found.labels),
     )
-
-
-class _Texts:
-    """Token ids as text, each decoded once."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._tokenizer = model.tokenizer
-        self._known: dict[int, str] = {}
-
-    def __call__(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = token_text(self._tokenizer, token)
-        return self._known[token]
 
 
 # -------------------------------------------------------------------------------- redundancy
@@ -366,7 +354,7 @@ def _specialization(
     seen: Pass,
     statistics: TokenStatistics,
     known: Mapping[str, Tensor],
-    text: _Texts,
+    text: TokenTexts,
 ) -> dict[str, Any]:
     """specialization.json."""
     F, close = seen.n_features, seen.close
@@ -393,7 +381,7 @@ def _specialization(
 
 
 def _clusters(
-    labels: Tensor, statistics: TokenStatistics, known: Mapping[str, Tensor], text: _Texts
+    labels: Tensor, statistics: TokenStatistics, known: Mapping[str, Tensor], text: TokenTexts
 ) -> list[dict[str, Any]]:
     names = cluster_names(statistics, labels, text)
     tokens = characteristic_tokens(statistics, labels)

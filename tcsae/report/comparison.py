@@ -73,9 +73,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tcsae.base.errors import UserError
+from tcsae.base.frames import data_frame
 from tcsae.base.labels import (
     DEFAULT_WINDOW,
     interval_text,
@@ -91,13 +92,21 @@ from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 log = logging.getLogger(__name__)
 
 _HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
+_HEADLINE_TRUTH = (
+    *("truth_mcc", "truth_found", "truth_found_slow", "truth_f1_slow", "truth_pieces_slow"),
+    *("truth_lag_slow", "truth_recall_with_child"),
+)
+"""Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Runs side by side; the fields are described at the top of this file."""
 
@@ -120,6 +129,14 @@ class Comparison:
         parts = [_values_table(self), _differences_table(self)]
         parts.append("\n".join(f"- {notice}" for notice in self.notices))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def __repr__(self) -> str:
+        return self.markdown()
+
+    def table(self) -> DataFrame:
+        """A row per group, as `csv` has it. Raises UserError without pandas."""
+        rows = [_csv_row(self, group) for group in self.groups]
+        return data_frame(rows, "comparison.csv() has the same numbers")
 
     def csv(self) -> str:
         """A row per group, numbers unrounded, empty where there is none."""
@@ -182,7 +199,7 @@ def compare_runs(
     entries = Entries(groups, metrics, window)
     rows = [entries.group(group) for group in groups]
     beside = local_names(local_window(metrics, window))
-    chosen = (*_HEADLINE, f"C_{window}", *beside, *_HEADLINE_MEMORY)
+    chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *beside, *_HEADLINE_MEMORY)
     return Comparison(
         runs=records,
         streams=[{"id": i, **stream[0].place} for i, stream in enumerate(streams)],

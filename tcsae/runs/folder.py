@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,16 +26,24 @@ from tcsae.base.files import (
 from tcsae.base.run_files import RunFiles
 from tcsae.config import Config, LoadedConfig, Measured, parse_any, run_id
 from tcsae.measure.analysis import Analysis
+from tcsae.measure.text_features import TextFeatures, TextReader, check_feature, shared_model
+from tcsae.runs.feature import Feature, feature_of, in_six_lines, table_of
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.dictionary_learning import AE_NAME, load_dictionary_learning
-from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, load_saelens
+from tcsae.sae.formats.known import LoadedSAE, load_known
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _ADVICE = "run its command again with rerun=true"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
-    """A finished run: its config, its SAE (on raw activations) and what was measured."""
+    """A finished run: its config, its SAE (on raw activations) and what was measured.
+
+    `features(text)` reads a text as the evaluation read its own, `table()` has a row a feature,
+    `feature(j)` is one of them.
+    """
 
     folder: Path
     config: Config | LoadedConfig
@@ -45,6 +54,33 @@ class LoadedRun:
     consistency: dict[str, Any]
     metrics: list[dict[str, float]]
     """The course of training; empty where there was none."""
+
+    def features(self, text: str | Sequence[int] | Tensor, *, parted: bool = False) -> TextFeatures:
+        """The features of a text, or of token ids, at every token; see `TextReader.read`.
+
+        The same model, hook, BOS, masks and normalisation as in training: values are those of the
+        evaluation but for rounding. The language model is loaded at the first call.
+
+        Raises:
+            UserError: an empty text or one longer than a context (unless `parted`), weights that
+                are not there or no longer what the run was made with.
+        """
+        return self.reader.read(text, parted=parted)
+
+    def feature(self, number: int) -> Feature:
+        """What was measured of one feature, with its top contexts. UserError: no such number."""
+        check_feature(number, self.config.sae.d_sae)
+        return feature_of(number, self.per_feature, self.analysis)
+
+    def table(self) -> DataFrame:
+        """A row a feature: every scalar of the suite, tokens and cluster where they are known.
+
+        Raises UserError without pandas, which is not needed otherwise.
+        """
+        return table_of(self.per_feature, self.analysis)
+
+    def __repr__(self) -> str:
+        return in_six_lines(self.folder, self.config, self.final_info)
 
     @property
     def training_config(self) -> Config:
@@ -58,6 +94,31 @@ class LoadedRun:
 
     # Large, and not wanted by everybody: read when first asked for, once. Each raises UserError
     # for a damaged file.
+
+    @cached_property
+    def reader(self) -> TextReader:
+        """The SAE with the language model of the run. Raises UserError where that is another now,
+        or not there."""
+        content = RunFiles(self.folder).content
+        known = read_json(content) if content.is_file() else {}
+        dtype = self.core["eval_config"].get("llm_dtype", self.config.model.dtype)
+        model_config = self.config.model.model_copy(update={"dtype": dtype})
+        model = shared_model(model_config, self.config.layer)
+        if known.get("weights") not in (None, model.weights.identity):
+            raise UserError(
+                f"{model.weights.folder} holds other weights or another tokenizer than those "
+                f"that the run in {self.folder} was made with: restore them"
+            )
+        size = self.config.dataset.context_size
+        return TextReader(self.sae, model, size, self._norm_limit)
+
+    @property
+    def _norm_limit(self) -> float:
+        """Norm beyond which an activation is massive; infinite where the run does not say."""
+        limit = self.final_info.get("norm_limit")
+        if "norm_limit" not in self.final_info and isinstance(self.config, Config):
+            limit = self.core["sae_cfg_dict"].get("metadata", {}).get("norm_limit")
+        return math.inf if limit is None else float(limit)
 
     @cached_property
     def per_feature(self) -> dict[str, Tensor]:
@@ -152,21 +213,18 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
-    """The SAE of a run or an export, or of any folder of SAELens or dictionary_learning.
+    """The SAE of a run or an export, or of a folder or file that SAELens, dictionary_learning,
+    sparsify, Gemma Scope or OpenAI's sparse_autoencoder wrote.
 
     Raw activations in and out. Raises UserError if there is none or it is damaged.
     """
-    return load_sae_and_cfg(folder)[0]
+    return load_any_sae(folder).sae
 
 
-def load_sae_and_cfg(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any], Path]:
-    """As `load_sae`, with the content of the SAE's own JSON file, and the file of its weights."""
+def load_any_sae(folder: str | Path) -> LoadedSAE:
+    """As `load_sae`, with what else is known of it."""
     folder = Path(folder)
     try:
-        if RunFiles(folder).sae_cfg.is_file():
-            folder = RunFiles(folder).sae
-        elif (folder / AE_NAME).is_file() and not (folder / CFG_NAME).is_file():
-            return *load_dictionary_learning(folder), folder / AE_NAME
-        return *load_saelens(folder), folder / WEIGHTS_NAME
+        return load_known(RunFiles(folder).sae if RunFiles(folder).sae_cfg.is_file() else folder)
     except ValueError as error:
         raise UserError(str(error)) from None

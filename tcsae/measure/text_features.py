@@ -1,0 +1,272 @@
+"""Text in, features out: read as the evaluation of the run reads its held-out text.
+
+One way to harvest: contexts with their BOS, `StreamSource` and `ActivationBatches`, the SAE on raw
+activations in float32. Values are those of the evaluation but for rounding, since a batch of
+another size multiplies in another order.
+
+Shapes: T tokens, F features.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tcsae.base.errors import UserError
+from tcsae.base.labels import number
+from tcsae.config import ModelConfig
+from tcsae.data.batches import ActivationBatches, Calibration
+from tcsae.data.contexts import Contexts, pack, segments_of, valid_of
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.sides import token_ids
+from tcsae.data.store import StreamSource
+from tcsae.data.token_text import Piece, TokenTexts
+from tcsae.measure.evaluation import ENCODE_CONTEXTS
+from tcsae.measure.strips import STYLE, Strip, longest_run
+from tcsae.sae.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+By = Literal["sum", "peak", "longest"]
+_Row = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of one context: ids, valid, massive [T'], and codes [T', F] sparse."""
+
+
+class TopFeature(NamedTuple):
+    """What a feature does in a text; masked tokens count nowhere."""
+
+    feature: int
+    peak: float
+    mean: float
+    """Over the tokens at which it is on."""
+    tokens: int
+    """At which it is on."""
+    longest: int
+    """Most of them in a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """The features of a text, token by token: `.values`, `.top()`, `.strip(j)`."""
+
+    ids: Tensor
+    """[T] int64, BOS included."""
+    tokens: list[str]
+    """T texts, each of one token alone: parts of characters as bytes."""
+    pieces: list[Piece]
+    """The text to be read: whole characters across tokens."""
+    contexts: Tensor
+    """[T] int64: which context of the model a token is in; one, unless the text was parted."""
+    valid: Tensor
+    """[T] bool: what counts; neither special nor first nor massive."""
+    massive: Tensor
+    """[T] bool: left out for the norm of its activation."""
+    sparse: Tensor
+    """[T, F] float32, sparse COO, on the CPU; masked tokens have values that mean nothing."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def text(self) -> str:
+        """As the tokens have it, special ones included."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def values(self) -> Tensor:
+        """[T, F] float32, dense; `sparse` is the same with what is not 0 alone."""
+        return self.sparse.to_dense()
+
+    def top(self, n: int = 10, by: By = "sum") -> list[TopFeature]:
+        """The n strongest features, strongest first, over valid tokens.
+
+        Args:
+            by: "sum" of the values, their "peak", or "longest": most tokens in a row.
+
+        Raises:
+            UserError: another `by`.
+        """
+        if by not in ("sum", "peak", "longest"):
+            raise UserError(f'by = "{by}": it is one of sum, peak, longest')
+        found = {j: _top_feature(j, column, self.valid) for j, column in self._columns()}
+        strength = {
+            "sum": lambda f: f.mean * f.tokens,
+            "peak": lambda f: f.peak,
+            "longest": lambda f: f.longest,
+        }[by]
+        firing = [feature for feature in found.values() if feature.tokens]
+        return sorted(firing, key=lambda f: (-strength(f), f.feature))[:n]
+
+    def strip(self, feature: int, heading: str = "") -> Strip:
+        """One feature along the text. Raises UserError for a number that the SAE does not have."""
+        check_feature(feature, self.sparse.shape[1])
+        at, of = self.sparse.indices()
+        mine = of == feature
+        values = torch.zeros(len(self)).index_put((at[mine],), self.sparse.values()[mine])
+        return Strip(feature, values, self.tokens, self.pieces, self.valid, heading)
+
+    def _columns(self) -> Iterator[tuple[int, Tensor]]:
+        """Features that fire somewhere, with their values [T]."""
+        at, of = self.sparse.indices()
+        order = of.argsort(stable=True)
+        present, counts = of[order].unique_consecutive(return_counts=True)
+        for j, mine in zip(present.tolist(), order.split(counts.tolist()), strict=True):
+            yield j, torch.zeros(len(self)).index_put((at[mine],), self.sparse.values()[mine])
+
+    def __repr__(self) -> str:
+        n_contexts = len(self.contexts.unique())
+        parted = f" in {n_contexts} contexts" if n_contexts > 1 else ""
+        lines = [
+            f"{len(self)} tokens{parted}, {int(self.valid.sum())} of them count "
+            f"({int(self.massive.sum())} massive ones do not); {self.sparse.shape[1]:,} features"
+        ]
+        for f in self.top(5):
+            lines.append(
+                f"  feature {f.feature}: on at {f.tokens} tokens, at most {f.longest} in a row, "
+                f"peak {number(f.peak)}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        strips = "".join(self.strip(f.feature).html() for f in self.top(8))
+        return STYLE + (strips or "<p>No feature fires on these tokens.</p>")
+
+
+def _top_feature(feature: int, values: Tensor, valid: Tensor) -> TopFeature:
+    on = (values > 0) & valid
+    mean = values[on].mean() if on.any() else torch.zeros(())
+    peak = values[on].max() if on.any() else torch.zeros(())
+    return TopFeature(feature, float(peak), float(mean), int(on.sum()), longest_run(on))
+
+
+def check_feature(feature: int, n_features: int) -> None:
+    """Raises UserError for a number that the SAE does not have."""
+    if not 0 <= feature < n_features:
+        raise UserError(f"feature {feature}: this SAE has 0 to {n_features - 1}")
+
+
+@functools.lru_cache(maxsize=1)
+def _model(cfg: str, layer: int | str | None) -> LanguageModel:
+    return LanguageModel(ModelConfig.model_validate_json(cfg), layer)
+
+
+def shared_model(cfg: ModelConfig, layer: int | str | None) -> LanguageModel:
+    """The language model of a config; asked again for the same one, the one that is loaded.
+
+    Raises UserError for a synthetic world, which is none.
+    """
+    if cfg.world is not None:
+        raise UserError(f"{cfg.name} is a synthetic world, which reads no text")
+    return _model(cfg.model_dump_json(by_alias=True), layer)
+
+
+class TextReader:
+    """An SAE with its language model, for texts.
+
+    Args:
+        sae: on raw activations; it stays where it is, a copy goes to the model's device.
+        model: as in the run.
+        context_size: most tokens that the model sees together, BOS included.
+        norm_limit: activations beyond it are massive; infinite: none are.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, model: LanguageModel, context_size: int, norm_limit: float
+    ) -> None:
+        self.model, self.context_size, self.norm_limit = model, context_size, norm_limit
+        there = torch.device(model.device).type == sae.device.type
+        self.sae = (sae if there else copy.deepcopy(sae).to(model.device)).eval()
+
+    @functools.cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.model.tokenizer)
+
+    @torch.no_grad()
+    def read(self, text: str | Sequence[int] | Tensor, *, parted: bool = False) -> TextFeatures:
+        """The features of a text, or of token ids (their BOS is put before them if it lacks).
+
+        Args:
+            parted: cut a text that is longer than a context as training text is cut, each part
+                read by itself. False: refuse it.
+
+        Raises:
+            UserError: nothing to read, a text longer than a context, an id that the model lacks.
+        """
+        parts = self._parts(self._ids(text), parted)
+        return _joined([row for part in parts for row in self._features(part)], self.texts)
+
+    def _ids(self, text: str | Sequence[int] | Tensor) -> list[int]:
+        bos = self.model.special_ids.bos
+        if isinstance(text, str):
+            if not text.strip():
+                raise UserError("the text is empty: give some words")
+            return [bos, *token_ids(self.model.tokenizer, [text])[0]]
+        ids = [int(i) for i in (text.flatten().tolist() if isinstance(text, Tensor) else text)]
+        ids = ids if ids[:1] == [bos] else [bos, *ids]
+        if len(ids) < 2:
+            raise UserError("no token ids but the first: give some more")
+        if min(ids) < 0:
+            raise UserError(f"token {min(ids)}: ids are 0 or more")
+        return ids
+
+    def _parts(self, ids: list[int], parted: bool) -> list[Tensor]:
+        """Contexts [N, T'] of the text: as many whole ones as there are, then the rest."""
+        self.model.check_ids(max(ids))
+        size = self.context_size
+        if len(ids) <= size:
+            return [torch.tensor([ids], dtype=torch.int32)]
+        if not parted:
+            raise UserError(
+                f"the text has {len(ids):,} tokens with its BOS, and a context of this run {size}: "
+                "shorten it, or read it in parts as training text is (parted=True; --parts)"
+            )
+        bos = self.model.special_ids.bos
+        stream = np.array(ids[1:], dtype=np.int32)
+        whole, end = pack(stream, bos, size)
+        parts = [torch.from_numpy(whole)]
+        if len(rest := stream[end:]):
+            parts.append(torch.tensor([[bos, *rest.tolist()]], dtype=torch.int32))
+        return parts
+
+    def _features(self, ids_NT: Tensor) -> list[_Row]:
+        special = self.model.special_ids
+        contexts = Contexts(
+            ids_NT,
+            segments_of(ids_NT, special.boundaries),
+            valid_of(ids_NT, special.masked),
+            ("text",),
+        )
+        unknown = Calibration(math.nan, self.norm_limit, math.nan, torch.empty(0))
+        source = StreamSource(self.model, contexts)
+        batches = ActivationBatches(source, unknown, self.model.device)
+        found = []
+        for batch in batches.in_order(ENCODE_CONTEXTS):
+            codes = self.sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+            massive = batch.not_special & ~batch.valid
+            for row in zip(batch.ids, batch.valid, massive, codes, strict=True):
+                ids, valid, large, f_TF = (part.cpu() for part in row)
+                found.append((ids.long(), valid, large, f_TF.float().to_sparse()))
+        return found
+
+
+def _joined(rows: list[_Row], texts: TokenTexts) -> TextFeatures:
+    ids, valid, massive = (torch.cat([row[i] for row in rows]) for i in range(3))
+    numbers = ids.tolist()
+    return TextFeatures(
+        ids=ids,
+        tokens=[texts(i) for i in numbers],
+        pieces=texts.pieces(numbers),
+        contexts=torch.cat([torch.full_like(row[0], n) for n, row in enumerate(rows)]),
+        valid=valid,
+        massive=massive,
+        sparse=torch.cat([row[3] for row in rows]).coalesce(),
+    )

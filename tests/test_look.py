@@ -1,0 +1,213 @@
+"""Text in, features out: from Python and by `python -m tcsae.look`, on one trained tiny run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_here, small_job
+
+import tcsae
+from tcsae.base.errors import UserError
+from tcsae.base.files import read_json, write_json
+from tcsae.base.signals import StopRequest
+from tcsae.data.stream import Stream, open_stream
+from tcsae.jobs.opening import OpenedSAE
+from tcsae.measure.strips import longest_run
+from tcsae.runs.folder import LoadedRun
+
+TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs: no loss, then the loss, with its analysis."""
+    root = tmp_path_factory.mktemp("look")
+    for name, changes in (("none", {"lambda": "0"}), ("loss", {"lambda": "0.5"})):
+        changes |= {"store.dir": str(root / "store"), "evaluation.analysis": "true"}
+        # With 400 tokens of random weights none is massive: a limit near the median makes some.
+        changes |= {"dataset.norm_filter": "1.02", "dataset.n_eval_contexts": "12"}
+        job = small_job(tiny_gpt2, texts, root / "runs" / name, **changes)
+        assert (done := run_here(*job)).code == 0, done.stderr
+    return root / "runs"
+
+
+@pytest.fixture(scope="module")
+def run(sweep: Path) -> LoadedRun:
+    return tcsae.load_run(sweep / "loss")
+
+
+@pytest.fixture(scope="module")
+def stream(run: LoadedRun) -> Stream:
+    return open_stream(run.config, StopRequest())
+
+
+def test_values_and_masks_are_those_of_the_evaluation(run: LoadedRun, stream: Stream) -> None:
+    batch = stream.evaluation.batch(torch.arange(12))
+    with torch.inference_mode():
+        wanted = run.sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+    massive = batch.not_special & ~batch.valid
+    assert massive.any() and wanted.any()
+    for i in range(12):
+        found = run.features(batch.ids[i])
+        # A batch of another size multiplies in another order: float32 rounding, no more.
+        torch.testing.assert_close(found.values, wanted[i], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.valid, batch.valid[i])
+        assert torch.equal(found.massive, massive[i])
+
+
+def test_text_is_tokenised_as_documents_are(run: LoadedRun, texts: Path, stream: Stream) -> None:
+    """Whole documents are found in what was trained on, token by token."""
+    trained = _without_bos(stream.train.source.contexts.ids)
+    rows = [_without_bos(run.features(f.read_text(), parted=True).ids) for f in texts.iterdir()]
+    found = [row for row in rows if row in trained]
+    assert len(found) >= 2 and all(len(row) > 500 for row in found)
+
+
+def _without_bos(ids: torch.Tensor) -> str:
+    return " ".join(f"{i:03d}" for i in ids.flatten().tolist() if i != 0)
+
+
+def test_whole_characters_show_and_text_spells_no_special_token(run: LoadedRun) -> None:
+    found = run.features(TEXT, parted=True)
+    assert found.text.replace("<s>", "", 1).replace("<s>", "", len(found.contexts.unique()) - 1)
+    inside = "".join(p.text for p in found.pieces)
+    assert "日本" in inside or len(found.contexts.unique()) > 1
+    short = run.features("an 日本 é")
+    assert short.text == "<s>an 日本 é"
+    assert "\\xe6" in "".join(short.tokens) and "\ufffd" not in "".join(short.tokens)
+    assert run.features("<s> a").ids.tolist().count(0) == 1  # the BOS before it, and no other
+
+
+def test_a_long_text_is_refused_or_read_as_training_text_is(run: LoadedRun) -> None:
+    words = " ".join(["river stone morning walked"] * 12)
+    with pytest.raises(UserError, match=r"tokens with its BOS, and a context of this run 16"):
+        run.features(words)
+    found = run.features(words, parted=True)
+    n_contexts = len(found.contexts.unique())
+    assert n_contexts > 2 and (found.ids == 0).sum() == n_contexts
+    assert found.values.shape == (len(found), 96) and not found.valid[found.ids == 0].any()
+    # Each part is read by itself.
+    second = found.ids[found.contexts == 1]
+    alone = run.features(second)
+    torch.testing.assert_close(
+        found.values[found.contexts == 1], alone.values, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ([0], "no token ids"),
+        ([3, 4000], "beyond the"),
+        ([-1], "0 or"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(run: LoadedRun, text: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run.features(text)  # type: ignore[arg-type]
+
+
+def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
+    found = run.features("river stone morning walked")
+    values = torch.where(found.valid[:, None], found.values, 0)
+    best = found.top(3)
+    assert [f.feature for f in best] == values.sum(0).argsort(descending=True)[:3].tolist()
+    assert found.top(1, by="peak")[0].peak == pytest.approx(float(values.max()))
+    runs = [longest_run(values[:, j] > 0) for j in range(96)]
+    assert found.top(1, by="longest")[0].longest == max(runs) > 0
+    with pytest.raises(UserError, match="sum, peak, longest"):
+        found.top(by="size")  # type: ignore[arg-type]
+
+
+def test_a_strip_marks_where_the_feature_fires(run: LoadedRun) -> None:
+    found = run.features("a <b> 日 walked & stone")
+    strip = found.strip(found.top(1)[0].feature)
+    assert torch.equal(strip.values, found.values[:, strip.feature])
+    marks = strip.marks()
+    assert "".join(mark.text for mark in marks).replace("·", " ") == found.text
+    assert max(mark.level for mark in marks) == 1.0 and marks[0].masked
+    html = strip._repr_html_()
+    assert "&lt;" in html and "<b" not in html and "&amp;" in html and "日" in html
+    assert "█" in repr(strip) and repr(strip).startswith(f"feature {strip.feature}: on at")
+    with pytest.raises(UserError, match="0 to 95"):
+        found.strip(96)
+    assert found._repr_html_().count('class="tcsae"') == len(found.top(8))
+
+
+def test_a_run_prints_six_lines(run: LoadedRun) -> None:
+    lines = repr(run).splitlines()
+    assert len(lines) == 6 and max(map(len, lines)) < 250
+    assert "C_4" in repr(run) and "explained_variance" in repr(run) and "lambda 0.5" in repr(run)
+
+
+def test_the_table_has_every_scalar(run: LoadedRun) -> None:
+    table = run.table()
+    assert len(table) == 96 and table.index.name == "feature"
+    density = torch.tensor(table["density"].to_numpy())
+    torch.testing.assert_close(density, run.per_feature["density"])
+    assert {"C_4", "rho_1", "tokens", "cluster"} <= set(table.columns)
+
+
+def test_a_feature_has_its_contexts(run: LoadedRun) -> None:
+    strongest = int(run.per_feature["c0"].nan_to_num().argmax())
+    feature = run.feature(strongest)
+    assert feature.values["density"] == pytest.approx(float(run.per_feature["density"][strongest]))
+    assert feature.contexts and feature.contexts[0].largest >= feature.contexts[-1].largest > 0
+    assert feature.tokens and repr(feature.tokens[0]) in repr(feature)
+    with pytest.raises(UserError, match="0 to 95"):
+        run.feature(-1)
+
+
+# ----------------------------------------------------------------------- what is opened
+
+
+def test_the_latest_of_a_folder_or_one_by_its_settings(sweep: Path) -> None:
+    latest = tcsae.open(sweep)
+    assert latest.folder == sweep / "loss"
+    assert tcsae.open(sweep, lambda_=0).folder == sweep / "none"
+    assert tcsae.open(sweep, sae__k=8, lambda_=0.5).folder == sweep / "loss"
+    with pytest.raises(UserError, match="none of the 2 finished runs .* has lambda=7"):
+        tcsae.open(sweep, lambda_=7)
+    with pytest.raises(UserError, match="sae.kk: no run"):
+        tcsae.open(sweep, sae__kk=7)
+    with pytest.raises(UserError, match="does not have seed=3"):
+        tcsae.open(sweep / "loss", seed=3)
+
+
+def test_what_is_no_run_is_said(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        tcsae.open(tmp_path / "nothing")
+    with pytest.raises(UserError, match="has no runs"):
+        tcsae.open(tmp_path)
+    shutil.copytree(sweep / "none", tmp_path / "copy")
+    (tmp_path / "copy" / "final_info.json").unlink()
+    with pytest.raises(UserError, match="1 unfinished runs"):
+        tcsae.open(tmp_path)
+    with pytest.raises(UserError, match="has not finished"):
+        tcsae.open(tmp_path / "copy")
+
+
+def test_other_weights_than_the_run_was_made_with_are_refused(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep / "none", tmp_path / "copy")
+    content = tmp_path / "copy" / "content.json"
+    write_json(content, read_json(content) | {"weights": "others"})
+    with pytest.raises(UserError, match="other weights"):
+        tcsae.open(tmp_path / "copy").features("a word")
+
+
+def test_a_folder_of_saelens_is_read_with_the_model_it_names(run: LoadedRun) -> None:
+    opened = tcsae.open(run.folder / "sae")
+    assert isinstance(opened, OpenedSAE) and "not measured" in repr(opened)
+    found, wanted = opened.features("river stone"), run.features("river stone")
+    assert torch.equal(found.values, wanted.values) and torch.equal(found.valid, wanted.valid)
+
+
+def test_two_runs_are_compared(sweep: Path, run: LoadedRun) -> None:
+    comparison = tcsae.compare(run, sweep / "none")
+    assert len(comparison.table()) == 2
+    assert repr(comparison) == comparison.markdown() and "lambda" in repr(comparison)
