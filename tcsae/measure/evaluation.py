@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +189,19 @@ def evaluate(
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
     seen = on_activations(sae, config, batches, units, stop)
-    return _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
+    evaluation = _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
+    if isinstance(model, SyntheticModel):
+        with stage("truth"):
+            truth = on_truth(sae, model.world, batches, stop)
+        return replace(evaluation, truth=truth)
+    return evaluation
 
 
 @stage("intervals")
 def _evaluation(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     units: Units,
     sae_cfg: dict[str, Any],
@@ -229,9 +234,6 @@ def _evaluation(
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
         },
     )
-    truth = None
-    if isinstance(model, SyntheticModel):
-        truth = on_truth(sae, model.world, batches, stop)
     per_feature = suite.per_feature()
     scalars = {k: plain(v, DIGITS) for k, v in per_feature.items() if v.ndim == 1}
     return Evaluation(
@@ -242,7 +244,6 @@ def _evaluation(
         | {"document": units.document, "model_context": through_model},
         draws={name: value.float() for name, value in suite.draws().items()},
         by_density={name: value.float() for name, value in suite.by_density().items()},
-        truth=truth,
     )
 
 
