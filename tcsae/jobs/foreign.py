@@ -199,8 +199,12 @@ def _model(name: str) -> Iterator[str]:
     named = {}
     for file in sorted((conf_folder() / "model").glob("*.yaml")):
         content = OmegaConf.load(file)
-        name_of = OmegaConf.select(content, "model.name") or OmegaConf.select(content, "name")
-        named[name_of] = file.stem
+        # A world's name is put together from others, and no SAE says it of itself.
+        names = (
+            OmegaConf.select(content, key, throw_on_resolution_failure=False)
+            for key in ("model.name", "name")
+        )
+        named |= {known: file.stem for known in names if known}
     if name not in named:
         name = hub_name(name)
     if name in named:
