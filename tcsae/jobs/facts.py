@@ -90,6 +90,10 @@ def saelens_facts(cfg: Mapping[str, Any], weights: Path, tensors: Mapping[str, T
         WITHOUT_METADATA: "metadata" not in cfg,
         ONE_THRESHOLD: one_threshold(tensors.get("threshold")),
     }
+    # Trained on transformers' own model, SAELens has the path of a module for a hook.
+    block = _BLOCK.fullmatch(str(said.get("hook_name")))
+    if block:
+        said["hook_name"] = f"blocks.{block[1]}.hook_resid_post"
     own = part(metadata, "tcsae")
     own = own if {"model", "dataset"} <= own.keys() else {}
     if own and part(own, "dataset").get("source") == "files":
