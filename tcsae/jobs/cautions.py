@@ -71,7 +71,7 @@ def cautions(facts: Facts, config: LoadedConfig, model: ActivationModel) -> list
         dataset=tuple(name for name in names if name),
         dtype=_plain(model.dtype),
         masked=model.special_ids.masked,
-        eos_is_bos=model.tokenizer.eos_token_id == model.special_ids.bos,
+        eos_is_bos=model.special_ids.boundaries == {model.special_ids.bos},
     )
     told = {"model_name": facts.model, "hook_name": facts.hook_name}
     return differences({**told, "context_size": facts.context_size, **facts.said}, here)
