@@ -16,6 +16,7 @@ from torch import Tensor
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.data.language_model import HOOKS
+from tcsae.sae.formats import sparsify
 from tcsae.sae.formats.known import LoadedSAE
 
 RUNNER_NAME = "runner_cfg.json"
@@ -146,8 +147,8 @@ def dictionary_learning_facts(config: Mapping[str, Any]) -> Facts:
 
 
 def sparsify_facts(weights: Path) -> Facts:
-    """Of a folder that is named after its module, in one that has the run's config.json."""
-    run, module = _object(weights.parent.parent / "config.json"), weights.parent.name
+    """Of a folder that is named after its module, in one that has the run's configuration."""
+    run, module = _object(weights.parent.parent / sparsify.RUN_NAME), weights.parent.name
     block = _BLOCK.fullmatch(module)
     # What a block's parts give is not in all families what their hooks are.
     named = f"the output of {module}" if "." in module else None
