@@ -18,7 +18,7 @@ OTHERS = {
     # The locks of an activation store and of a model's weights.
     ".lock": {"context_cache.py", "store.py", "weights.py"},
     # Of a dataset that the datasets library saved.
-    "state.json": {"corpora.py"},
+    "state.json": {"corpora.py", "which_files.py"},
     # The SAE's own files, in any folder of SAELens.
     CFG_NAME: {"saelens_cfg.py", "saelens_registry.py", "sparsify.py"},
     WEIGHTS_NAME: {"saelens.py", "saelens_registry.py"},
