@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import shutil
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import EVIL, Tags, show
-from helpers import run_here, small_job
+from helpers import run_here, small_job, write_texts
 
 import tcsae
 from tcsae.base.errors import UserError
@@ -24,9 +23,22 @@ from tcsae.look import main
 from tcsae.measure.strips import longest_run
 from tcsae.report.look_page import counterpart
 from tcsae.report.rows import spans
+from tcsae.runs.feature import Feature
 from tcsae.runs.folder import LoadedRun
 
 TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents in which one character in six takes more than one token."""
+    folder = write_texts(tmp_path_factory.mktemp("written"))
+    for i, file in enumerate(sorted(folder.iterdir())):
+        words = file.read_text().split()
+        for at in range(i, len(words), 7):
+            words[at] += " 日本" if at % 2 else " é"
+        file.write_text(" ".join(words))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +181,25 @@ def test_a_feature_has_its_contexts(run: LoadedRun) -> None:
     assert feature.tokens and repr(feature.tokens[0]) in repr(feature)
     with pytest.raises(UserError, match="0 to 95"):
         run.feature(-1)
+
+
+def test_contexts_show_whole_characters_and_tokens_their_bytes(run: LoadedRun) -> None:
+    features = [run.feature(j) for j in range(96)]
+    strips = [strip for feature in features for strip in feature.contexts]
+    joined = [piece for s in strips for piece in s.pieces if piece.stop - piece.start > 1]
+    assert {piece.text.strip() for piece in joined} <= {"日", "本", "é", "日本"} and joined
+    assert not any("\ufffd" in text for strip in strips for text in strip.tokens)
+    # A part is shown as its bytes only where the rest of the character is outside the context.
+    bare = [p for s in strips for p in s.pieces if p.text.startswith("\\x")]
+    assert all(p.start < 4 or p.stop > 13 for p in bare)
+    shown = show(run.folder / "report.html", f"#feature-{_with_characters(features)}")
+    if shown is not None:
+        text = shown.tags.text
+        assert shown.messages == [] and "日" in text and "\ufffd" not in text
+
+
+def _with_characters(features: list[Feature]) -> int:
+    return next(f.number for f in features if any("日" in p.text for p in f.contexts[0].pieces))
 
 
 # ----------------------------------------------------------------------- what is opened
