@@ -138,7 +138,7 @@ def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
     best = found.top(3)
     assert [f.feature for f in best] == values.sum(0).argsort(descending=True)[:3].tolist()
     assert found.top(1, by="peak")[0].peak == pytest.approx(float(values.max()))
-    runs = [longest_run(values[:, j] > 0) for j in range(96)]
+    runs = [longest_run(values[found.valid, j] > 0) for j in range(96)]
     assert found.top(1, by="longest")[0].longest == max(runs) > 0
     with pytest.raises(UserError, match="sum, peak, longest"):
         found.top(by="size")  # type: ignore[arg-type]

@@ -35,19 +35,19 @@ class Look:
 
     def lines(self) -> list[str]:
         """A row a feature, for the terminal."""
-        head = f"{'feature':>8} {'on':>5} {'in a row':>9} {'peak':>9}  on held-out text it fires at"
-        lines = [f"{len(self.seen.found)} tokens; {self.seen.name}", head]
+        names, beside = self.seen.name, ""
+        if self.baseline is not None:
+            names += f", beside {self.baseline.name}"
+            beside = f" {'baseline':>9} {'cosine':>7}"
+        head = f"{'feature':>8} {'on':>5} {'in a row':>9} {'peak':>9}{beside}"
+        lines = [f"{len(self.seen.found)} tokens; {names}", f"{head}  what sets it apart"]
         for feature in self.features:
             strip = self.seen.found.strip(feature)
-            tokens = " ".join(self.seen.tokens(feature))
-            line = (
-                f"{feature:>8} {strip.n_on:>5} {strip.longest:>9} {number(strip.largest):>9}  "
-                f"{tokens}"
-            ).rstrip()
+            line = f"{feature:>8} {strip.n_on:>5} {strip.longest:>9} {number(strip.largest):>9}"
             if self.baseline is not None:
                 other, cosine = counterpart(feature, self.seen.W_dec, self.baseline.W_dec)
-                line += f"  ({self.baseline.name}: {other}, cosine {number(cosine)})"
-            lines.append(line)
+                line += f" {other:>9} {number(cosine):>7}"
+            lines.append(f"{line}  {' '.join(self.seen.tokens(feature))}".rstrip())
         return lines
 
     def write(self, path: Path | None = None) -> Path:

@@ -75,7 +75,7 @@ def write_look_page(path: Path, seen: Seen, features: Sequence[int], baseline: S
         "seen": others,
         "panels": panels,
         "rows": [row_of(panel["sides"][0]["strip"]) for panel in panels],
-        "text": "".join(visible(piece.text) for piece in seen.found.pieces),
+        "text": [visible(piece.text) for piece in seen.found.pieces],
         "n_tokens": len(seen.found),
         "n_valid": int(seen.found.valid.sum()),
         "n_massive": int(seen.found.massive.sum()),
@@ -89,7 +89,6 @@ def _side(seen: Seen, feature: int, said: str) -> dict[str, Any]:
     return {
         "strip": strip,
         "row": row_of(strip),
-        "name": seen.name,
         "said": said,
         "tokens": seen.tokens(feature),
         "facts": seen.facts(feature),
