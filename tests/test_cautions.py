@@ -178,3 +178,7 @@ def test_dictionary_learnings_words_are_understood() -> None:
     trainer = {"lm_name": "gpt2", "layer": 1, "submodule_name": "resid_pre_layer_1"}
     facts = dictionary_learning_facts({"trainer": trainer, "buffer": {"ctx_len": 16}})
     assert (facts.model, facts.hook_name, facts.context_size) == ("gpt2", HERE.hook_name, 16)
+    inside = dictionary_learning_facts({"trainer": trainer, "buffer": {"io": "in"}})
+    assert inside.hook_name == "the input of blocks.1.hook_resid_pre"
+    other = dictionary_learning_facts({"trainer": {"submodule_name": "mlp"}, "buffer": {}})
+    assert (other.model, other.hook_name, other.context_size) == (None, None, None)

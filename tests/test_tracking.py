@@ -19,11 +19,8 @@ from wandb_server import OfflineRun, Server, offline_runs
 from tcsae.base.errors import UserError
 from tcsae.base.files import file_digest
 from tcsae.config import Config, TrackingConfig, parse, run_id, run_name
-from tcsae.config.compose import config_of as composed
 from tcsae.jobs.tracking import (
     Tracker,
-    WandbRun,
-    _say_environment,
     comparison_columns,
     comparison_figures,
     comparison_id,
@@ -31,6 +28,7 @@ from tcsae.jobs.tracking import (
     searchable,
     send_comparison,
 )
+from tcsae.jobs.wandb_run import WandbRun, check_environment
 from tcsae.report.comparison import Comparison, compare_runs
 from tcsae.training.member import Member
 
@@ -96,6 +94,11 @@ def test_tracking_is_not_part_of_what_a_run_is() -> None:
         ({"tags": [""]}, "tracking.tags.0 = "),
         ({"tags": "a"}, "tracking.tags = a"),
         ({"group": "a" * 129}, "tracking.group = a"),
+        ({"project": "me/sae"}, "takes no / in a name"),
+        ({"project": "a" * 129}, "tracking.project = a"),
+        ({"project": ""}, "tracking.project = "),
+        ({"entity": "me/team"}, "takes no / in a name"),
+        ({"entity": ""}, "tracking.entity = "),
         ({"artifacts": "perhaps"}, "tracking.artifacts = perhaps"),
     ],
 )
@@ -158,15 +161,7 @@ def synced(interrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Serve
     """What the server has after `wandb sync` of the folder."""
     home = tmp_path_factory.mktemp("home")
     with Server() as server:
-        command = [str(Path(sys.executable).with_name("wandb")), "sync"]
-        done = subprocess.run(
-            [*command, str(interrupted / "wandb")],
-            env=client(server, home),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
+        sync(interrupted / "wandb", server, home)
     return server
 
 
@@ -312,33 +307,176 @@ def test_runs_of_a_bank_log_side_by_side_in_one_process(tmp_path: Path) -> None:
         assert [row["x"] for row in found.history] == [10 * place + step for step in (1, 2, 3)]
 
 
-def test_online_a_restarted_run_has_every_step_once(tmp_path: Path) -> None:
-    # Its own process: W&B reads where its server is once.
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from tcsae.config import TrackingConfig\n"
-        "from tcsae.jobs.tracking import WandbRun\n"
-        "tracking = TrackingConfig(mode='online')\n"
-        "for steps in ((2, 4, 6), (4, 6, 8)):\n"
-        "    run = WandbRun(tracking, Path(sys.argv[1]), id='abc', name='a run')\n"
-        "    for step in steps:\n"
-        "        run.log({'x': 10 * step}, step)\n"
-        "    run.finish(0)\n"
-        "    assert not run.failed\n"
+ONLINE = """
+import os, sys, time
+from pathlib import Path
+from tcsae.config import TrackingConfig
+from tcsae.jobs import wandb_run
+from tcsae.jobs.wandb_run import WandbRun
+wandb_run._START_SECONDS, wandb_run._FINISH_SECONDS = 3, 2
+folder = Path(sys.argv[1])
+def start(name="a", mode="online", id="abc"):
+    return WandbRun(TrackingConfig(mode=mode), folder / name, id=id, name="a run")
+def log(run, *steps):
+    for step in steps:
+        run.log({"x": 10 * step}, step)
+"""
+"""In its own process: W&B reads where its server is once."""
+
+
+def online(code: str, folder: Path, env: dict[str, str], returns: int = 0) -> str:
+    """Everything that `code` said."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE + code, str(folder)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
     )
-    with Server() as server:
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run")],
-            env=client(server, tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+    assert done.returncode == returns, done.stdout
+    return done.stdout
+
+
+def sync(folder: Path, server: Server, home: Path) -> None:
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", str(folder)]
+    done = subprocess.run(
+        command, env=client(server, home), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
-    (run,) = server.runs.values()
-    rows = [run.history[place] for place in sorted(run.history)]
-    assert [(row["_step"], row["x"]) for row in rows] == [(2, 20), (4, 40), (6, 60), (8, 80)]
+
+
+def steps_of(server: Server, run: str = "abc") -> list[tuple[int, int]]:
+    history = server.runs[run].history
+    return [(history[place]["_step"], history[place]["x"]) for place in sorted(history)]
+
+
+def test_online_a_restarted_run_has_every_step_once(tmp_path: Path) -> None:
+    code = """
+for steps in ((2, 4, 6), (4, 6, 8)):
+    run = start()
+    log(run, *steps)
+    run.finish(0)
+    assert not run.failed and run.mode == "online"
+"""
+    with Server() as server:
+        online(code, tmp_path, client(server, tmp_path))
+    assert steps_of(server) == [(2, 20), (4, 40), (6, 60), (8, 80)]
+
+
+def test_online_without_a_network_is_offline_whole_and_sync_sends_it(tmp_path: Path) -> None:
+    code = """
+for name in ("a", "b"):
+    begun = time.monotonic()
+    run = start(name, id=name)
+    print(name, "waited", time.monotonic() - begun)
+    log(run, 2, 4)
+    run.finish(0)
+"""
+    with Server() as server:
+        env = client(server, tmp_path)
+        said = online(code, tmp_path, env | {"WANDB_BASE_URL": "http://127.0.0.1:9"})
+        waited = [float(line.split()[-1]) for line in said.splitlines() if "waited" in line]
+        # The second run of a process knows already.
+        assert waited[0] < 15 and waited[1] < 2
+        lines = [line for line in said.splitlines() if "no W&B online" in line]
+        assert len(lines) == 2 and f"`wandb sync {tmp_path}/a/wandb` sends it" in lines[0]
+        for name in ("a", "b"):
+            sync(tmp_path / name / "wandb", server, tmp_path)
+            assert steps_of(server, name) == [(2, 20), (4, 40)]
+            assert server.runs[name].exit_code == 0
+
+
+def test_a_deleted_run_has_a_new_id_that_later_starts_know(tmp_path: Path) -> None:
+    code = """
+for steps in ((2, 4), (6,)):
+    run = start()
+    log(run, *steps)
+    run.finish(0)
+    assert not run.failed and run.mode == "online"
+"""
+    with Server() as server:
+        server.deleted = {"abc"}
+        said = online(code, tmp_path, client(server, tmp_path))
+        n_asked = len(server.refused)
+        (new,) = json.loads((tmp_path / "a" / "wandb_ids.json").read_text()).values()
+        assert new.startswith("abc-") and list(server.runs) == [new]
+        (line,) = [line for line in said.splitlines() if "was deleted there" in line]
+        assert "the W&B run abc was deleted there" in line and f"this run is {new}" in line
+        online("log(run := start(), 8)\nrun.finish(0)", tmp_path, client(server, tmp_path))
+        assert len(server.refused) == n_asked
+    assert steps_of(server, new) == [(2, 20), (4, 40), (6, 60), (8, 80)]
+
+
+def test_a_run_that_is_never_taken_is_offline_under_its_new_id(tmp_path: Path) -> None:
+    class Never(Server):
+        def on_UpsertBucket(self, v: dict[str, Any]) -> dict[str, Any]:
+            self.deleted.add(v["name"])
+            return super().on_UpsertBucket(v)
+
+    with Never() as server:
+        online("log(run := start(), 2)\nrun.finish(0)", tmp_path, client(server, tmp_path))
+    (new,) = json.loads((tmp_path / "a" / "wandb_ids.json").read_text()).values()
+    (run,) = offline_runs(tmp_path / "a")
+    assert run.run.run_id == new and [row["x"] for row in run.history] == [20]
+
+
+def test_what_a_killed_offline_start_kept_goes_along_online(tmp_path: Path) -> None:
+    rows = "[{'step': step, 'x': 10 * step, 'nothing': None} for step in (2, 4)]"
+    killed = "log(start(mode='offline'), 2, 4, 6)\nos._exit(9)"
+    goes_on = f"run = start()\nrun.catch_up({rows})\nlog(run, 6, 8)\nrun.finish(0)"
+    with Server() as server:
+        env = client(server, tmp_path)
+        online(killed, tmp_path, env, returns=9)
+        online(goes_on, tmp_path, env)
+        assert steps_of(server) == [(2, 20), (4, 40), (6, 60), (8, 80)]
+
+
+def test_sync_sends_what_a_killed_start_wrote(tmp_path: Path) -> None:
+    with Server() as server:
+        env = client(server, tmp_path)
+        online("log(run := start(mode='offline'), 2, 4, 6)\nrun.finish(0)", tmp_path, env)
+        (record,) = (tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")
+        record.write_bytes(record.read_bytes()[:-5])  # as a kill leaves it: the last record is cut
+        sync(tmp_path / "a" / "wandb", server, tmp_path)
+    assert steps_of(server) == [(2, 20), (4, 40), (6, 60)]
+
+
+def test_a_server_that_is_gone_at_the_end_is_one_line(tmp_path: Path) -> None:
+    code = """
+import urllib.request
+run = start()
+log(run, 2)
+urllib.request.urlopen(urllib.request.Request(os.environ["WANDB_BASE_URL"] + "/gone", b""))
+log(run, 4)
+run.finish(0)
+"""
+
+    class Goes(Server):
+        gone = False
+
+        def stream(self, name: str, sent: dict[str, Any]) -> None:
+            if self.gone:
+                raise ConnectionError
+
+    with Goes() as server:
+        server.on_post = lambda path: setattr(server, "gone", path == "/gone" or server.gone)
+        said = online(code, tmp_path, client(server, tmp_path))
+    assert f"`wandb sync --include-online {tmp_path}/a/wandb` sends the rest" in said
+    assert "W&B is off" not in said
+
+
+def test_a_restart_after_an_online_one_repeats_what_that_may_not_have_sent(tmp_path: Path) -> None:
+    config = config_of(tracking={"mode": "offline"})
+    lines = [json.dumps({"step": step, "l0": step / 2}) for step in (2, 4, 6)]
+    for kind, steps in (("", [2, 4]), ("offline-", [])):
+        folder = tmp_path / f"{kind}run"
+        (folder / "wandb" / f"{kind}run-20260101_000000-{run_id(config)}").mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        tracker = Tracker(config, folder)
+        tracker.rewind(4)
+        tracker.finish(1)
+        assert [row["l0"] for row in written(folder)[-1].history] == [step / 2 for step in steps]
 
 
 def test_an_artifact_is_logged_once_for_each_content(tmp_path: Path) -> None:
@@ -390,7 +528,7 @@ def test_files_that_cannot_be_logged_are_one_warning(
     monkeypatch.setattr(tracker.wandb.run, "log_artifact", fails)
     with caplog.at_level(logging.WARNING, "tcsae"):
         tracker.finish(0)
-    (line,) = [record.message for record in caplog.records if record.name == "tcsae.jobs.tracking"]
+    (line,) = [record.message for record in caplog.records if record.name == "tcsae.jobs.wandb_run"]
     assert line == "W&B is off for the rest of this run (RuntimeError: no artifacts today)"
     # What was not sent is not taken for sent.
     assert not (folder / "wandb" / "artifacts.json").exists()
@@ -547,15 +685,69 @@ def test_disabled_tracking_sends_no_comparison(
     assert file_digest(compared[1] / "comparison.json") == before
 
 
+SAID = {
+    "MODE": ("online", "tracking.mode"),
+    "DISABLED": ("true", "tracking=disabled"),
+    "PROJECT": ("mine", "tracking.project"),
+    "ENTITY": ("me", "tracking.entity"),
+    "NAME": ("n", "name"),
+    "TAGS": ("a,b", "tracking.tags"),
+    "RUN_GROUP": ("g", "tracking.group"),
+    "RUN_ID": ("i", "the hash of the configuration"),
+    "RESUME": ("must", "the run's folder"),
+    "DIR": ("d", "the run's folder"),
+    "JOB_TYPE": ("j", "the command"),
+}
+
+
+@pytest.mark.parametrize("variable", SAID)
 def test_what_the_environment_asks_in_vain_is_said(
+    variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    value, key = SAID[variable]
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(f"WANDB_{variable}", value)
+    tracking = {"entity": "e", "group": GROUP, "tags": ["c"]}
+    check_environment(TrackingConfig(mode="disabled", **tracking), None)
+    assert not caplog.records
+    check_environment(TrackingConfig(**tracking), None)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"without effect in the environment: WANDB_{variable}={value} ({key} does it)"
+
+
+def test_the_same_in_the_environment_and_the_config_needs_no_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, value in {"MODE": "online", "PROJECT": "mine", "NAME": "n", "TAGS": "a,b"}.items():
+    same = {"MODE": "offline", "TAGS": "a,b", "NAME": "n", "ENTITY": "e", "RESUME": "allow"}
+    for name, value in same.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    _say_environment(composed("tracking=disabled"))
+    check_environment(TrackingConfig(tags=["a", "b"]), "n")
     assert not caplog.records
-    _say_environment(composed("tracking=offline", "tracking.tags=[a,b]"))
-    (line,) = [r.getMessage() for r in caplog.records if "without effect" in r.getMessage()]
-    assert "WANDB_MODE=online (tracking.mode does it)" in line
-    assert "WANDB_PROJECT=mine (tracking.project does it)" in line
-    assert "WANDB_NAME=n (name does it)" in line and "WANDB_TAGS" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("ENTITY", "me/team", "takes no / in a name"), ("RUN_GROUP", "g" * 129, "at most 128")],
+)
+def test_a_name_of_the_environment_that_wandb_would_refuse_is_refused_first(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tcsae.jobs.bank import run
+
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    with pytest.raises(UserError, match=words):
+        # Before the model: there is none here.
+        run(config_of(model__path=str(tmp_path / "none")), tmp_path / "run")
+
+
+def test_what_the_config_leaves_open_is_the_environments(tmp_path: Path) -> None:
+    with Server() as server:
+        asked = {"ENTITY": "me", "RUN_GROUP": "g", "NOTES": "why"}
+        asked |= {"RUN_ID": "i", "DIR": str(tmp_path / "d"), "JOB_TYPE": "j", "RESUME": "never"}
+        env = client(server, tmp_path) | {f"WANDB_{name}": value for name, value in asked.items()}
+        online("log(run := start(), 2)\nrun.finish(0)", tmp_path, env)
+        # WANDB_BASE_URL and WANDB_API_KEY brought it here.
+        (run,) = server.runs.values()
+    assert run.name == "abc" and not (tmp_path / "d").exists()
+    assert (run.about["entity"], run.about["groupName"]) == ("me", "g")
+    assert run.about["notes"] == "why"

@@ -110,6 +110,10 @@ class Server:
         self.uploads: dict[str, bytes] = {}
         self.views: list[dict[str, Any]] = []
         self.unknown: set[str] = set()
+        self.deleted: set[str] = set()
+        """Ids that it answers as W&B does once a run was deleted."""
+        self.refused: list[str] = []
+        """The deleted ids that were asked for."""
         server = self
 
         class Handler(_Handler):
@@ -154,9 +158,13 @@ class Server:
         return {"model": {"id": "P", "name": v["project"], "bucket": bucket}}
 
     def on_UpsertBucket(self, v: dict[str, Any]) -> dict[str, Any]:
+        if v["name"] in self.deleted:
+            self.refused.append(v["name"])
+            raise _Conflict("run was previously created and deleted; try a new run name")
         run = self.runs.setdefault(v["name"], ServedRun(v["name"]))
         run.about |= {key: value for key, value in v.items() if value is not None}
-        project = {"id": "P", "name": v["project"], "entity": {"id": "E", "name": "someone"}}
+        entity = {"id": "E", "name": v.get("entity") or "someone"}
+        project = {"id": "P", "name": v["project"], "entity": entity}
         bucket = {"id": run.name, "name": run.name, "displayName": v["displayName"] or run.name}
         bucket |= {"config": "{}", "project": project, "historyLineCount": len(run.history)}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -206,6 +214,9 @@ class Server:
     def on_Viewer(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "U", "entity": "someone", "username": "someone", "flags": "{}"}}
 
+    def on_post(self, path: str) -> None:
+        """Told of every request that sends something."""
+
     def stream(self, name: str, sent: dict[str, Any]) -> None:
         run = self.runs[name]
         for file, chunk in (sent.get("files") or {}).items():
@@ -216,6 +227,10 @@ class Server:
                 run.summary = rows[-1]
         if "exitcode" in sent:
             run.exit_code = sent["exitcode"]
+
+
+class _Conflict(Exception):
+    """An answer with the status 409."""
 
 
 class _Http(ThreadingHTTPServer):
@@ -235,9 +250,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
-    def _reply(self, content: dict[str, Any]) -> None:
+    def _reply(self, content: dict[str, Any], status: int = 200) -> None:
         body = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -251,11 +266,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply({})
 
     def do_POST(self) -> None:
+        self.owner.on_post(self.path)
         body = self._body()
         sent = json.loads(body) if body.startswith(b"{") else {}
         if self.path.endswith("/graphql"):
             name = sent.get("operationName") or sent["query"].split("(")[0].split()[1]
-            self._reply({"data": self.owner.answer(name, sent.get("variables") or {})})
+            try:
+                self._reply({"data": self.owner.answer(name, sent.get("variables") or {})})
+            except _Conflict as conflict:
+                self._reply({"errors": [{"message": str(conflict)}]}, 409)
             return
         if self.path.endswith("/file_stream"):
             self.owner.stream(self.path.split("/")[-2], sent)

@@ -72,6 +72,8 @@ class RunFiles:
         self.sae_weights = self.sae / "sae_weights.safetensors"
         self.eval = EvalFiles(self.path / "eval")
         self.analysis = AnalysisFiles(self.path / "analysis")
+        self.wandb_ids = self.path / "wandb_ids.json"
+        """The run's ids in W&B, where they are not its own."""
         self.export_mark = self.path / "export.json"
         """The file that only an export has."""
 

@@ -260,7 +260,7 @@ class Source(StrictModel):
     """Of the file of weights; of a pretrained SAE, of the one that sae-lens saves."""
     architecture: str
     """By the source's own word."""
-    library: Literal["SAELens", "dictionary_learning", "tcsae"]
+    library: Literal["SAELens", "dictionary_learning", "sparsify", "Gemma Scope", "OpenAI", "tcsae"]
     """Who wrote it."""
     made_for: str | None = None
     """Model and hook, by the source's own word."""

@@ -47,6 +47,8 @@ class Here(NamedTuple):
     """Of the language model."""
     masked: frozenset[int]
     """Tokens that are not measured."""
+    eos_is_bos: bool = False
+    """Whether one token is both, as GPT-2's."""
 
 
 Said = Mapping[str, Any]
@@ -69,6 +71,7 @@ def cautions(facts: Facts, config: LoadedConfig, model: LanguageModel) -> list[s
         dataset=tuple(name for name in names if name),
         dtype=_plain(model.dtype),
         masked=model.special_ids.masked,
+        eos_is_bos=model.tokenizer.eos_token_id == model.special_ids.bos,
     )
     told = {"model_name": facts.model, "hook_name": facts.hook_name}
     return differences({**told, "context_size": facts.context_size, **facts.said}, here)
@@ -214,7 +217,9 @@ def _one_document(value: Any, here: Here, said: Said) -> str | None:
 
 
 def _separator(value: Any, here: Here, said: Said) -> str | None:
-    if value == "bos" or value in [*here.masked] or said.get("disable_concat_sequences") is True:
+    if value == "bos" or (value == "eos" and here.eos_is_bos) or value in [*here.masked]:
+        return None
+    if said.get("disable_concat_sequences") is True:
         return None
     return (
         f"The SAE was made on documents parted by {_word(value)} (sequence_separator_token); here "
@@ -278,7 +283,7 @@ def _threshold(what: str, said: Said) -> str | None:
         return None
     if said.get("rescale_acts_by_decoder_norm") is False:
         return None
-    if said.get(TRAINED_ON, "expected_average_only_in") != "expected_average_only_in":
+    if said.get(TRAINED_ON) not in (None, "expected_average_only_in"):
         return None
     told = f"SAELens {_word(made_by)}" if made_by else "a SAELens that it does not name"
     return (

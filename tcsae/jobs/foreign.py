@@ -29,10 +29,9 @@ from tcsae.config.compose import compose_tree, conf_folder, override_value
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
 from tcsae.jobs.cautions import hub_name
-from tcsae.jobs.facts import Facts, dictionary_learning_facts, part, saelens_facts
-from tcsae.runs.folder import load_sae_and_cfg
+from tcsae.jobs.facts import Facts, facts_of, part
+from tcsae.runs.folder import load_any_sae
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.dictionary_learning import AE_NAME
 
 _SETTABLE = tuple(Measured.model_fields)
 _HOOK = re.compile(r"blocks\.(\d+)\.(\w+)")
@@ -68,23 +67,18 @@ class ForeignSAE:
 
 def from_folder(folder: Path) -> ForeignSAE:
     """Raises UserError, in one line, for what is no SAE or cannot be computed here."""
-    sae, cfg, weights = load_sae_and_cfg(folder)
-    if weights.name == AE_NAME:
-        facts = dictionary_learning_facts(cfg)
-    else:
-        facts = saelens_facts(cfg, weights, sae.saelens_state().tensors)
-    trainer = part(cfg, "trainer")
-    library = "dictionary_learning" if trainer else "tcsae" if facts.own else "SAELens"
+    found = load_any_sae(folder)
+    facts = facts_of(found)
     source = Source.model_validate(
         {
             "folder": str(folder),
-            "sha256": file_digest(weights),
-            "architecture": str(trainer.get("dict_class") or cfg.get("architecture")),
-            "library": library,
+            "sha256": file_digest(found.weights),
+            "architecture": found.architecture,
+            "library": "tcsae" if facts.own else found.library,
             "made_for": ", ".join(filter(None, (facts.model, facts.hook_name))) or None,
         }
     )
-    return ForeignSAE(sae, source, facts, cfg)
+    return ForeignSAE(found.sae, source, facts, found.cfg)
 
 
 def from_release(release: str, sae_id: str) -> ForeignSAE:

@@ -25,6 +25,7 @@ from tcsae.data.stream import Stream
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
 from tcsae.jobs.sources import Sources
 from tcsae.jobs.tracking import Tracker
+from tcsae.jobs.wandb_run import check_environment
 from tcsae.losses.laplacian import share_in_windows
 from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
@@ -86,12 +87,13 @@ class Job:
         """Take the folder for as long as `held` lasts; a finished run has its outcome at once."""
         held.enter_context(self.files.owned())
         self.files.claim(self.config)
-        if not self.files.is_finished:
-            return
-        if not self.config.rerun:
+        if self.files.is_finished and not self.config.rerun:
             Sources().check(self.config, self.files.path, self.files.content)
             say_finished(self.files)
             self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
+            return
+        check_environment(self.config.tracking, self.config.name)
+        if not self.files.is_finished:
             return
         # Checkpoints first: a repetition that is interrupted must go on, not start again.
         shutil.rmtree(self.files.checkpoints, ignore_errors=True)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tcsae.base.files import disk_errors, read_json, write_json, write_text
+from tcsae.base.files import disk_errors, write_text
 from tcsae.base.labels import window_part
 from tcsae.base.run_files import NOTES, REPORT, RunFiles
 from tcsae.config import Config, TrackingConfig, run_id, run_name
+from tcsae.jobs.wandb_run import WandbRun
 from tcsae.report.compare_page import heat_map, stream_figures
 from tcsae.report.comparison import Comparison
 
-log = logging.getLogger(__name__)
-
-STEP = "training_step"
-"""The metric that all others are drawn over."""
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
 _RUN = RunFiles("")
@@ -40,18 +34,21 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Drop lines after `step`, and a last line that a kill cut short."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines after `step`, and a last line that a kill cut short; returns what is left."""
         if not self.path.exists():
-            return
-        kept = []
+            return []
+        kept, rows = [], []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                row = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+                rows.append(row)
         write_text(self.path, "".join(kept))
+        return rows
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         # JSON has no NaN; a metric that has no value in this batch is null.
@@ -59,137 +56,6 @@ class JsonLines:
         line = json.dumps({"step": step, **known}, allow_nan=False) + "\n"
         with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
-
-
-class WandbRun:
-    """A W&B run that goes on under its id after a restart. Its first failure is one warning, after
-    which it does nothing.
-
-    Args:
-        tracking: mode, project, entity, group.
-        folder: W&B writes to `wandb/` in it.
-        about: id, name, job_type, tags, config: as in `wandb.init`.
-    """
-
-    def __init__(self, tracking: TrackingConfig, folder: Path, **about: Any) -> None:
-        self.tracking, self.folder, self.id = tracking, Path(folder), about["id"]
-        self.run: Any = None
-        self.failed = tracking.mode == "disabled"
-        self.attempt(lambda: self._start(about))
-
-    def _start(self, about: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
-            mode=self.tracking.mode,
-            project=self.tracking.project,
-            entity=self.tracking.entity,
-            group=self.tracking.group,
-            resume="allow",
-            dir=self.folder,
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                init_timeout=60,
-                # Without a network, W&B would wait for it for ever; `wandb sync` sends the rest.
-                finish_timeout=300,
-                # The runs of a bank live in one process.
-                reinit="create_new",
-            ),
-            **about,
-        )
-        self.run.define_metric("*", step_metric=STEP)
-
-    def attempt(self, action: Callable[[], Any]) -> None:
-        """Do something with W&B; a failure of it is the warning."""
-        if self.failed:
-            return
-        try:
-            action()
-        except Exception as error:
-            self.failed = True
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            log.warning(f"W&B is off for the rest of this run ({said})")
-
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        """A row of the history. W&B drops one whose step it has or has passed: what a restarted
-        run repeats is the same."""
-        self.attempt(lambda: self.run.log({STEP: step, **values}, step=step))
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self.attempt(lambda: self.run.summary.update(values))
-
-    def pages(
-        self,
-        figures: Mapping[str, Any],
-        tables: Mapping[str, Mapping[str, Sequence[Any]]],
-        step: int,
-    ) -> None:
-        """Plotly figures, and tables given by their columns, all by their names in W&B."""
-        self.attempt(lambda: self._send_pages(figures, tables, step))
-
-    def _send_pages(
-        self,
-        figures: Mapping[str, Any],
-        tables: Mapping[str, Mapping[str, Sequence[Any]]],
-        step: int,
-    ) -> None:
-        import wandb
-
-        sent: dict[str, Any] = {name: wandb.Plotly(figure) for name, figure in figures.items()}
-        for name, columns in tables.items():
-            rows = [list(row) for row in zip(*columns.values(), strict=True)]
-            sent[name] = wandb.Table(columns=list(columns), data=rows)
-        with self._staging():
-            self.run.log({STEP: step, **sent}, step=step)
-
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[None]:
-        """W&B copies a table to the home folder of the machine that made it, where `wandb sync` on
-        another one does not find it; here, to the run's own folder."""
-        name = "WANDB_DATA_DIR"
-        if name in os.environ:
-            yield
-            return
-        os.environ[name] = str((self.folder / "wandb").resolve())
-        try:
-            yield
-        finally:
-            del os.environ[name]
-
-    def artifact(
-        self, kind: str, folder: Path, patterns: Sequence[str], metadata: Mapping[str, Any]
-    ) -> None:
-        """Files of `folder` as the artifact `<kind>-<run id>`, once for each content."""
-        self.attempt(lambda: self._send_artifact(kind, folder, patterns, metadata))
-
-    def _send_artifact(
-        self, kind: str, folder: Path, patterns: Sequence[str], metadata: Mapping[str, Any]
-    ) -> None:
-        import wandb
-
-        name = f"{kind}-{self.id}"
-        artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
-        files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-        for path in files:
-            # Not copied: an SAE may have gigabytes, and nothing changes it here.
-            artifact.add_file(
-                str(path.resolve()),
-                name=path.relative_to(folder).as_posix(),
-                policy="immutable",
-                skip_cache=True,
-            )
-        known = self.folder / "wandb" / "artifacts.json"
-        sent = read_json(known) if known.is_file() else {}
-        place = f"{self.tracking.mode} {self.tracking.entity}/{self.tracking.project}/{name}"
-        if files and sent.get(place) != artifact.digest:
-            self.run.log_artifact(artifact)
-            write_json(known, sent | {place: artifact.digest})
-
-    def finish(self, exit_code: int) -> None:
-        self.attempt(lambda: self.run.finish(exit_code=exit_code))
 
 
 # ---------------------------------------------------------------------------------- one run
@@ -240,42 +106,16 @@ def training_run(config: Config, folder: Path) -> WandbRun:
     )
 
 
-def _say_environment(config: Config) -> None:
-    """One line for what W&B's environment asks and the config has otherwise: the config wins, so
-    that the same command means the same everywhere."""
-    tracking = config.tracking
-    if tracking.mode == "disabled":
-        return
-    keys = {
-        "WANDB_MODE": ("tracking.mode", tracking.mode),
-        "WANDB_PROJECT": ("tracking.project", tracking.project),
-        "WANDB_ENTITY": ("tracking.entity", tracking.entity),
-        "WANDB_NAME": ("name", config.name),
-        "WANDB_TAGS": ("tracking.tags", ",".join(tracking.tags)),
-        "WANDB_RUN_GROUP": ("tracking.group", tracking.group),
-    }
-    # Where these keys are null the client itself takes the environment's.
-    obeyed = ("tracking.entity", "tracking.group")
-    other = [
-        f"{name}={asked} ({key} does it)"
-        for name, (key, value) in keys.items()
-        if (asked := os.environ.get(name)) and asked != value and (value or key not in obeyed)
-    ]
-    if other:
-        log.warning(f"without effect in the environment: {', '.join(other)}")
-
-
 class Tracker:
     """metrics.jsonl and W&B, as the trainer's `MetricsLog`."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, Path(folder)
-        _say_environment(config)
         self.lines = JsonLines(RunFiles(self.folder).metrics)
         self.wandb = training_run(config, self.folder)
 
     def rewind(self, step: int) -> None:
-        self.lines.rewind(step)
+        self.wandb.catch_up(self.lines.rewind(step))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.lines.log(metrics, step)

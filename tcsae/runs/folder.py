@@ -29,8 +29,7 @@ from tcsae.measure.analysis import Analysis
 from tcsae.measure.text_features import TextFeatures, TextReader, check_feature, shared_model
 from tcsae.runs.feature import Feature, feature_of, in_six_lines, table_of
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.dictionary_learning import AE_NAME, load_dictionary_learning
-from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, load_saelens
+from tcsae.sae.formats.known import LoadedSAE, load_known
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -214,21 +213,18 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
-    """The SAE of a run or an export, or of any folder of SAELens or dictionary_learning.
+    """The SAE of a run or an export, or of a folder or file that SAELens, dictionary_learning,
+    sparsify, Gemma Scope or OpenAI's sparse_autoencoder wrote.
 
     Raw activations in and out. Raises UserError if there is none or it is damaged.
     """
-    return load_sae_and_cfg(folder)[0]
+    return load_any_sae(folder).sae
 
 
-def load_sae_and_cfg(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any], Path]:
-    """As `load_sae`, with the content of the SAE's own JSON file, and the file of its weights."""
+def load_any_sae(folder: str | Path) -> LoadedSAE:
+    """As `load_sae`, with what else is known of it."""
     folder = Path(folder)
     try:
-        if RunFiles(folder).sae_cfg.is_file():
-            folder = RunFiles(folder).sae
-        elif (folder / AE_NAME).is_file() and not (folder / CFG_NAME).is_file():
-            return *load_dictionary_learning(folder), folder / AE_NAME
-        return *load_saelens(folder), folder / WEIGHTS_NAME
+        return load_known(RunFiles(folder).sae if RunFiles(folder).sae_cfg.is_file() else folder)
     except ValueError as error:
         raise UserError(str(error)) from None

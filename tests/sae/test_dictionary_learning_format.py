@@ -191,7 +191,70 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     assert torch.equal(sae.W_enc, half["encoder.weight"].float().T)
 
 
+# ---------------------------------------------------------------- which file
+
+
+def checkpointed(folder: Path, *steps: int) -> Path:
+    """A trainer's folder with checkpoints, each of its own weights, and no ae.pt."""
+    write(folder, "AutoEncoderTopK")
+    (folder / "ae.pt").unlink()
+    (folder / "checkpoints").mkdir()
+    for step in steps:
+        state = state_of("AutoEncoderTopK")
+        state["b_dec"] = torch.full((D_IN,), float(step))
+        torch.save(state, folder / "checkpoints" / f"ae_{step}.pt")
+    return folder
+
+
+def test_a_checkpoint_is_read_with_the_config_one_folder_up(tmp_path: Path) -> None:
+    folder = checkpointed(tmp_path / "trainer_0", 10, 200)
+    for step in (10, 200):
+        sae = tcsae.load_sae(folder / "checkpoints" / f"ae_{step}.pt")
+        assert sae.b_dec.unique().tolist() == [step] and sae.cfg.k == K
+    said = refusal(folder)
+    assert "several checkpoints: give one of checkpoints/ae_10.pt, checkpoints/ae_200.pt" in said
+    assert "give one of ae_10.pt, ae_200.pt" in refusal(folder / "checkpoints")
+    (folder / "checkpoints" / "ae_10.pt").unlink()
+    for path in (folder, folder / "checkpoints"):
+        assert tcsae.load_sae(path).b_dec.unique().tolist() == [200]
+    # The trained one goes before a checkpoint.
+    torch.save(state_of("AutoEncoderTopK"), folder / "ae.pt")
+    for path in (folder, folder / "ae.pt"):
+        assert torch.equal(tcsae.load_sae(path).b_dec, state_of("AutoEncoderTopK")["b_dec"])
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer", "says"),
+    [
+        ({}, {"io": "in_and_out"}, "buffer.io is 'in_and_out': a transcoder"),
+        ({}, {"io": ["out"]}, "buffer.io is ['out']"),
+        ({}, {"d_submodule": 64}, "buffer.d_submodule is 64, but trainer.activation_dim 12"),
+        (
+            {"layer": 3, "submodule_name": "resid_post_layer_4"},
+            {},
+            "layer is 3, but submodule_name resid_post_layer_4",
+        ),
+        ({"trainer_class": "TopKTrainer"}, {}, "TopKTrainer trains AutoEncoderTopK, but dict_cl"),
+        ({"activation_dim": "12"}, {}, "activation_dim is '12', it must be an integer"),
+        ({"dict_size": -1}, {}, "dict_size is -1, it must be an integer above 0"),
+    ],
+)
+def test_a_config_that_contradicts_itself_or_is_a_transcoders_is_refused(
+    trainer: dict[str, Any], buffer: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path, "AutoEncoder", **trainer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"buffer": buffer}))
+    assert says in refusal(folder)
+
+
+@pytest.mark.parametrize("made_by", ["PAnnealTrainer", "MyTrainer", None])
+def test_a_trainer_that_fits_or_is_not_known_is_no_matter(made_by: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, "AutoEncoder", trainer_class=made_by)
+    assert tcsae.load_sae(folder).cfg.architecture == "standard"
 
 
 class Bomb:
@@ -248,6 +311,8 @@ def test_another_width_or_k_than_the_configs_is_refused(tmp_path: Path) -> None:
     assert "k is 41" in refusal(write(tmp_path, "AutoEncoderTopK", state, k=41))
     state = state_of("MatryoshkaBatchTopKSAE") | {"group_sizes": torch.tensor([3, 4])}
     assert "do not add up" in refusal(write(tmp_path, "MatryoshkaBatchTopKSAE", state))
+    said = refusal(write(tmp_path, "MatryoshkaBatchTopKSAE", group_sizes=[20, 20]))
+    assert "group_sizes are [3, 9, 28] in ae.pt, but [20, 20] in config.json" in said
     state = {n: t for n, t in state_of("BatchTopKSAE").items() if n != "threshold"}
     assert "threshold missing" in refusal(write(tmp_path, "BatchTopKSAE", state))
 
@@ -256,9 +321,11 @@ def test_another_width_or_k_than_the_configs_is_refused(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("{broken", "not JSON"),
-        ("[1]", "no trainer.dict_class"),
+        ("[1]", "not an object"),
         ('{"architecture": "topk", "d_in": 12}', "no trainer.dict_class"),
-        ('{"trainer": {"dict_class": "IdentityDict"}}', "known are AutoEncoder"),
+        ('{"trainer": {"dict_class": "IdentityDict"}}', "has no features"),
+        ('{"trainer": {"dict_class": "CrossCoder"}}', "reads several layers or models at once"),
+        ('{"trainer": {"dict_class": "MySAE"}}', "unknown dict_class 'MySAE': known are AutoEnc"),
         ('{"trainer": {"dict_class": ["AutoEncoder"]}}', "unknown dict_class"),
     ],
 )
@@ -277,6 +344,6 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     torch.save([1, 2], folder / "ae.pt")
     assert "more than tensors" in refusal(folder)
     (folder / "config.json").unlink()
-    assert "no config.json" in refusal(folder)
+    assert "no config.json beside ae.pt nor one folder up" in refusal(folder)
     (folder / "ae.pt").unlink()
     assert "no cfg.json" in refusal(folder)

@@ -1,28 +1,28 @@
-"""SAEs that dictionary_learning trained: ae.pt and config.json in a folder.
+"""SAEs that dictionary_learning trained: ae.pt, or checkpoints/ae_N.pt, and config.json.
 
-ae.pt is a pickle of tensors. It is read with torch's weights-only reader, which runs no code of
-the file. Written against dictionary_learning 0.1.0 (dictionary.py, utils.py, trainers/).
+The .pt are pickles of tensors, read with torch's weights-only reader, which runs no code of a file.
+Written against dictionary_learning 0.1.0 (dictionary.py, utils.py, trainers/).
 """
 
 from __future__ import annotations
 
-import json
-import warnings
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats.files import check_shapes, make, read_object, read_torch, renamed
 from tcsae.sae.formats.saelens import with_centred_input
-from tcsae.sae.registry import sae_class
 
 AE_NAME = "ae.pt"
 CONFIG_NAME = "config.json"
+CHECKPOINTS = "checkpoints"
+_IS_AE = re.compile(r"ae(_\w+)?\.pt")
+_LAYER = re.compile(r"layer_(\d+)")
 
 
 class _Form(NamedTuple):
@@ -55,130 +55,151 @@ _FORMS = {
     "JumpReluAutoEncoder": _Form("jumprelu", _PLAIN | {"threshold": "threshold"}),
     "GatedAutoEncoder": _Form("gated", _GATED),
 }
+_TRAINERS = {
+    "StandardTrainer": "AutoEncoder",
+    "StandardTrainerAprilUpdate": "AutoEncoder",
+    "PAnnealTrainer": "AutoEncoder",
+    "GatedSAETrainer": "GatedAutoEncoder",
+    "GatedAnnealTrainer": "GatedAutoEncoder",
+    "TopKTrainer": "AutoEncoderTopK",
+    "BatchTopKTrainer": "BatchTopKSAE",
+    "MatryoshkaBatchTopKTrainer": "MatryoshkaBatchTopKSAE",
+    "JumpReluTrainer": "JumpReluAutoEncoder",
+}
+"""What each of their trainers trains; others are taken at their dict_class's word."""
+_WHY_NOT = {
+    "IdentityDict": "it has no features: the neurons are given back",
+    "CrossCoder": "it reads several layers or models at once",
+    "Transcoder": "it gives another place's activations, not those it reads",
+}
 
 
-def load_dictionary_learning(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """(SAE in float32 on the CPU, the content of config.json) of dictionary_learning's folder.
+def find_ae(path: Path) -> Path | None:
+    """The file of weights that `path` means: itself, ae.pt in it, or its one checkpoint.
+
+    Raises ValueError if it has several checkpoints and no ae.pt.
+    """
+    if path.is_file():
+        return path if _IS_AE.fullmatch(path.name) else None
+    if (path / AE_NAME).is_file():
+        return path / AE_NAME
+    found = [file for folder in (path, path / CHECKPOINTS) for file in folder.glob("ae_*.pt")]
+    if len(found) > 1:
+        names = ", ".join(str(file.relative_to(path)) for file in sorted(found))
+        raise ValueError(
+            f"cannot load the SAE in {path}: it has no {AE_NAME} but several checkpoints: give "
+            f"one of {names}"
+        )
+    return found[0] if found else None
+
+
+def load_dictionary_learning(path: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """(SAE in float32 on the CPU, the content of config.json) of what dictionary_learning saved.
+
+    `path` is a folder with ae.pt, a folder with one checkpoint, or such a file; config.json lies
+    beside the file or, of checkpoints/, one folder up.
 
     Codes and reconstructions are those of their own load_dictionary and encode(x): AutoEncoder
     gets decoder rows of norm 1; AutoEncoderNew and JumpReluAutoEncoder do not subtract b_dec,
     which moves into b_enc; BatchTopK and Matryoshka fire above their stored threshold.
 
     Raises:
-        ValueError, one line that names the folder: a file is missing or damaged, ae.pt holds
+        ValueError, one line that names the folder: a file is missing or damaged, it holds
         anything but tensors, the class is unknown, a tensor is missing, additional or of another
-        shape.
+        shape, config.json contradicts itself or the tensors, or it is of a transcoder.
     """
-    folder = Path(folder)
+    path = Path(path)
     try:
-        config = _read_config(folder)
+        file = find_ae(path)
+        if file is None:
+            raise ValueError(f"it has no {AE_NAME}")
+        config = _read_config(file)
         trainer = config["trainer"]
-        form = _FORMS[trainer["dict_class"]]
-        state = _read_state(folder / AE_NAME)
-        tensors = _renamed(state, form, trainer["dict_class"])
-        _check_shapes(tensors, trainer)
-        tensors, fields = _converted(tensors, state, trainer)
-        chosen = sae_class(form.architecture)
-        cfg = chosen.config_class(architecture=form.architecture, **fields)
-    except ValidationError as error:
-        said = "; ".join(e["msg"] for e in error.errors())
-        raise ValueError(f"cannot load the SAE in {folder}: {said}") from None
+        name = trainer["dict_class"]
+        form = _FORMS[name]
+        state = read_torch(file)
+        tensors = renamed(state, form.names, name, file.name, form.scalars)
+        shapes = {ours: list(tensor.shape) for ours, tensor in tensors.items()}
+        sizes = trainer.get("activation_dim"), trainer.get("dict_size")
+        check_shapes(shapes, *sizes, file.name, "activation_dim {d_in} and dict_size {d_sae}")
+        tensors, fields = _converted(tensors, state, trainer, file.name)
+        return make(form.architecture, tensors, **fields), config
     except ValueError as error:
-        raise ValueError(f"cannot load the SAE in {folder}: {error}") from None
-    # A generator of its own: loading must not advance torch's.
-    sae = chosen(cfg, len(tensors["b_dec"]), torch.Generator())
-    sae.load_saelens({}, tensors)
-    return sae, config
+        raise ValueError(f"cannot load the SAE in {path}: {error}") from None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"it has no {CONFIG_NAME} beside {AE_NAME}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG_NAME} is not JSON ({error})") from None
-    trainer = config.get("trainer") if isinstance(config, dict) else None
+def _read_config(file: Path) -> dict[str, Any]:
+    folders = (file.parent, file.parent.parent)
+    path = next((f / CONFIG_NAME for f in folders if (f / CONFIG_NAME).is_file()), None)
+    if path is None:
+        raise ValueError(f"there is no {CONFIG_NAME} beside {file.name} nor one folder up")
+    config = read_object(path)
+    trainer = config.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise ValueError(f"{CONFIG_NAME} has no trainer.dict_class: not dictionary_learning's")
-    if trainer["dict_class"] not in list(_FORMS):
+    name, made_by = trainer["dict_class"], trainer.get("trainer_class")
+    if name not in list(_FORMS):
+        why = next((f" ({why})" for key, why in _WHY_NOT.items() if key in str(name)), "")
+        raise ValueError(f"unknown dict_class {name!r}{why}: known are {', '.join(_FORMS)}")
+    trained = _TRAINERS.get(made_by, name) if isinstance(made_by, str) else name
+    if trained != name:
         raise ValueError(
-            f"unknown dict_class {trainer['dict_class']!r}: known are {', '.join(_FORMS)}"
+            f"{CONFIG_NAME}: trainer_class {made_by} trains {trained}, but dict_class is {name}"
         )
+    _check_sizes(trainer)
+    _check_place(config)
     return config
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"it has no {AE_NAME}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol; it is refused or read
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
+def _check_sizes(trainer: Mapping[str, Any]) -> None:
+    for key in ("activation_dim", "dict_size"):
+        value = trainer.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{CONFIG_NAME}: {key} is {value!r}, it must be an integer above 0")
+
+
+def _check_place(config: Mapping[str, Any]) -> None:
+    """What the buffer gave the trainer, and whether config.json agrees with itself on it."""
+    trainer, buffer = config["trainer"], config.get("buffer")
+    buffer = buffer if isinstance(buffer, dict) else {}
+    io = buffer.get("io", "out")
+    if io not in ("in", "out"):
         raise ValueError(
-            f"{AE_NAME} is not a plain file of tensors (it may hold code): refused, nothing in it "
-            "was run"
-        ) from None
-    except Exception as error:  # a damaged file makes torch's reader stumble in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{AE_NAME} is damaged ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{AE_NAME} holds more than tensors: not dictionary_learning's weights")
-    return dict(state)
-
-
-def _renamed(state: Mapping[str, Tensor], form: _Form, dict_class: str) -> dict[str, Tensor]:
-    """The tensors under SAELens' names, matrices turned its way, float32."""
-    missing = sorted(set(form.names.values()) - state.keys())
-    additional = sorted(state.keys() - set(form.names.values()) - set(form.scalars))
-    if missing or additional:
-        parts = [f"{', '.join(missing)} missing"] if missing else []
-        parts += [f"{', '.join(additional)} not expected"] if additional else []
-        raise ValueError(f"{AE_NAME}: {'; '.join(parts)} ({dict_class})")
-    integers = [name for name in form.names.values() if not state[name].is_floating_point()]
-    if integers:
-        raise ValueError(f"{AE_NAME}: {integers[0]} is {state[integers[0]].dtype}")
-    found = {ours: state[name].float() for ours, name in form.names.items()}
-    turned = [ours for ours, name in form.names.items() if name.endswith(".weight")]
-    # torch.nn.Linear keeps [out, in]; a tensor that is no matrix is refused by its shape later.
-    return found | {ours: found[ours].transpose(0, -1).contiguous() for ours in turned}
-
-
-def _check_shapes(tensors: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> None:
-    shape = list(tensors["W_enc"].shape)
-    if len(shape) != 2:
-        raise ValueError(f"{AE_NAME}: the encoder's weights are {shape}, not a matrix")
-    d_in, d_sae = trainer.get("activation_dim", shape[0]), trainer.get("dict_size", shape[1])
-    wanted = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_dec": [d_in]}
-    for name, tensor in tensors.items():
-        expected = wanted.get(name, [d_sae])
-        if list(tensor.shape) != expected:
-            raise ValueError(
-                f"{AE_NAME}: {name} is {list(tensor.shape)}, but activation_dim {d_in} and "
-                f"dict_size {d_sae} ask for {expected}"
-            )
+            f"{CONFIG_NAME}: buffer.io is {io!r}: a transcoder, which gives a part's output from "
+            "its input; only SAEs, which give back what they are given, are measured here"
+        )
+    width, d_in = buffer.get("d_submodule"), trainer.get("activation_dim")
+    if None not in (width, d_in) and width != d_in:
+        raise ValueError(
+            f"{CONFIG_NAME}: buffer.d_submodule is {width!r}, but trainer.activation_dim {d_in}"
+        )
+    named = _LAYER.search(str(trainer.get("submodule_name")))
+    layer = trainer.get("layer")
+    if named and type(layer) is int and int(named[1]) != layer:
+        raise ValueError(
+            f"{CONFIG_NAME}: layer is {layer}, but submodule_name {trainer['submodule_name']}"
+        )
 
 
 def _converted(
-    tensors: dict[str, Tensor], state: Mapping[str, Tensor], trainer: Mapping[str, Any]
+    tensors: dict[str, Tensor], state: Mapping[str, Any], trainer: Mapping[str, Any], file: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, configuration fields) that compute the same in our form."""
-    fields: dict[str, Any] = {"d_sae": tensors["W_enc"].shape[1]}
+    fields: dict[str, Any] = {}
+    d_sae = tensors["W_enc"].shape[1]
     convert = _CONVERSIONS.get(trainer["dict_class"])
     if convert is not None:
         tensors = convert(tensors)
     if "k" in _FORMS[trainer["dict_class"]].scalars:
-        fields["k"] = _k(state, trainer)
+        fields["k"] = _k(state, trainer, file)
     if trainer["dict_class"] in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         if "threshold" not in state or state["threshold"].numel() != 1:
-            raise ValueError(f"{AE_NAME}: threshold missing: tokens cannot be encoded one by one")
+            raise ValueError(f"{file}: threshold missing: tokens cannot be encoded one by one")
         # Before training has set it, it is -1, and the ReLU before it lets all above 0 through.
         threshold = max(state["threshold"].item(), 0.0)
-        tensors = tensors | {"threshold": torch.full((fields["d_sae"],), threshold)}
+        tensors = tensors | {"threshold": torch.full((d_sae,), threshold)}
     if trainer["dict_class"] == "MatryoshkaBatchTopKSAE":
-        fields["group_fractions"] = _group_fractions(state, fields["d_sae"])
+        fields["group_fractions"] = _group_fractions(state, trainer, d_sae, file)
     return tensors, fields
 
 
@@ -199,18 +220,23 @@ _CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 }
 
 
-def _k(state: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> int:
+def _k(state: Mapping[str, Tensor], trainer: Mapping[str, Any], file: str) -> int:
     known = {int(state["k"].item())} if "k" in state and state["k"].numel() == 1 else set()
     known |= {trainer["k"]} if isinstance(trainer.get("k"), int) else set()
     if len(known) != 1:
         said = " and ".join(map(str, sorted(known))) or "missing"
-        raise ValueError(f"k is {said} in {AE_NAME} and {CONFIG_NAME}: it must be one number")
+        raise ValueError(f"k is {said} in {file} and {CONFIG_NAME}: it must be one number")
     return known.pop()
 
 
-def _group_fractions(state: Mapping[str, Tensor], d_sae: int) -> tuple[float, ...]:
+def _group_fractions(
+    state: Mapping[str, Tensor], trainer: Mapping[str, Any], d_sae: int, file: str
+) -> tuple[float, ...]:
     sizes = state["group_sizes"].tolist() if "group_sizes" in state else []
     if not isinstance(sizes, list) or sum(sizes) != d_sae:
-        raise ValueError(f"{AE_NAME}: group_sizes {sizes} do not add up to {d_sae} features")
+        raise ValueError(f"{file}: group_sizes {sizes} do not add up to {d_sae} features")
+    told = trainer.get("group_sizes")
+    if isinstance(told, list) and told != sizes:
+        raise ValueError(f"group_sizes are {sizes} in {file}, but {told} in {CONFIG_NAME}")
     # A little above the quotient, so that rounding down gives the size back.
     return tuple((size + 1e-6) / d_sae for size in sizes)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tcsae.base.files import atomic, make_folder, write_json
 from tcsae.config.sae import architectures
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats.files import Shapes, read_safetensors, safetensors_shapes
 from tcsae.sae.formats.saelens_cfg import CFG_NAME, understood
 from tcsae.sae.registry import sae_class
 
@@ -88,10 +89,13 @@ def load_saelens(folder: str | Path) -> tuple[SparseAutoencoder, dict[str, Any]]
     folder = Path(folder)
     try:
         cfg = _read_cfg(folder)
-        tensors = _modern(cfg, _read_weights(folder / WEIGHTS_NAME))
-        _check_width(cfg, tensors)
+        path = folder / WEIGHTS_NAME
+        # The header first: shapes that do not fit are refused before anything is loaded.
+        shapes = _modern_names(safetensors_shapes(path))
+        _check_width(cfg, shapes)
         sae = empty_sae(cfg)
-        _check_tensors(tensors, sae)
+        _check_shapes(shapes, sae)
+        tensors = _modern(cfg, read_safetensors(path))
     except ValueError as error:
         raise ValueError(f"cannot load the SAE in {folder}: {error}") from None
     if not cfg.get("apply_b_dec_to_input", True):
@@ -174,20 +178,12 @@ def empty_sae(cfg: Mapping[str, Any]) -> SparseAutoencoder:
     return chosen(config, cfg["d_in"], torch.Generator())
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ValueError(f"it has no {path.name} (weights in any other format are not read)")
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
-        raise ValueError(f"{path.name} is a pickle, not a safetensors file: refused, not opened")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path.name} is damaged or not a safetensors file ({error})") from None
+def _modern_names(shapes: Shapes) -> Shapes:
+    """Those that `_modern` leaves."""
+    found = {name: shape for name, shape in shapes.items() if name != "scaling_factor"}
+    if "log_threshold" in found and "threshold" not in found:
+        found["threshold"] = found.pop("log_threshold")
+    return found
 
 
 def _modern(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,17 +197,20 @@ def _modern(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Ten
             f"{cfg.get('finetuning_scaling_factor')!r}), which is not computed here: multiply "
             "W_dec's rows by it and leave it out"
         )
+    if integers := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
+        name = integers[0]
+        raise ValueError(f"{WEIGHTS_NAME}: {name} is {found[name].dtype}, not floating point")
     if "log_threshold" in found and "threshold" not in found:
         found["threshold"] = found.pop("log_threshold").float().exp()
     return found
 
 
-def _check_width(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_width(cfg: Mapping[str, Any], shapes: Shapes) -> None:
     """Before an SAE of the size that cfg.json names is made: it may be any number."""
     wanted = [cfg["d_sae"], cfg["d_in"]]
-    if "W_dec" not in tensors:
+    if "W_dec" not in shapes:
         raise ValueError(f"{WEIGHTS_NAME}: W_dec missing (architecture {cfg['architecture']})")
-    shape = list(tensors["W_dec"].shape)
+    shape = shapes["W_dec"]
     if shape != wanted:
         raise ValueError(
             f"{WEIGHTS_NAME}: W_dec is {shape}, but d_in {cfg['d_in']} and d_sae {cfg['d_sae']} "
@@ -219,10 +218,10 @@ def _check_width(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], sae: SparseAutoencoder) -> None:
+def _check_shapes(shapes: Shapes, sae: SparseAutoencoder) -> None:
     expected = sae.saelens_state().tensors
-    missing = sorted(expected.keys() - tensors.keys())
-    additional = sorted(tensors.keys() - expected.keys())
+    missing = sorted(expected.keys() - shapes.keys())
+    additional = sorted(shapes.keys() - expected.keys())
     if missing or additional:
         parts = [f"{', '.join(missing)} missing"] if missing else []
         parts += [f"{', '.join(additional)} not expected"] if additional else []
@@ -230,11 +229,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], sae: SparseAutoencoder) -> Non
             f"{WEIGHTS_NAME}: {'; '.join(parts)} (architecture {sae.cfg.architecture})"
         )
     for name, wanted in expected.items():
-        found = tensors[name]
-        if found.shape != wanted.shape:
+        found = shapes[name]
+        if found != list(wanted.shape):
             raise ValueError(
-                f"{WEIGHTS_NAME}: {name} is {list(found.shape)}, but d_in {sae.d_in} and d_sae "
+                f"{WEIGHTS_NAME}: {name} is {found}, but d_in {sae.d_in} and d_sae "
                 f"{sae.d_sae} in {CFG_NAME} ask for {list(wanted.shape)}"
             )
-        if not found.is_floating_point():
-            raise ValueError(f"{WEIGHTS_NAME}: {name} is {found.dtype}, not floating point")
