@@ -29,6 +29,9 @@ class EvalFiles:
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
         self.by_density = self.path / "by_density.safetensors"
+        # Of a synthetic world alone.
+        self.truth = self.path / "truth.json"
+        self.truth_per_feature = self.path / "truth.safetensors"
 
 
 class AnalysisFiles:

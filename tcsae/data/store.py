@@ -32,8 +32,8 @@ from tcsae.base.files import (
 )
 from tcsae.base.progress import Progress
 from tcsae.base.signals import StopRequest
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import Contexts
-from tcsae.data.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ class ActivationSource(Protocol):
 
 
 class StreamSource:
-    """Activations computed by the language model for every batch, without a disk."""
+    """Activations computed by the model for every batch, without a disk."""
 
     is_read = False
 
-    def __init__(self, model: LanguageModel, contexts: Contexts) -> None:
+    def __init__(self, model: ActivationModel, contexts: Contexts) -> None:
         self.model, self.contexts = model, contexts
 
     def activations(self, indices: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class ActivationStore:
     is_read = True
 
     def __init__(
-        self, root: Path, model: LanguageModel, contexts: Contexts, shard_contexts: int
+        self, root: Path, model: ActivationModel, contexts: Contexts, shard_contexts: int
     ) -> None:
         self.model, self.contexts, self.shard_contexts = model, contexts, shard_contexts
         self.identity = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tcsae.config import LoadedConfig
-from tcsae.data.language_model import LanguageModel
+from tcsae.data.activation_model import ActivationModel
 from tcsae.jobs.facts import ONE_THRESHOLD, TRAINED_ON, WITHOUT_METADATA, Facts
 
 LONGEST = 120
@@ -61,7 +61,7 @@ class _Row(NamedTuple):
     """(value, where it is measured, all that is said) -> the caution, if there is a difference."""
 
 
-def cautions(facts: Facts, config: LoadedConfig, model: LanguageModel) -> list[str]:
+def cautions(facts: Facts, config: LoadedConfig, model: ActivationModel) -> list[str]:
     """One sentence for every difference that the SAE's own files let one see."""
     names = (config.dataset.path, config.dataset.name)
     here = Here(

@@ -76,8 +76,8 @@ from tcsae.base.progress import Progress
 from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
-from tcsae.data.language_model import LanguageModel
 from tcsae.data.token_text import TokenTexts
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
@@ -166,7 +166,7 @@ class Analysis:
 def analyse(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     per_feature: Mapping[str, Tensor],
     stop: StopRequest,
@@ -194,7 +194,7 @@ def analyse(
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
-            seen.update(features, batch.ids, batch.segments, batch.valid)
+            seen.update(features, model.shown(batch.ids), batch.segments, batch.valid)
             progress.update(batch.valid.numel())
     stop.check()
     W_dec = sae.W_dec.detach().cpu().float()
@@ -210,7 +210,7 @@ def analyse(
     )
     stop.check()
     statistics = seen.tokens.compute()
-    text = TokenTexts(model.tokenizer)
+    text = model.texts()
     contexts = _top_contexts(seen)
     document = {} if passage is None else _document(sae, passage)
     ids = {*contexts["ids"].unique().tolist(), *document.get("ids", torch.empty(0)).int().tolist()}
