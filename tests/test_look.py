@@ -249,12 +249,12 @@ def test_a_folder_of_saelens_is_read_with_the_model_it_names(run: LoadedRun) -> 
 def test_a_folder_with_a_config_of_its_own_is_no_run(run: LoadedRun, tmp_path: Path) -> None:
     """dictionary_learning's folders have a config.json, as runs do."""
     config = {"trainer": {"dict_class": "AutoEncoder", "lm_name": str(run.config.model.path)}}
-    write_json(tmp_path / "config.json", config | {"buffer": {"ctx_len": 16}})
+    write_json(tmp_path / "config.json", config | {"buffer": {"ctx_len": 64}})
     state = {"encoder.weight": torch.randn(20, 48), "encoder.bias": torch.zeros(20)}
     state |= {"decoder.weight": torch.randn(48, 20), "bias": torch.zeros(48)}
     torch.save(state, tmp_path / "ae.pt")
     where = {"layer": 1, "model": "other", "model__path": str(run.config.model.path)}
-    with pytest.raises(UserError, match="model.name"):
+    with pytest.raises(UserError, match=r"model\.name"):
         tcsae.open(tmp_path, **where)
     opened = tcsae.open(tmp_path, model__name="tiny", **where)
     assert opened.features("river stone").values.shape[1] == 20
