@@ -35,8 +35,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up: a package imports from floors below its own, and from itself."""
 DOORS = (
-    *("train", "evaluate", "compare", "look", "status", "export", "dashboard"),
-    *("cli", "__main__"),
+    "train",
+    "evaluate",
+    "compare",
+    "look",
+    "status",
+    "export",
+    "clean",
+    "dashboard",
+    "cli",
+    "__main__",
 )
 TOP = (*DOORS, "consistency", "__init__")
 """The files that may lie at the top of tcsae/."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "look": "the features of a text, as a page of strips",
     "status": "what the jobs of sweeps and runs are doing",
     "export": "share a finished run's SAE",
+    "clean": "free space: checkpoints, unfinished runs, activations",
     "dashboard": "make a W&B workspace that shows runs",
 }
 

@@ -309,3 +309,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
     """`rule`: under every column but the first, "---:" for numbers."""
     lines = [header, ["---", *[rule] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+
+
+def size(n_bytes: float) -> str:
+    """1.23 TB, 45.6 GB, 7.8 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes / 1e6:.3g} MB"

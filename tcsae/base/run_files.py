@@ -16,6 +16,9 @@ REPORT = "report.html"
 NOTES = "notes.txt"
 """The words of a run, and of a comparison."""
 OVERRIDES = "overrides.yaml"
+ACTIVATIONS = "activations"
+"""In store.dir: the folders of activations, each with its identity."""
+IDENTITY = "identity.json"
 
 
 class EvalFiles:

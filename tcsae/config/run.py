@@ -160,6 +160,8 @@ class TrainingConfig(StrictModel):
     compile: bool = False
     """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
+    keep_checkpoints: bool = False
+    """Whether they stay when the run has finished."""
     log_every: Count = 10
 
     @field_validator("adam_betas", mode="before")
@@ -478,6 +480,7 @@ def identity(config: Measured) -> dict[str, Any]:
         content["source"] = {"sha256": config.source.sha256}
     if "training" in content:
         del content["training"]["products"]  # the same sums in another order
+        del content["training"]["keep_checkpoints"]
     # Younger than the first runs: where they are not used, those keep their names.
     if "consistency" in content:
         content["consistency"] = _used_keys(content["consistency"])

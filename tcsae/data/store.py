@@ -10,6 +10,7 @@ at the first missing shard.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from tcsae.base.files import (
     write_json,
 )
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import ACTIVATIONS, IDENTITY
 from tcsae.base.signals import StopRequest
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import Contexts
@@ -108,7 +110,7 @@ class ActivationStore:
             "contexts": tensors_digest({"ids": contexts.ids}),
             "shard_contexts": shard_contexts,
         }
-        self.folder = root / "activations" / content_key(self.identity)
+        self.folder = root / ACTIVATIONS / content_key(self.identity)
         self.n_shards = -(-len(contexts.ids) // shard_contexts)
         self._open: dict[int, Tensor] = {}
 
@@ -132,9 +134,11 @@ class ActivationStore:
         missing = self.missing()
         if not missing:
             log.info(f"{what}: all {self.n_shards} shards are in the store ({self.folder})")
+            with contextlib.suppress(OSError):  # of somebody else's store
+                (self.folder / IDENTITY).touch()  # `tcsae.clean` goes by when it was last used
             return 0
         make_folder(self.folder / "locks")
-        write_json(self.folder / "identity.json", self.identity)
+        write_json(self.folder / IDENTITY, self.identity)
         per_context = self.contexts.ids.shape[1]
         total = len(self.contexts.ids) * per_context
         done = total - sum((r.stop - r.start) * per_context for r in map(self._rows, missing))

@@ -71,7 +71,8 @@ def cautions(facts: Facts, config: LoadedConfig, model: ActivationModel) -> list
         dataset=tuple(name for name in names if name),
         dtype=_plain(model.dtype),
         masked=model.special_ids.masked,
-        eos_is_bos=model.tokenizer.eos_token_id == model.special_ids.bos,
+        # Contexts start with one id, and it alone ends a document.
+        eos_is_bos=len(model.special_ids.boundaries) == 1,
     )
     told = {"model_name": facts.model, "hook_name": facts.hook_name}
     return differences({**told, "context_size": facts.context_size, **facts.said}, here)

@@ -14,6 +14,7 @@ from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, read_json, write_json, write_text
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage, timing
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.stream import open_model, open_stream
@@ -78,12 +79,15 @@ def _measure(
 ) -> None:
     save_saelens(run.sae, found.sae, found.metadata(config))
     sae, sae_cfg = load_saelens(run.sae)
-    (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
-    evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
+    with timing() as own:
+        with stage("evaluate model"):
+            (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
+        evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
     info = {
         "training_steps": None,
         "source": config.source.model_dump(mode="json"),
         **measured_info(config, stream, evaluation, time.monotonic() - started),
+        "seconds": {"shared_by": 1, "shared": {}, "own": own},
     }
     write_json(run.final_info, info)
     loaded = run.load()

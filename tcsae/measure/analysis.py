@@ -75,6 +75,7 @@ from tcsae.base.json_numbers import plain
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage
 from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
@@ -190,7 +191,7 @@ def analyse(
     size = config.dataset.context_size
     units = held_out_units(batches)
     seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1), units)
-    with Progress("analyse features", len(batches) * size) as progress:
+    with stage("analyse features"), Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
@@ -202,12 +203,13 @@ def analyse(
     stop.check()
     log.info("clustering features, with the checks of the clusters")
     firings = seen.firings.compute()
-    found = cluster_features(
-        firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
-        W_dec[seen.close],
-        documents=units,
-        min_firings=MIN_FIRINGS,
-    )
+    with stage("clusters"):
+        found = cluster_features(
+            firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
+            W_dec[seen.close],
+            documents=units,
+            min_firings=MIN_FIRINGS,
+        )
     stop.check()
     statistics = seen.tokens.compute()
     text = model.texts()
@@ -250,6 +252,7 @@ def _document(sae: SparseAutoencoder, passage: ActivationBatches) -> dict[str, T
 # -------------------------------------------------------------------------------- redundancy
 
 
+@stage("redundancy")
 def _redundancy(
     seen: Pass, W_dec: Tensor, known: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import EvalFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage
 from tcsae.config import Measured, run_id
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, Batch
@@ -187,7 +188,29 @@ def evaluate(
     """
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
-    reconstruction, suite, limits = on_activations(sae, config, batches, units, stop)
+    seen = on_activations(sae, config, batches, units, stop)
+    evaluation = _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
+    if isinstance(model, SyntheticModel):
+        with stage("truth"):
+            truth = on_truth(sae, model.world, batches, stop)
+        return replace(evaluation, truth=truth)
+    return evaluation
+
+
+@stage("intervals")
+def _evaluation(
+    sae: SparseAutoencoder,
+    config: Measured,
+    model: ActivationModel,
+    batches: ActivationBatches,
+    units: Units,
+    sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
+    reconstruction: ReconstructionMetrics,
+    suite: ConsistencySuite,
+    limits: NormLimits,
+) -> Evaluation:
+    """What was accumulated, as numbers with intervals."""
     by_limit = limits.compute()
     through_model = model_contexts(config, units)
     log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
@@ -211,9 +234,6 @@ def evaluate(
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
         },
     )
-    truth = None
-    if isinstance(model, SyntheticModel):
-        truth = on_truth(sae, model.world, batches, stop)
     per_feature = suite.per_feature()
     scalars = {k: plain(v, DIGITS) for k, v in per_feature.items() if v.ndim == 1}
     return Evaluation(
@@ -224,7 +244,6 @@ def evaluate(
         | {"document": units.document, "model_context": through_model},
         draws={name: value.float() for name, value in suite.draws().items()},
         by_density={name: value.float() for name, value in suite.by_density().items()},
-        truth=truth,
     )
 
 
@@ -258,6 +277,7 @@ def _eval_config(config: Measured, model: ActivationModel, n_contexts: int) -> d
     ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
 
 
+@stage("evaluate features")
 def on_activations(
     sae: SparseAutoencoder,
     config: Measured,
