@@ -198,13 +198,10 @@ def _model(name: str) -> Iterator[str]:
 
     named = {}
     for file in sorted((conf_folder() / "model").glob("*.yaml")):
-        content = OmegaConf.load(file)
-        # A world's name is put together from others, and no SAE says it of itself.
-        names = (
-            OmegaConf.select(content, key, throw_on_resolution_failure=False)
-            for key in ("model.name", "name")
-        )
-        named |= {known: file.stem for known in names if known}
+        # Unresolved: a name may be made from keys of other groups.
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(content, dict)
+        named[(content.get("model") or content).get("name")] = file.stem
     if name not in named:
         name = hub_name(name)
     if name in named:
