@@ -15,15 +15,13 @@ from tcsae.data.language_model import choose_device
 from tcsae.data.synthetic import (
     BOS,
     FORMAT,
+    HOOK,
     World,
     context_ids,
     document_numbers,
     documents_each,
 )
 from tcsae.data.token_text import TokenTexts
-
-HOOK = "synthetic"
-"""In place of the name of a hook."""
 
 
 class _FeatureTexts(TokenTexts):

@@ -161,3 +161,25 @@ def test_what_cannot_be_is_refused_in_a_line(
 ) -> None:
     outcome = run_here(*arguments, "tracking=disabled", f"hydra.run.dir={tmp_path}/run")
     assert said in outcome.refusal()
+
+
+def test_any_sae_can_be_held_against_a_world(
+    finished: tuple[Path, Any], own_store: Path, tmp_path: Path
+) -> None:
+    from tcsae.base.signals import StopRequest
+    from tcsae.jobs.foreign import from_folder
+    from tcsae.jobs.measure_foreign import evaluate_sae
+
+    run, _ = finished
+    kept = {k: v for k, v in TINY.items() if not k.startswith(("training", "sae", "lambda"))}
+    del kept["consistency"], kept["tracking"]
+    named = [f"{k}={v}" for k, v in kept.items()]
+    # The world as it is named, and as the SAE says by itself.
+    for index, arguments in enumerate((named, [])):
+        found = evaluate_sae(
+            from_folder(run / "sae"),
+            [*arguments, "evaluation.analysis=false"],
+            tmp_path / f"{index}",
+            StopRequest(),
+        )
+        assert read(found / "final_info.json")["truth"] == read(run / "final_info.json")["truth"]
