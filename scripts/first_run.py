@@ -27,7 +27,7 @@ _PROGRESS = re.compile(r"^(?P<stage>[a-z() -]+): [\d,]+ of [\d,]+ ")
 
 
 def run(folder: Path, overrides: Sequence[str]) -> tuple[list[str], float, float]:
-    """(what it printed, seconds, the most memory in GB) of what `make train` does, alone in `folder`."""
+    """(what it printed, seconds, the most memory in GB) of what `make train` does, in `folder`."""
     command = [sys.executable, "-m", "tcsae.train", "+experiment=pair", *overrides]
     # The language model's converted weights are kept: they are made once on a machine.
     environment = {**os.environ, "TCSAE_STORE": str(folder / "store"), "COLUMNS": "120"}
