@@ -126,7 +126,11 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "training.ema_decay": (NONE, "training.ema_decay=0.9", ID),
     "training.target_l0": (NONE, "training.target_l0=16", ID),
     "training.precision": (NONE, "training.precision=float32", ID),
-    "training.products": (NONE, "training.products=plain", "PRODUCTS"),
+    "training.products": (
+        NONE,
+        "training.products=plain",
+        "products/test_kernels.py::test_what_a_process_trains_by_is_what_was_asked_for",
+    ),
     "training.compile": (NONE, "training.compile=true", ID),
     "training.checkpoint_every": (NONE, "training.checkpoint_every=7", ID),
     "training.log_every": (NONE, "training.log_every=7", ID),
@@ -140,12 +144,12 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "store.dir": (
         NONE,
         "store.dir=x",
-        "test_bad_input.py::test_a_folder_that_cannot_be_written_is_one_line",
+        "test_bad_input.py::test_a_file_where_a_folder_should_be_is_one_clear_line",
     ),
     "store.shard_contexts": (
         NONE,
         "store.shard_contexts=8",
-        "data/test_store.py::test_a_harvest_that_died_goes_on_at_the_first_missing_shard",
+        "data/test_store.py::test_other_activations_go_to_another_place",
     ),
     "tracking.mode": (
         NONE,
