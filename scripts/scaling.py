@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tcsae.base.labels import size
 from tcsae.config import Config
 from tcsae.config.compose import config_of
 from tcsae.launch.estimate import (
@@ -15,7 +16,6 @@ from tcsae.launch.estimate import (
     hours,
     job_cost,
     members_that_fit,
-    size,
     sweep_cost,
 )
 from tcsae.launch.machine import MACHINES, Machine

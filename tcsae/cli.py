@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "lay runs and sweeps side by side",
     "status": "what the jobs of sweeps and runs are doing",
     "export": "share a finished run's SAE",
+    "clean": "free space: checkpoints, unfinished runs, activations",
     "dashboard": "make a W&B workspace that shows runs",
 }
 

@@ -1,9 +1,10 @@
 """`python -m tcsae.evaluate FOLDER [key=value ...]`: measure an SAE from anywhere as a run's is.
 
-FOLDER is SAELens', dictionary_learning's, an export or a run; `--release` and `--sae-id` name one
-of SAELens' pretrained SAEs. What it is measured on is what the folder says of itself (model, hook,
-size of contexts; an export or a run: everything), unless a key says otherwise. The result is a run
-folder like that of a trained run, for `python -m tcsae.compare`.
+FOLDER is SAELens', dictionary_learning's, sparsify's or Gemma Scope's (or a file in it), an export
+or a run; `--release` and `--sae-id` name one of SAELens' pretrained SAEs. What it is measured on is
+what the folder says of itself (model, hook, size of contexts; an export or a run: everything),
+unless a key says otherwise. The result is a run folder like that of a trained run, for
+`python -m tcsae.compare`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "arguments",
         nargs="*",
         metavar="[FOLDER] key=value",
-        help="a folder of SAELens or dictionary_learning, an export or a run; then what to "
-        "measure it on",
+        help="a folder of SAELens, dictionary_learning, sparsify or Gemma Scope, a file in it, an "
+        "export or a run; then what to measure it on",
     )
     parser.add_argument("--release", help="of SAELens' pretrained SAEs, in place of FOLDER")
     parser.add_argument("--sae-id", metavar="ID", help="with --release")

@@ -27,7 +27,7 @@ SLOW = (
     *("training/test_architectures.py", "training/test_no_synchronisation.py"),
     *("sae/test_dead_features.py", "data/test_language_model.py", "data/test_store.py"),
     *("test_evaluate.py", "test_export.py", "test_calibrate.py", "metrics/test_specialization.py"),
-    *("test_analysis.py", "products/test_kernels.py"),
+    *("test_analysis.py", "products/test_kernels.py", "test_synthetic_run.py"),
 )
 """Files that take more than ten seconds of the suite: not in `make check`, in `make test`.
 

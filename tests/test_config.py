@@ -45,6 +45,8 @@ def options() -> list[str]:
             "model/other": " model.name=x/y",
             "dataset/files": " dataset.path=x",
             "consistency/first_group": " sae=matryoshka",
+            "dataset/synthetic": " model=synthetic",
+            **{f"world/{world}": " model=synthetic" for world in ("easy", "absorption", "bound")},
         }
         prefix = "+" if group == "experiment" else ""
         found.append(f"{prefix}{group}={name}{more.get(f'{group}/{name}', '')}")

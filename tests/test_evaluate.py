@@ -284,6 +284,33 @@ def test_a_dictionary_learning_folder_is_measured_where_it_was_trained(
     assert sorted(p.name for p in folder.iterdir()) == ["ae.pt", "config.json"]
 
 
+def test_a_sparsify_folder_is_measured_and_its_run_is_heard(
+    on_the_text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "b_dec": (D_IN,)}
+    shapes["W_dec"] = shapes["encoder.weight"]
+    folder = tmp_path / "theirs" / "layers.1"
+    folder.mkdir(parents=True)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(state, folder / "sae.safetensors")
+    (folder / CFG_NAME).write_text(json.dumps({"d_in": D_IN, "num_latents": D_SAE, "k": 8}))
+    run_said = {"model": "test/tiny", "ctx_len": 16, "dataset": "me/pile", "exclude_tokens": []}
+    (folder.parent / "config.json").write_text(json.dumps(run_said))
+    keys = [a for a in on_the_text if not a.startswith(("layer=", "dataset.context_size"))]
+    main([str(folder), *keys, "--output", str(tmp_path / "run")])
+    config = tcsae.load_run(tmp_path / "run").config
+    assert isinstance(config, LoadedConfig) and config.sae.k == 8
+    assert (config.source.library, config.source.architecture) == ("sparsify", "topk")
+    assert (config.layer, config.model.hook, config.dataset.context_size) == (1, "resid_post", 16)
+    said = read_json(tmp_path / "run" / "final_info.json")["source"]["cautions"]
+    assert ["on text of me/pile" in text for text in said] == [False, True]
+    assert "parted by eos" in said[0]
+    # At the start, and with the results.
+    assert capsys.readouterr().err.count(said[1]) == 2
+    assert tcsae.load_sae(tmp_path / "run").cfg.architecture == "topk"
+
+
 def foreign(tmp_path: Path, facts: Facts, d_in: int = D_IN) -> ForeignSAE:
     found = from_folder(plain(tmp_path / "plain"))
     return ForeignSAE(found.sae, found.source, facts, found.cfg)
@@ -400,7 +427,7 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], list[str]]] = [
         "another library",
         of_another_library,
         [],
-        ["no architecture", "sparsify's, which is not read"],
+        ["no architecture", "sparsify's, whose weights are sae.safetensors"],
     ),
     ("not computed here", unknown_architecture, [], ["unknown architecture 'matching_pursuit'"]),
     ("not there", shutil.rmtree, [], ["no such folder"]),

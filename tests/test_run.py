@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -121,6 +122,18 @@ def test_final_info_counts_the_steps_that_the_optimizer_took(finished: Path) -> 
     assert info["tokens"] <= 12 * 8 * 15  # position 0 is no token of the text
     assert info["final_loss"] == metric_lines(finished)[-1]["loss/total"]
     assert (info["window_size"], info["lambda"], info["layer"]) == (4, 0.1, 1)
+
+
+def test_final_info_says_where_the_time_went(finished: Path) -> None:
+    info = json.loads((finished / "final_info.json").read_text())
+    seconds = info["seconds"]
+    assert list(seconds["shared"]) == ["harvest", "train", "evaluate model"]
+    assert list(seconds["own"]) == ["evaluate features", "intervals"]  # no analysis was asked for
+    parts = [*seconds["shared"].values(), *seconds["own"].values()]
+    assert min(parts) > 0 and sum(parts) <= info["wall_seconds"]
+    assert seconds["shared"]["train"] >= info["training_seconds"]
+    said = re.search(r"where the time went: (.+)", (finished / "train.log").read_text())
+    assert said is not None and re.search(r"\b(harvest|train|intervals) \d+ s", said[1])
 
 
 def test_a_run_without_a_step_is_an_error(config: Config, tmp_path: Path) -> None:

@@ -102,6 +102,29 @@ LABELS: dict[str, Label] = {
     ),
 }
 
+_TRUTH = {
+    "mcc": Label("Truth: MCC", "mean cosine of the true directions with their matches"),
+    "cosine": Label("Truth: cosine", "of the true direction with its match"),
+    "found": Label("Truth: found", "share with a cosine above 0.9"),
+    "precision": Label(
+        "Truth: precision", "share of the match's firings at which the feature is on"
+    ),
+    "recall": Label("Truth: recall", "share of the feature's tokens at which the match fires"),
+    "f1": Label("Truth: F1", "of firing, from the two"),
+    "pieces": Label("Truth: pieces", "that a true run is broken in where it is hit; 1: no flicker"),
+    "broken": Label("Truth: broken", "share of the runs that are hit in more than one piece"),
+    "missed": Label("Truth: missed", "share of the true runs that are not hit at all"),
+    "delay": Label("Truth: delay", "tokens from the start of a run to the first firing"),
+    "lag": Label("Truth: lag", "tokens that the match stays on after the end of a run"),
+    "recall_with_child": Label(
+        "Truth: parents' recall with a child", "at their tokens with a child on; low: absorption"
+    ),
+    "recall_without_child": Label(
+        "Truth: parents' recall without one", "at their tokens with no child on"
+    ),
+}
+"""Of true features (model=synthetic), by what stands behind truth_."""
+
 DEFAULT_WINDOW = 8
 SPARSE_WORDS = "on at less than 10 % of the tokens"
 
@@ -167,7 +190,19 @@ def label(name: str) -> Label:
         if part.sparse:
             return Label(f"{found.name}, sparse", f"{found.meaning}; of features {SPARSE_WORDS}")
         return found
-    return LABELS.get(name, Label(name, ""))
+    return _truth_label(name) or LABELS.get(name, Label(name, ""))
+
+
+def _truth_label(name: str) -> Label | None:
+    """Of `truth_found` and `truth_found_<class>`; None for any other name."""
+    kind, _, rest = name.partition("_")
+    if kind != "truth":
+        return None
+    if rest in _TRUTH:
+        return _TRUTH[rest]
+    what, _, features = rest.partition("_")
+    said = _TRUTH.get(what)
+    return None if said is None else Label(f"{said.name}, {features}", said.meaning)
 
 
 class WindowPart(NamedTuple):
@@ -274,3 +309,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: s
     """`rule`: under every column but the first, "---:" for numbers."""
     lines = [header, ["---", *[rule] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+
+
+def size(n_bytes: float) -> str:
+    """1.23 TB, 45.6 GB, 7.8 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes / 1e6:.3g} MB"

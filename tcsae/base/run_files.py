@@ -16,6 +16,9 @@ REPORT = "report.html"
 NOTES = "notes.txt"
 """The words of a run, and of a comparison."""
 OVERRIDES = "overrides.yaml"
+ACTIVATIONS = "activations"
+"""In store.dir: the folders of activations, each with its identity."""
+IDENTITY = "identity.json"
 
 
 class EvalFiles:
@@ -29,6 +32,9 @@ class EvalFiles:
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
         self.by_density = self.path / "by_density.safetensors"
+        # Of a synthetic world alone.
+        self.truth = self.path / "truth.json"
+        self.truth_per_feature = self.path / "truth.safetensors"
 
 
 class AnalysisFiles:

@@ -68,6 +68,8 @@ def override_value(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{override_value(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(map(override_value, value))}]"
     if isinstance(value, str):

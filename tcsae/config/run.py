@@ -16,6 +16,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from tcsae.base.errors import UserError
 from tcsae.config.sae import SAEConfig, architectures, config_class
 from tcsae.config.strict import StrictModel
+from tcsae.config.synthetic import WorldConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -46,13 +47,21 @@ class ModelConfig(StrictModel):
     """The token that starts every context; null: the tokenizer's bos (or eos if it has none)."""
     untrained: bool = False
     """The control: the same model with its random initial weights in place of the trained ones."""
+    world: WorldConfig | None = None
+    """In place of a language model, a world of features that are known (model=synthetic)."""
+
+    @model_validator(mode="after")
+    def _world_is_all(self) -> Self:
+        if self.world is not None and (self.path or self.package or self.untrained):
+            raise ValueError("world=... is for model=synthetic: a language model has none")
+        return self
 
 
 class DatasetConfig(StrictModel):
     """The text, and how it becomes contexts."""
 
     name: str
-    source: Literal["wheel", "files", "hub"]
+    source: Literal["wheel", "files", "hub", "synthetic"]
     path: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -151,6 +160,8 @@ class TrainingConfig(StrictModel):
     compile: bool = False
     """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
+    keep_checkpoints: bool = False
+    """Whether they stay when the run has finished."""
     log_every: Count = 10
 
     @field_validator("adam_betas", mode="before")
@@ -239,6 +250,14 @@ class Measured(StrictModel):
                 f"evaluation.max_lag = {self.evaluation.max_lag}: must be below {size} "
                 "(dataset.context_size)"
             )
+        if (self.model.world is None) != (self.dataset.source != "synthetic"):
+            raise ValueError(
+                "model=synthetic and dataset=synthetic go together: the documents of a synthetic "
+                "world are its own, and a language model reads text (world=... is for "
+                "model=synthetic alone)"
+            )
+        if self.model.world is not None:
+            self.model.world.check_contexts(size)
         # The highest number that could be right, where the model's own is not known yet.
         known = self.model.path is None and self.model.n_layers
         resolve_layer(self.layer, known or 10_000)
@@ -260,7 +279,7 @@ class Source(StrictModel):
     """Of the file of weights; of a pretrained SAE, of the one that sae-lens saves."""
     architecture: str
     """By the source's own word."""
-    library: Literal["SAELens", "dictionary_learning", "tcsae"]
+    library: Literal["SAELens", "dictionary_learning", "sparsify", "Gemma Scope", "OpenAI", "tcsae"]
     """Who wrote it."""
     made_for: str | None = None
     """Model and hook, by the source's own word."""
@@ -467,6 +486,7 @@ def identity(config: Measured) -> dict[str, Any]:
         content["source"] = {"sha256": config.source.sha256}
     if "training" in content:
         del content["training"]["products"]  # the same sums in another order
+        del content["training"]["keep_checkpoints"]
     # Younger than the first runs: where they are not used, those keep their names.
     if "consistency" in content:
         content["consistency"] = _used_keys(content["consistency"])
@@ -474,6 +494,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "target_l0", None),
         ("training", "compile", False),
         ("model", "untrained", False),
+        ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),

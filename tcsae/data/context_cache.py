@@ -86,6 +86,8 @@ def load_or_build_contexts(
                 for path, contexts in zip(paths, both, strict=True):
                     _save_contexts(path, contexts)
                 write_json(folder / "identity.json", identity)
+                # Under the lock: whoever takes it next removes what is half written.
+                _seen(folder / "seen.json", both)
     both = _load_contexts(paths[0]), _load_contexts(paths[1])
     for contexts in both:
         # Of contexts from the cache too: the same tokenizer may lie beside a smaller model.

@@ -21,6 +21,7 @@ from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
 from tcsae.data.network import Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
+from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,19 @@ class LanguageModel:
             # Stores made when the bridge gave a block's parts, which for some families are others.
             found["network"] = "transformers"
         return found
+
+    @property
+    def content(self) -> str:
+        """A name for the weights, by what is in them."""
+        return self.weights.identity
+
+    def shown(self, ids_BT: Tensor) -> Tensor:
+        """What stands for a token where tokens are counted: its id."""
+        return ids_BT
+
+    def texts(self) -> TokenTexts:
+        """Tokens as text."""
+        return TokenTexts(self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -10,6 +10,7 @@ at the first missing shard.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,9 +31,10 @@ from tcsae.base.files import (
     write_json,
 )
 from tcsae.base.progress import Progress
+from tcsae.base.run_files import ACTIVATIONS, IDENTITY
 from tcsae.base.signals import StopRequest
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import Contexts
-from tcsae.data.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,11 @@ class ActivationSource(Protocol):
 
 
 class StreamSource:
-    """Activations computed by the language model for every batch, without a disk."""
+    """Activations computed by the model for every batch, without a disk."""
 
     is_read = False
 
-    def __init__(self, model: LanguageModel, contexts: Contexts) -> None:
+    def __init__(self, model: ActivationModel, contexts: Contexts) -> None:
         self.model, self.contexts = model, contexts
 
     def activations(self, indices: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class ActivationStore:
     is_read = True
 
     def __init__(
-        self, root: Path, model: LanguageModel, contexts: Contexts, shard_contexts: int
+        self, root: Path, model: ActivationModel, contexts: Contexts, shard_contexts: int
     ) -> None:
         self.model, self.contexts, self.shard_contexts = model, contexts, shard_contexts
         self.identity = {
@@ -96,7 +98,7 @@ class ActivationStore:
             "contexts": tensors_digest({"ids": contexts.ids}),
             "shard_contexts": shard_contexts,
         }
-        self.folder = root / "activations" / content_key(self.identity)
+        self.folder = root / ACTIVATIONS / content_key(self.identity)
         self.n_shards = -(-len(contexts.ids) // shard_contexts)
         self._open: dict[int, Tensor] = {}
 
@@ -120,9 +122,11 @@ class ActivationStore:
         missing = self.missing()
         if not missing:
             log.info(f"{what}: all {self.n_shards} shards are in the store ({self.folder})")
+            with contextlib.suppress(OSError):  # of somebody else's store
+                (self.folder / IDENTITY).touch()  # `tcsae.clean` goes by when it was last used
             return 0
         make_folder(self.folder / "locks")
-        write_json(self.folder / "identity.json", self.identity)
+        write_json(self.folder / IDENTITY, self.identity)
         per_context = self.contexts.ids.shape[1]
         total = len(self.contexts.ids) * per_context
         done = total - sum((r.stop - r.start) * per_context for r in map(self._rows, missing))

@@ -11,11 +11,14 @@ from typing import Any
 from tcsae.base.files import tensors_digest
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
+from tcsae.data.contexts import Contexts
 from tcsae.data.corpora import text_identity
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, StreamSource
+from tcsae.data.synthetic_model import SyntheticModel
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 class Stream:
     """Training and held-out activations of one job (or of a bank of jobs that share them)."""
 
-    model: LanguageModel
+    model: ActivationModel
     train: ActivationBatches
     evaluation: ActivationBatches
     text: str | None
@@ -37,17 +40,25 @@ class Stream:
         ids = {name: {"ids": part.source.contexts.ids} for name, part in parts.items()}
         text = {} if self.text is None else {"text": self.text}
         digests = {name: tensors_digest(tensors) for name, tensors in ids.items()}
-        return {"weights": self.model.weights.identity, **digests, **text}
+        return {"weights": self.model.content, **digests, **text}
 
 
-def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None = None) -> Stream:
+def open_model(config: Measured) -> ActivationModel:
+    """The language model of the config, or the world in its place; UserError if there is none."""
+    kind = LanguageModel if config.model.world is None else SyntheticModel
+    return kind(config.model, config.layer)
+
+
+def open_stream(
+    config: Measured, stop: StopRequest, model: ActivationModel | None = None
+) -> Stream:
     """Pack the contexts, harvest (or stream) the activations, and compute masks and scale.
 
     `model`: that of the config, where it is at hand already.
     """
-    model = model or LanguageModel(config.model, config.layer)
+    model = model or open_model(config)
     root = Path(config.store.dir).expanduser()
-    contexts = load_or_build_contexts(config.dataset, model, root, stop)
+    contexts = _contexts(config, model, root, stop)
     sources: list[Any] = []
     for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
         if config.store.mode == "stream":
@@ -64,3 +75,12 @@ def open_stream(config: Measured, stop: StopRequest, model: LanguageModel | None
     )
     train, evaluation = (ActivationBatches(s, calibration, model.device) for s in sources)
     return Stream(model, train, evaluation, text_identity(config.dataset))
+
+
+def _contexts(
+    config: Measured, model: ActivationModel, root: Path, stop: StopRequest
+) -> tuple[Contexts, Contexts]:
+    if isinstance(model, SyntheticModel):
+        return model.contexts(config.dataset)
+    assert isinstance(model, LanguageModel)
+    return load_or_build_contexts(config.dataset, model, root, stop)

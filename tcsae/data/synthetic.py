@@ -22,6 +22,8 @@ from tcsae.config.synthetic import CHILD, POSITION, WorldConfig
 
 FORMAT = 1
 """Part of the identity of activations: raise it when the same config gives other numbers."""
+HOOK = "synthetic"
+"""In place of the name of a hook."""
 BOS = 0
 LEAST_AMPLITUDE = 0.1
 """Of a firing, as a share of its feature's amplitude: noise does not turn a feature off."""

@@ -22,6 +22,7 @@ from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.errors import Interrupted
 from tcsae.base.progress import Progress, listening
 from tcsae.base.signals import StopRequest, stop_on_signal
+from tcsae.base.stages import Seconds, stage, timing
 from tcsae.config import Config, shared_by_a_bank
 from tcsae.data.stream import Stream, open_stream
 from tcsae.jobs.job import Claimed, Job, Outcome, Scored, Trained, Training, begin, complete, keep
@@ -97,20 +98,35 @@ def _work(bank: list[Job], stop: StopRequest) -> None:
     for job in bank:
         job.state.begin()
         job.state.stage("load the model")
-    with listening(partial(_tell, bank)):
-        stream = open_stream(bank[0].config, stop)
-        training = _each([Claimed(job) for job in bank], partial(begin, stream))
-    with listening(partial(_tell_training, training)):
-        _train(training, stream, stop)
-    with listening(partial(_tell, [phase.job for phase in training])):
-        measured = _measure_behaviour(_each(training, partial(keep, stream)), stream, stop)
+    with timing() as shared:
+        stream, measured = _share(bank, stop)
     waiting = [phase.job for phase in measured]
     for index, job in enumerate(waiting):
         if len(bank) > 1:
             log.info(f"-- {bank.index(job) + 1} of {len(bank)}: {job.title}")
-        with listening(partial(_tell, waiting[index:])):
+        with listening(partial(_tell, waiting[index:])), timing() as own:
             # One at a time, and given up as it is worked on: a bank's memory goes back job by job.
-            _each([measured.pop(0)], partial(complete, stream, stop, started))
+            spent = partial(_spent, shared, own, len(bank))
+            _each([measured.pop(0)], partial(complete, stream, stop, started, spent))
+
+
+def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored]]:
+    """What the jobs do side by side: everything but their own measurements."""
+    with listening(partial(_tell, bank)):
+        with stage("harvest"):
+            stream = open_stream(bank[0].config, stop)
+        training = _each([Claimed(job) for job in bank], partial(begin, stream))
+    with listening(partial(_tell_training, training)), stage("train"):
+        _train(training, stream, stop)
+    with listening(partial(_tell, [phase.job for phase in training])):
+        trained = _each(training, partial(keep, stream))
+        with stage("evaluate model"):
+            return stream, _measure_behaviour(trained, stream, stop)
+
+
+def _spent(shared: Seconds, own: Seconds, n_jobs: int) -> dict[str, Any]:
+    """`seconds` of final_info.json."""
+    return {"shared_by": n_jobs, "shared": dict(shared), "own": dict(own)}
 
 
 def _each(phases: list[Before], step: Callable[[Before], After]) -> list[After]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tcsae.config import LoadedConfig
-from tcsae.data.language_model import LanguageModel
+from tcsae.data.activation_model import ActivationModel
 from tcsae.jobs.facts import ONE_THRESHOLD, TRAINED_ON, WITHOUT_METADATA, Facts
 
 LONGEST = 120
@@ -47,6 +47,8 @@ class Here(NamedTuple):
     """Of the language model."""
     masked: frozenset[int]
     """Tokens that are not measured."""
+    eos_is_bos: bool = False
+    """Whether one token is both, as GPT-2's."""
 
 
 Said = Mapping[str, Any]
@@ -59,7 +61,7 @@ class _Row(NamedTuple):
     """(value, where it is measured, all that is said) -> the caution, if there is a difference."""
 
 
-def cautions(facts: Facts, config: LoadedConfig, model: LanguageModel) -> list[str]:
+def cautions(facts: Facts, config: LoadedConfig, model: ActivationModel) -> list[str]:
     """One sentence for every difference that the SAE's own files let one see."""
     names = (config.dataset.path, config.dataset.name)
     here = Here(
@@ -69,6 +71,8 @@ def cautions(facts: Facts, config: LoadedConfig, model: LanguageModel) -> list[s
         dataset=tuple(name for name in names if name),
         dtype=_plain(model.dtype),
         masked=model.special_ids.masked,
+        # Contexts start with one id, and it alone ends a document.
+        eos_is_bos=len(model.special_ids.boundaries) == 1,
     )
     told = {"model_name": facts.model, "hook_name": facts.hook_name}
     return differences({**told, "context_size": facts.context_size, **facts.said}, here)
@@ -214,7 +218,9 @@ def _one_document(value: Any, here: Here, said: Said) -> str | None:
 
 
 def _separator(value: Any, here: Here, said: Said) -> str | None:
-    if value == "bos" or value in [*here.masked] or said.get("disable_concat_sequences") is True:
+    if value == "bos" or (value == "eos" and here.eos_is_bos) or value in [*here.masked]:
+        return None
+    if said.get("disable_concat_sequences") is True:
         return None
     return (
         f"The SAE was made on documents parted by {_word(value)} (sequence_separator_token); here "
@@ -278,7 +284,7 @@ def _threshold(what: str, said: Said) -> str | None:
         return None
     if said.get("rescale_acts_by_decoder_norm") is False:
         return None
-    if said.get(TRAINED_ON, "expected_average_only_in") != "expected_average_only_in":
+    if said.get(TRAINED_ON) not in (None, "expected_average_only_in"):
         return None
     told = f"SAELens {_word(made_by)}" if made_by else "a SAELens that it does not name"
     return (

@@ -65,6 +65,7 @@ def measured_info(
         "eval_cfg": config.evaluation.model_dump(mode="json"),
         "metrics": evaluation.core["eval_result_metrics"],
         "consistency": evaluation.consistency["summary"],
+        **({} if evaluation.truth is None else {"truth": evaluation.truth.summary}),
     }
 
 

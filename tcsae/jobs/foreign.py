@@ -29,12 +29,15 @@ from tcsae.config.compose import compose_tree, conf_folder, override_value
 from tcsae.config.effect import refuse_without_effect
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
+from tcsae.data.synthetic import HOOK as SYNTHETIC
 from tcsae.jobs.cautions import hub_name
 from tcsae.jobs.facts import Facts, facts_of, part
 from tcsae.runs.folder import load_any_sae
 from tcsae.sae.base import SparseAutoencoder
 
 _SETTABLE = tuple(Measured.model_fields)
+_GROUPS = ("world",)
+"""Groups whose keys are a part of another's."""
 _HOOK = re.compile(r"blocks\.(\d+)\.(\w+)")
 # Of a config of this package: an option of the group that all its keys can be set over, its keys,
 # and those that the machine or the SAE's hook decide.
@@ -147,7 +150,7 @@ def composed(found: ForeignSAE, overrides: Sequence[str]) -> LoadedConfig:
 
 def _key(override: str) -> str:
     key = override.partition("=")[0].lstrip("+~")
-    if "=" not in override or key.partition(".")[0] not in _SETTABLE:
+    if "=" not in override or key.partition(".")[0] not in (*_SETTABLE, *_GROUPS):
         raise UserError(
             f"{override}: nothing is trained here; what can be set is key=value of "
             f"{', '.join(_SETTABLE)}"
@@ -172,7 +175,7 @@ def _defaults(facts: Facts, chosen: Sequence[str]) -> Iterator[str]:
         yield from _model(facts.model)
     if facts.context_size is not None:
         yield f"dataset.context_size={facts.context_size}"
-    if not {"layer", "model.hook"} <= set(chosen):
+    if not {"layer", "model.hook"} <= set(chosen) and facts.hook_name != SYNTHETIC:
         yield from _place(facts.hook_name, chosen)
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tcsae.base.files import read_json, write_json
 from tcsae.base.log import speaking_of
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import in_words, stage
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
@@ -90,6 +91,7 @@ class Job:
         if self.files.is_finished and not self.config.rerun:
             Sources().check(self.config, self.files.path, self.files.content)
             say_finished(self.files)
+            self.let_checkpoints_go()
             self.outcome = Outcome(read_json(self.files.final_info), repeated=False)
             return
         check_environment(self.config.tracking, self.config.name)
@@ -98,6 +100,11 @@ class Job:
         # Checkpoints first: a repetition that is interrupted must go on, not start again.
         shutil.rmtree(self.files.checkpoints, ignore_errors=True)
         self.files.final_info.unlink()
+
+    def let_checkpoints_go(self) -> None:
+        """Of a finished run: they take most of its space, and nothing goes on from them."""
+        if not self.config.training.keep_checkpoints:
+            shutil.rmtree(self.files.checkpoints, ignore_errors=True)
 
     def say_failed(self, error: Exception) -> None:
         """Into the state file, once."""
@@ -202,8 +209,14 @@ def keep(stream: Stream, training: Training) -> Trained:
     )
 
 
-def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) -> None:
-    """From the trained SAE to the pages."""
+def complete(
+    stream: Stream,
+    stop: StopRequest,
+    started: float,
+    spent: Callable[[], dict[str, Any]],
+    scored: Scored,
+) -> None:
+    """From the trained SAE to the pages. `spent` says where the time went until it is called."""
     stop.check()
     job, trained, tracker = scored.job, scored.trained, scored.trained.tracker
     evaluation, analysis = measure(
@@ -212,12 +225,17 @@ def complete(stream: Stream, stop: StopRequest, started: float, scored: Scored) 
     if analysis is not None:
         tracker.summary(analysis.headline)
     info = _final_info(job.config, trained, stream, evaluation, time.monotonic() - started)
+    info["seconds"] = spent()
     tracker.summary(evaluation.headline)
     write_json(job.files.final_info, info)
     run = job.files.load()
-    write_pages(run)
+    with stage("pages"):
+        write_pages(run)
     _send_pages(run, tracker)
     say_results(run, evaluation)
+    said = spent()
+    log.info(f"where the time went: {in_words(said['shared'] | said['own'])}")
+    job.let_checkpoints_go()
     job.outcome = Outcome(info)
 
 

@@ -14,9 +14,10 @@ from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, read_json, write_json, write_text
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage, timing
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
-from tcsae.data.language_model import LanguageModel
-from tcsae.data.stream import open_stream
+from tcsae.data.activation_model import ActivationModel
+from tcsae.data.stream import open_model, open_stream
 from tcsae.jobs.cautions import cautions
 from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
 from tcsae.jobs.foreign import ForeignSAE, composed
@@ -44,7 +45,7 @@ def evaluate_sae(
     started = time.monotonic()
     keep_large_blocks()
     config = composed(found, overrides)
-    model = LanguageModel(config.model, config.layer)
+    model = open_model(config)
     _check_width(found, config, model)
     said = cautions(found.facts, config, model)
     source = config.source.model_copy(update={"cautions": said})
@@ -78,12 +79,15 @@ def _measure(
 ) -> None:
     save_saelens(run.sae, found.sae, found.metadata(config))
     sae, sae_cfg = load_saelens(run.sae)
-    (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
-    evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
+    with timing() as own:
+        with stage("evaluate model"):
+            (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
+        evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
     info = {
         "training_steps": None,
         "source": config.source.model_dump(mode="json"),
         **measured_info(config, stream, evaluation, time.monotonic() - started),
+        "seconds": {"shared_by": 1, "shared": {}, "own": own},
     }
     write_json(run.final_info, info)
     loaded = run.load()
@@ -91,7 +95,7 @@ def _measure(
     say_results(loaded, evaluation)
 
 
-def _check_width(found: ForeignSAE, config: LoadedConfig, model: LanguageModel) -> None:
+def _check_width(found: ForeignSAE, config: LoadedConfig, model: ActivationModel) -> None:
     if found.sae.d_in != model.d_in:
         raise UserError(
             f"{found.source.folder}: d_in is {found.sae.d_in}, against {model.d_in} of "

@@ -20,8 +20,7 @@ from tcsae.measure.text_features import TextFeatures, TextReader, shared_model
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun, load_run
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.dictionary_learning import AE_NAME
-from tcsae.sae.formats.saelens import CFG_NAME
+from tcsae.sae.formats.known import is_known
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,8 +75,7 @@ def open_(folder: str | Path, **settings: Any) -> LoadedRun | OpenedSAE:
     """A finished run; of a folder of runs the latest; of an SAE alone what can be read with it.
 
     Args:
-        folder: of a run, of runs (a sweep, outputs/), an export, or of SAELens or
-            dictionary_learning.
+        folder: of a run, of runs (a sweep, outputs/), an export, or an SAE that `load_sae` reads.
         settings: what the run must have, keys of its config with __ for the dot and `lambda_` for
             lambda: `lambda_=0, sae__k=32`. Of an SAE alone: what it does not say of itself
             (`model__path=...`).
@@ -86,14 +84,14 @@ def open_(folder: str | Path, **settings: Any) -> LoadedRun | OpenedSAE:
         UserError: nothing finished is there, none has these settings, a key that no run has.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_known(folder):
         raise UserError(f"{folder} is not a folder: give a run, a folder of runs, or an SAE's")
     wanted = {k.rstrip("_").replace("__", "."): v for k, v in settings.items()}
     files = RunFiles(folder)
     if files.is_begun and not files.export_mark.is_file():
         _check_settings(folder, wanted)
         return load_run(folder)
-    if any((folder / name).is_file() for name in (CFG_NAME, AE_NAME)) or files.sae_cfg.is_file():
+    if is_known(folder) or files.sae_cfg.is_file():
         found = from_folder(folder)
         overrides = [f"++{k}={v}" if "." in k else f"{k}={v}" for k, v in wanted.items()]
         return OpenedSAE(folder, found, composed(found, overrides))

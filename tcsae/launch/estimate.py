@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from tcsae.base.labels import size
 from tcsae.config import Config, resolve_layer
 from tcsae.launch.machine import MACHINES, Machine, Stage, Work
 from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
@@ -55,6 +56,8 @@ class Cost:
     store_bytes: float
     run_bytes: float
     """The run folder with the last two checkpoints."""
+    kept_bytes: float
+    """What stays of it when the run has finished."""
     member_bytes: float
     """Device memory of this SAE in training."""
     shared_bytes: float
@@ -148,7 +151,8 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
         reference=_on_model(c, 2, c.measured.reference),
         harvest_tokens=0 if config.store.mode == "stream" else c.tokens,
         store_bytes=CONTEXT_BYTES * c.tokens + store_bytes,
-        run_bytes=_run_bytes(c),
+        run_bytes=_run_bytes(c) + _checkpoint_bytes(c),
+        kept_bytes=_run_bytes(c) + _checkpoint_bytes(c) * c.config.training.keep_checkpoints,
         member_bytes=c.training.held,
         shared_bytes=c.whole.weights + SLACK * max(workspaces),
         loaded_bytes=CONTEXT_BYTES * c.tokens + sample + on_its_way,
@@ -225,16 +229,21 @@ def _features_on(config: Config) -> int:
     return getattr(config.sae, "k", None) or USUAL_L0
 
 
+def _checkpoint_bytes(c: _Counted) -> float:
+    """The last two."""
+    return 2 * c.training.checkpoint
+
+
 def _run_bytes(c: _Counted) -> float:
-    """Checkpoints, `sae/`, `eval/`, and roughly `analysis/`, the report and W&B's files."""
+    """`sae/`, `eval/`, and roughly `analysis/`, the report and W&B's files."""
     from tcsae.measure.analysis_pass import CLOSE_FEATURES
 
     cfg, size, d_sae = c.config.evaluation, c.config.dataset.context_size, c.config.sae.d_sae
     per_feature = 4 * (cfg.max_lag + 1 + 2 * size) + 2_000
     close = min(d_sae, CLOSE_FEATURES) if cfg.analysis else 0
     pages = 1e6 + 6e6 * cfg.analysis + close * (16 * size + 1_500)
-    # A third of a checkpoint are weights, which `sae/` has.
-    return (2 + 1 / 3) * c.training.checkpoint + d_sae * per_feature + pages
+    # A third of a checkpoint are weights.
+    return c.training.checkpoint / 3 + d_sae * per_feature + pages
 
 
 def _layer(config: Config, facts: ModelFacts) -> int:
@@ -298,6 +307,8 @@ class SweepCost:
     store_bytes: float
     """New on disk."""
     run_bytes: float
+    """While all of them are at work."""
+    kept_bytes: float
     device_bytes: float
     """Of the largest process."""
     host_bytes: float
@@ -329,7 +340,7 @@ class SweepCost:
         out += self._hours_lines()
         out.append(
             f"disk: activations {size(self.store_bytes)}, runs {size(self.run_bytes)} "
-            f"({size(self.run_bytes / n_known)} each)"
+            f"({size(self.run_bytes / n_known)} each; finished {size(self.kept_bytes / n_known)})"
         )
         memory = f"host {size(self.host_bytes)}"
         if self.machine.device != "cpu":
@@ -439,17 +450,10 @@ def sweep_cost(
         pack_hours=tuple(p.hours(machine) for p in processes) if machine.has_rates else (),
         store_bytes=sum(cost.store_bytes for cost in new.values()),
         run_bytes=sum(cost.run_bytes for cost in jobs),
+        kept_bytes=sum(cost.kept_bytes for cost in jobs),
         device_bytes=max((process.device_bytes for process in processes), default=0.0),
         host_bytes=max((process.host_bytes for process in processes), default=0.0),
     )
-
-
-def size(n_bytes: float) -> str:
-    """1.23 TB, 45.6 GB, 7.8 MB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3g} {unit}"
-    return f"{n_bytes / 1e6:.3g} MB"
 
 
 def span(n_hours: float | None) -> str:

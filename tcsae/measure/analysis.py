@@ -71,9 +71,10 @@ from tcsae.base.json_numbers import plain
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import AnalysisFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage
 from tcsae.config import Measured
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
-from tcsae.data.language_model import LanguageModel
 from tcsae.data.token_text import TokenTexts
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
@@ -155,7 +156,7 @@ class Analysis:
 def analyse(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     per_feature: Mapping[str, Tensor],
     stop: StopRequest,
@@ -177,11 +178,11 @@ def analyse(
     size = config.dataset.context_size
     units = held_out_units(batches)
     seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1), units)
-    with Progress("analyse features", len(batches) * size) as progress:
+    with stage("analyse features"), Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
             features = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
-            seen.update(features, batch.ids, batch.segments, batch.valid)
+            seen.update(features, model.shown(batch.ids), batch.segments, batch.valid)
             progress.update(batch.valid.numel())
     stop.check()
     W_dec = sae.W_dec.detach().cpu().float()
@@ -189,15 +190,16 @@ def analyse(
     stop.check()
     log.info("clustering features, with the checks of the clusters")
     firings = seen.firings.compute()
-    found = cluster_features(
-        firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
-        W_dec[seen.close],
-        documents=units,
-        min_firings=MIN_FIRINGS,
-    )
+    with stage("clusters"):
+        found = cluster_features(
+            firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
+            W_dec[seen.close],
+            documents=units,
+            min_firings=MIN_FIRINGS,
+        )
     stop.check()
     statistics = seen.tokens.compute()
-    text = TokenTexts(model.tokenizer)
+    text = model.texts()
     contexts = _top_contexts(seen)
     return Analysis(
         redundancy=redundancy,
@@ -215,6 +217,7 @@ def analyse(
 # -------------------------------------------------------------------------------- redundancy
 
 
+@stage("redundancy")
 def _redundancy(
     seen: Pass, W_dec: Tensor, known: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.data.language_model import LanguageModel
+from tcsae.data.activation_model import ActivationModel
 from tcsae.metrics.correlation import FeatureCorrelation, SparseFeatureCorrelation
 from tcsae.metrics.redundancy import PositionCorrelation
 from tcsae.metrics.top_contexts import FeatureTokens, FiringPatterns, TopContexts
@@ -46,7 +46,7 @@ class Pass:
         n_features: int,
         n_positions: int,
         n_contexts: int,
-        model: LanguageModel,
+        model: ActivationModel,
         known: Mapping[str, Tensor],
         max_lag: int,
         units: Units | None = None,

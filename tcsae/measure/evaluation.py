@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from tcsae.base.labels import SINGLES, spread_text, window_part
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import EvalFiles
 from tcsae.base.signals import StopRequest
+from tcsae.base.stages import stage
 from tcsae.config import Measured, run_id
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, Batch
 from tcsae.data.language_model import LanguageModel
+from tcsae.data.synthetic_model import SyntheticModel
+from tcsae.measure.truth import Truth, on_truth
 from tcsae.metrics.norm_limits import NormLimits, caution
 from tcsae.metrics.reconstruction import (
+    ForwardScore,
     ModelMetrics,
     ReconstructionMetrics,
     next_token_ce,
@@ -40,6 +45,7 @@ from tcsae.metrics.saebench_json import (
     weight_statistics,
 )
 from tcsae.metrics.suite import ConsistencySuite
+from tcsae.metrics.truth import flat_truth
 from tcsae.metrics.units import Units
 from tcsae.sae.base import SparseAutoencoder
 
@@ -49,6 +55,7 @@ log = logging.getLogger(__name__)
 ENCODE_CONTEXTS = 16
 DIGITS = 6
 """What float32 carries, in the lists of consistency.json."""
+NO_LANGUAGE_MODEL = "a synthetic world has no language model"
 # Elements of one logits tensor; two are held at a time.
 _LOGITS = 2**26
 
@@ -71,6 +78,8 @@ class Evaluation:
     by_density: dict[str, Tensor]
     """Sums over features of alike density, of all documents and without each block of them, for a
     comparison at equal density (by_density.safetensors)."""
+    truth: Truth | None = None
+    """Of a synthetic world: what was found of its features (truth.json, truth.safetensors)."""
 
     def write(self, folder: Path) -> None:
         files = EvalFiles(make_folder(folder))
@@ -78,6 +87,9 @@ class Evaluation:
         save_tensors(files.per_context, self.per_context, {})
         save_tensors(files.draws, self.draws, {})
         save_tensors(files.by_density, self.by_density, {})
+        if self.truth is not None:
+            save_tensors(files.truth_per_feature, self.truth.per_feature, {})
+            write_json(files.truth, self.truth.summary)
         write_json(files.consistency, self.consistency)
         write_json(files.core, self.core)
 
@@ -94,6 +106,8 @@ class Evaluation:
         for name in SINGLES:
             if name in self.consistency["summary"]:
                 values[f"eval/{name}"] = self.consistency["summary"][name]["value"]
+        if self.truth is not None:
+            values |= {f"eval/{k}": v for k, v in flat_truth(self.truth.summary).items()}
         return values
 
     def lines(self) -> list[str]:
@@ -107,7 +121,13 @@ class Evaluation:
             ("CE loss score", "model_performance_preservation", "ce_loss_score"),
             ("KL div score", "model_behavior_preservation", "kl_div_score"),
         ]
-        out = [f"{label:<28} {_number(groups[group][key])}" for label, group, key in shown]
+        out = [
+            f"{label:<28} {_number(groups[group][key])}"
+            for label, group, key in shown
+            if self.truth is None or not group.startswith("model_")
+        ]
+        if self.truth is not None:
+            out += _truth_lines(self.truth.summary)
         summary = self.consistency["summary"]
         for name, label in (
             ("C_8", "window consistency C_8"),
@@ -127,6 +147,19 @@ class Evaluation:
         return out
 
 
+def _truth_lines(summary: dict[str, Any]) -> list[str]:
+    parts = {"true features": summary["all"], "slow ones": summary.get("slow")}
+    lines = [
+        f"{f'{name} found':<28} {_number(part['found'])}  ({part['n_found']} of {part['n']}; "
+        f"F1 {_number(part['f1'])}, pieces a run {_number(part['pieces'])}, lag "
+        f"{_number(part['lag'])})"
+        for name, part in parts.items()
+        if part is not None
+    ]
+    mcc, null = _number(summary["mcc"]), _number(summary["mcc_random"])
+    return [f"{'MCC of decoder directions':<28} {mcc}  (random ones {null})", *lines]
+
+
 def _line(label: str, value: float | None, interval: Sequence[float | None]) -> str:
     low, high = interval
     band = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
@@ -141,7 +174,7 @@ def _number(value: float | None) -> str:
 def evaluate(
     sae: SparseAutoencoder,
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     stop: StopRequest,
     sae_cfg: dict[str, Any],
@@ -155,7 +188,29 @@ def evaluate(
     """
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
-    reconstruction, suite, limits = on_activations(sae, config, batches, units, stop)
+    seen = on_activations(sae, config, batches, units, stop)
+    evaluation = _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
+    if isinstance(model, SyntheticModel):
+        with stage("truth"):
+            truth = on_truth(sae, model.world, batches, stop)
+        return replace(evaluation, truth=truth)
+    return evaluation
+
+
+@stage("intervals")
+def _evaluation(
+    sae: SparseAutoencoder,
+    config: Measured,
+    model: ActivationModel,
+    batches: ActivationBatches,
+    units: Units,
+    sae_cfg: dict[str, Any],
+    behaviour: ModelMetrics,
+    reconstruction: ReconstructionMetrics,
+    suite: ConsistencySuite,
+    limits: NormLimits,
+) -> Evaluation:
+    """What was accumulated, as numbers with intervals."""
     by_limit = limits.compute()
     through_model = model_contexts(config, units)
     log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
@@ -173,6 +228,7 @@ def evaluate(
         ),
         intervals=reconstruction.compute_intervals(units=units)
         | behaviour.compute_intervals(units=units.subset(through_model)),
+        no_model=NO_LANGUAGE_MODEL if isinstance(model, SyntheticModel) else None,
         unstructured={
             "explained_variance_by_norm_limit": by_limit,
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
@@ -208,7 +264,7 @@ def model_contexts(config: Measured, units: Units) -> Tensor:
     return units.spread(config.evaluation.model_contexts)
 
 
-def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dict[str, Any]:
+def _eval_config(config: Measured, model: ActivationModel, n_contexts: int) -> dict[str, Any]:
     n_model = min(config.evaluation.model_contexts, n_contexts)
     return saebench_eval_config(
         model_name=config.model.name,
@@ -221,6 +277,7 @@ def _eval_config(config: Measured, model: LanguageModel, n_contexts: int) -> dic
     ) | {"hook_name": model.hook_name, **config.evaluation.model_dump(mode="json")}
 
 
+@stage("evaluate features")
 def on_activations(
     sae: SparseAutoencoder,
     config: Measured,
@@ -260,16 +317,18 @@ def on_activations(
 def on_the_model(
     saes: Sequence[SparseAutoencoder],
     config: Measured,
-    model: LanguageModel,
+    model: ActivationModel,
     batches: ActivationBatches,
     stop: StopRequest,
 ) -> list[ModelMetrics]:
     """Cross-entropy and KL with each SAE spliced in, and with the hook's tensor set to zero.
 
     The model as it is, and with zeros, is run once for all SAEs; of `config` only
-    evaluation.model_contexts and the size of a context matter. Raises Interrupted if a signal
-    comes.
+    evaluation.model_contexts and the size of a context matter. A synthetic world has no
+    language model: no token is counted, and all is NaN. Raises Interrupted if a signal comes.
     """
+    if not isinstance(model, LanguageModel):
+        return [_no_behaviour(config, batches) for _ in saes]
     saes = [sae.to(model.device).eval() for sae in saes]
     metrics = [ModelMetrics() for _ in saes]
     chosen = model_contexts(config, held_out_units(batches))
@@ -289,6 +348,17 @@ def on_the_model(
                 logits = model.logits(ids, _splice(sae, batch))
                 metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
                 progress.update(ids.numel())
+    return metrics
+
+
+def _no_behaviour(config: Measured, batches: ActivationBatches) -> ModelMetrics:
+    """Of the contexts that would go through the model, no token counted."""
+    metrics = ModelMetrics()
+    n = len(model_contexts(config, held_out_units(batches)))
+    nothing = torch.zeros(n, dtype=torch.float64)
+    score = ForwardScore(nothing, nothing)
+    keep = torch.zeros(n, config.dataset.context_size, dtype=torch.bool)
+    metrics.add(nothing, score, score, keep=keep)
     return metrics
 
 

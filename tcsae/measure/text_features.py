@@ -160,7 +160,12 @@ def _model(cfg: str, layer: int | str | None) -> LanguageModel:
 
 
 def shared_model(cfg: ModelConfig, layer: int | str | None) -> LanguageModel:
-    """The language model of a config; asked again for the same one, the one that is loaded."""
+    """The language model of a config; asked again for the same one, the one that is loaded.
+
+    Raises UserError for a synthetic world, which is none.
+    """
+    if cfg.world is not None:
+        raise UserError(f"{cfg.name} is a synthetic world, which reads no text")
     return _model(cfg.model_dump_json(by_alias=True), layer)
 
 

@@ -194,6 +194,7 @@ def saebench_core_json(
     *,
     intervals: Mapping[str, tuple[float, float]] | None = None,
     unstructured: Mapping[str, Any] | None = None,
+    no_model: str | None = None,
     undefined: float | None = None,
 ) -> dict[str, Any]:
     """The whole document, ready for `json.dump(..., allow_nan=False)`.
@@ -213,9 +214,12 @@ def saebench_core_json(
         weights: `weight_statistics(...)`.
         intervals: (low, high) by metric, from `compute_intervals()` of both.
         unstructured: anything else worth keeping, JSON values only.
+        no_model: why there is nothing of the model's predictions, where that is so.
         undefined: what stands in the metrics and feature rows for an undefined number.
     """
     reasons = _reasons(reconstruction, model, features)
+    if no_model:
+        reasons |= dict.fromkeys(model, no_model)
     groups = _metric_groups(reconstruction, model, features, weights)
     rows = _feature_rows(features, weights)
     results, missing = _finite(

@@ -213,3 +213,19 @@ def _means(columns: Mapping[str, Tensor], members_F: Tensor) -> dict[str, float]
     means = {name: float(columns[name][members_F].nanmean()) for name in (*MEANS, *OF_RUNS)}
     n_found = int(columns["found"][members_F].sum())
     return {"n": int(members_F.sum()), "n_found": n_found, **means}
+
+
+SHOWN_SLOW = ("found", "f1", "pieces", "lag")
+"""What is looked at first of the slow features."""
+
+
+def flat_truth(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a summary by one name each, as tables and W&B have them: `truth_mcc`;
+    `truth_found` of all, `truth_found_slow`, `truth_found_<class>`, and so for every mean;
+    `truth_recall_with_child`."""
+    found = {"truth_mcc": summary["mcc"]}
+    parts = {"": summary["all"], **({"_slow": summary["slow"]} if "slow" in summary else {})}
+    parts |= {f"_{name}": part for name, part in summary["by_class"].items()}
+    for name in (*MEANS, *OF_RUNS):
+        found |= {f"truth_{name}{of}": part[name] for of, part in parts.items()}
+    return found | {f"truth_{k}": v for k, v in summary.get("absorption", {}).items()}

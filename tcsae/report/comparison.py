@@ -98,6 +98,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HEADLINE = ("explained_variance", "l0", "frac_alive", "l2_ratio", "ce_loss_score")
+_HEADLINE_TRUTH = (
+    *("truth_mcc", "truth_found", "truth_found_slow", "truth_f1_slow", "truth_pieces_slow"),
+    *("truth_lag_slow", "truth_recall_with_child"),
+)
+"""Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
 
 
@@ -194,7 +199,7 @@ def compare_runs(
     entries = Entries(groups, metrics, window)
     rows = [entries.group(group) for group in groups]
     beside = local_names(local_window(metrics, window))
-    chosen = (*_HEADLINE, f"C_{window}", *beside, *_HEADLINE_MEMORY)
+    chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *beside, *_HEADLINE_MEMORY)
     return Comparison(
         runs=records,
         streams=[{"id": i, **stream[0].place} for i, stream in enumerate(streams)],

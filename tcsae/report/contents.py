@@ -122,6 +122,19 @@ class Contents:
         return {name: self.summary[name] for name in SINGLES if name in self.summary}
 
     @property
+    def truth(self) -> dict[str, Any] | None:
+        """What was found of a synthetic world; None for a run on a language model."""
+        return self.run.final_info.get("truth")
+
+    @property
+    def model_words(self) -> str:
+        """What the activations are of, in a line."""
+        model = self.run.config.model
+        if (world := model.world) is not None:
+            return f"{model.name}, {world.n_true:,} true features in {world.d_in} dimensions"
+        return f"{model.name}, block {self.run.final_info['layer']}, {model.hook}"
+
+    @property
     def live(self) -> np.ndarray:
         return self.values["density"] > 0
 
@@ -171,9 +184,11 @@ class Contents:
 
     def missing(self) -> list[str]:
         """What this run has no value for, each with its reason."""
-        found = [
-            f"{label(n).name}: {self.core_reason(n)}" for n, v in self.core.items() if v is None
-        ]
+        absent: dict[str, list[str]] = {}
+        for name, value in self.core.items():
+            if value is None:
+                absent.setdefault(self.core_reason(name), []).append(label(name).name)
+        found = [f"{listed(names)}: {reason}" for reason, names in absent.items()]
         by_reason: dict[str, list[str]] = {}
         for name, entry in self.summary["metrics"].items():
             if entry["reason"] and window_part(name) and not name.startswith("C_"):

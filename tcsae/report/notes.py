@@ -24,7 +24,7 @@ from tcsae.base.labels import (
     spread_text,
     window_part,
 )
-from tcsae.report import norm_limits
+from tcsae.report import norm_limits, truth
 from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.memory_figures import SHARES
@@ -73,7 +73,8 @@ def run_notes(run: LoadedRun) -> str:
     contents = Contents.of(run)
     name = run.folder.resolve().name
     lines = [f"Notes on the run {name}", "=" * (len(name) + 17)]
-    lines += [*_what_was_run(contents), *_core_results(contents), *_consistency(contents)]
+    lines += [*_what_was_run(contents), *_core_results(contents), *_truth(contents)]
+    lines += _consistency(contents)
     lines += [*_analysis_lines(contents), *_missing(contents), *_reading(contents)]
     return "\n".join(lines) + "\n"
 
@@ -86,7 +87,7 @@ def _what_was_run(contents: Contents) -> list[str]:
     data = config.dataset
     text = f"{data.name} ({data.path})" if data.path else data.name
     rows = [
-        ("model", f"{config.model.name}, block {info['layer']}, {config.model.hook}"),
+        ("model", contents.model_words),
         ("text", f"{text}, contexts of {data.context_size} tokens"),
         ("SAE", f"{config.sae.architecture}, {info['dict_size']:,} features{sparsity}"),
         *origin(contents.run).rows,
@@ -128,6 +129,14 @@ def _by_norm_limit(contents: Contents) -> list[str]:
         return []
     table = _columns([norm_limits.HEAD, *rows])
     return ["", "Explained variance by norm limit:", *table, "", *_paragraph(norm_limits.CAPTION)]
+
+
+def _truth(contents: Contents) -> list[str]:
+    if contents.truth is None:
+        return []
+    said = [line for text in truth.words(contents.truth) for line in _paragraph(text)]
+    table = _columns([truth.HEAD, *truth.table(contents.truth)])
+    return [*_heading("Against the truth"), *said, "", *table, "", *_paragraph(truth.CAPTION)]
 
 
 def _consistency(contents: Contents) -> list[str]:

@@ -23,7 +23,8 @@ from tcsae.base.labels import (
     window_part,
 )
 from tcsae.measure.analysis import Analysis
-from tcsae.report import norm_limits, plots
+from tcsae.metrics.truth import flat_truth
+from tcsae.report import norm_limits, plots, truth
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
 from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
@@ -209,6 +210,8 @@ def _context(contents: Contents) -> dict[str, Any]:
     shown = len(contents.features_shown())
     return {
         "run": run.final_info,
+        "model_words": contents.model_words,
+        "truth": _truth(contents),
         "config": config,
         "config_text": json.dumps(config.dump(), indent=2),
         "command": contents.command(),
@@ -252,6 +255,9 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
 
     core, metrics = contents.core, contents.summary["metrics"]
     tiles = [tile(n, core[n], contents.intervals.get(n), contents.core_reason(n)) for n in HEADLINE]
+    if contents.truth is not None:
+        found = flat_truth(contents.truth)
+        tiles += [tile(n, found[n], None, "") for n in truth.TILES if n in found]
     n_live, n_features = (f"{contents.summary[key]:,}" for key in ("n_live", "n_features"))
     tiles[HEADLINE.index("frac_alive")]["meaning"] = (
         f"{n_live} of {n_features} fired at least once on held-out text"
@@ -272,6 +278,15 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
             entry = redundancy[part]
             tiles.append(tile(name, entry[name], None, entry.get(f"{name}_reason", "")))
     return tiles
+
+
+def _truth(contents: Contents) -> dict[str, Any] | None:
+    if contents.truth is None:
+        return None
+    rows = truth.table(contents.truth)
+    return {"words": truth.words(contents.truth), "head": truth.HEAD, "rows": rows} | {
+        "caption": truth.CAPTION
+    }
 
 
 def _core_rows(contents: Contents) -> list[list[str]]:

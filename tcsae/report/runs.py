@@ -17,6 +17,7 @@ from tcsae.base.files import read_json
 from tcsae.base.labels import HEADLINE, SINGLES
 from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
 from tcsae.config import Config, LoadedConfig, identity
+from tcsae.metrics.truth import flat_truth
 from tcsae.metrics.units import Units
 from tcsae.report.draws import core_draws
 from tcsae.runs.folder import LoadedRun, load_run
@@ -149,6 +150,8 @@ def _run_of(loaded: LoadedRun, folder: Path) -> Run:
     for name, (value, reason) in _analysis_values(RunFiles(folder).analysis).items():
         values[name] = _number(value)
         reasons |= {name: reason} if reason else {}
+    if (truth := loaded.final_info.get("truth")) is not None:
+        values |= {name: _number(value) for name, value in flat_truth(truth).items()}
     draws, why = _draws(loaded, kinds)
     return Run(
         name=folder.resolve().name,

@@ -213,8 +213,8 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
-    """The SAE of a run or an export, or of any folder or file that SAELens or dictionary_learning
-    wrote.
+    """The SAE of a run or an export, or of a folder or file that SAELens, dictionary_learning,
+    sparsify, Gemma Scope or OpenAI's sparse_autoencoder wrote.
 
     Raw activations in and out. Raises UserError if there is none or it is damaged.
     """

@@ -18,6 +18,7 @@ from helpers import REPOSITORY, environment, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcsae.base.labels import size
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
@@ -30,7 +31,6 @@ from tcsae.launch.estimate import (
     hours,
     job_cost,
     members_that_fit,
-    size,
     span,
     sweep_cost,
 )
@@ -275,6 +275,8 @@ def test_the_lines_say_what_was_assumed_and_that_it_was_not_measured(grid: list[
     assert f"about {span(sweep.device_hours)} of GPU time" in about
     assert "assumed 156 TFLOP/s and 1430 GB/s of memory, not measured" in assumed
     assert size(sweep.store_bytes) in disk and size(sweep.run_bytes) in disk
+    assert f"finished {size(sweep.kept_bytes / 4)})" in disk
+    assert 0 < sweep.kept_bytes < sweep.run_bytes
     assert size(sweep.device_bytes) in memory and size(sweep.host_bytes) in memory
 
 

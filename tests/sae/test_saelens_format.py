@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.formats import saelens
 from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME, load_saelens, save_saelens
 from tcsae.sae.formats.saelens_registry import register
 
@@ -417,6 +418,12 @@ def test_a_cfg_of_another_library_is_refused(folder: Path, text: str, says: str)
         ({"activation_fn": "topk", "architecture": "jumprelu"}, "with architecture 'jumprelu'"),
         ({"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs={'k': 3}"),
         ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 3, "x": 1}}, "only k is known"),
+        (
+            {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}},
+            "k is 6, but activation",
+        ),
+        ({"hook_layer": 5}, "hook_layer is 5, but hook_name blocks.6.hook_resid_post"),
+        ({"hook_point_layer": 7}, "hook_layer is 7, but hook_name blocks.6"),
         ({"normalize_activations": True, "metadata": "DROP"}, "factor of the activations"),
         ({"output_scale": 2.0, "metadata": {}}, "output_scale=2.0 is not known here"),
         ({"zz": 3, "metadata": {"tcsae": {}}}, "zz=3 is not known here"),
@@ -447,6 +454,17 @@ def test_tensors_that_do_not_fit_are_refused(
 ) -> None:
     edit_tensors(folder, **changes)
     assert says in refusal(folder)
+
+
+def test_shapes_are_refused_by_the_header_before_anything_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(saelens, "read_safetensors", loaded.append)
+    edit_tensors(folder, b_enc=torch.zeros(D_SAE + 1))
+    assert "b_enc is [41]" in refusal(folder)
+    edit_tensors(folder, b_enc=None)
+    assert "b_enc missing" in refusal(folder) and loaded == []
 
 
 class Bomb:

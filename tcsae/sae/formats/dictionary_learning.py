@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats.files import check_shapes, read_object, read_torch, renamed
+from tcsae.sae.formats.files import check_shapes, make, read_object, read_torch, renamed
 from tcsae.sae.formats.saelens import with_centred_input
-from tcsae.sae.registry import sae_class
 
 AE_NAME = "ae.pt"
 CONFIG_NAME = "config.json"
@@ -125,17 +123,9 @@ def load_dictionary_learning(path: str | Path) -> tuple[SparseAutoencoder, dict[
         sizes = trainer.get("activation_dim"), trainer.get("dict_size")
         check_shapes(shapes, *sizes, file.name, "activation_dim {d_in} and dict_size {d_sae}")
         tensors, fields = _converted(tensors, state, trainer, file.name)
-        chosen = sae_class(form.architecture)
-        cfg = chosen.config_class(architecture=form.architecture, **fields)
-    except ValidationError as error:
-        said = "; ".join(e["msg"] for e in error.errors())
-        raise ValueError(f"cannot load the SAE in {path}: {said}") from None
+        return make(form.architecture, tensors, **fields), config
     except ValueError as error:
         raise ValueError(f"cannot load the SAE in {path}: {error}") from None
-    # A generator of its own: loading must not advance torch's.
-    sae = chosen(cfg, len(tensors["b_dec"]), torch.Generator())
-    sae.load_saelens({}, tensors)
-    return sae, config
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -195,7 +185,8 @@ def _converted(
     tensors: dict[str, Tensor], state: Mapping[str, Any], trainer: Mapping[str, Any], file: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, configuration fields) that compute the same in our form."""
-    fields: dict[str, Any] = {"d_sae": tensors["W_enc"].shape[1]}
+    fields: dict[str, Any] = {}
+    d_sae = tensors["W_enc"].shape[1]
     convert = _CONVERSIONS.get(trainer["dict_class"])
     if convert is not None:
         tensors = convert(tensors)
@@ -206,9 +197,9 @@ def _converted(
             raise ValueError(f"{file}: threshold missing: tokens cannot be encoded one by one")
         # Before training has set it, it is -1, and the ReLU before it lets all above 0 through.
         threshold = max(state["threshold"].item(), 0.0)
-        tensors = tensors | {"threshold": torch.full((fields["d_sae"],), threshold)}
+        tensors = tensors | {"threshold": torch.full((d_sae,), threshold)}
     if trainer["dict_class"] == "MatryoshkaBatchTopKSAE":
-        fields["group_fractions"] = _group_fractions(state, trainer, fields["d_sae"], file)
+        fields["group_fractions"] = _group_fractions(state, trainer, d_sae, file)
     return tensors, fields
 
 

@@ -1,4 +1,6 @@
-"""Files of tensors from elsewhere: safetensors, torch's, numpy's. Nothing in them is ever run.
+"""Files of tensors from elsewhere (safetensors, torch's, numpy's), and the SAEs they make.
+
+Nothing in them is ever run.
 
 Of safetensors and numpy's files the names and shapes can be had before any tensor is read.
 """
@@ -14,7 +16,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
+
+from tcsae.sae.base import SparseAutoencoder
+from tcsae.sae.registry import sae_class
 
 Shapes = dict[str, list[int]]
 
@@ -129,7 +135,24 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     return found
 
 
-# ------------------------------------------------------------------------------ their tensors
+# ------------------------------------------------------------------------------ what they make
+
+
+def make(architecture: str, tensors: Mapping[str, Tensor], **fields: Any) -> SparseAutoencoder:
+    """An SAE of ours with these tensors (SAELens' names and shapes, x - b_dec encoded).
+
+    Raises ValueError for options that do not fit.
+    """
+    chosen = sae_class(architecture)
+    d_in, d_sae = tensors["W_enc"].shape
+    try:
+        cfg = chosen.config_class(architecture=architecture, d_sae=d_sae, **fields)
+    except ValidationError as error:
+        raise ValueError("; ".join(e["msg"] for e in error.errors())) from None
+    # A generator of its own: loading must not advance torch's.
+    sae = chosen(cfg, d_in, torch.Generator())
+    sae.load_saelens({}, tensors)
+    return sae
 
 
 def renamed(

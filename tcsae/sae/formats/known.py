@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tcsae.sae.base import SparseAutoencoder
-from tcsae.sae.formats import dictionary_learning, saelens
+from tcsae.sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from tcsae.sae.formats.saelens_cfg import CFG_NAME
 
 
@@ -37,21 +37,36 @@ def _saelens_weights(path: Path) -> Path | None:
     return path / saelens.WEIGHTS_NAME if (path / saelens.WEIGHTS_NAME).is_file() else None
 
 
-_SAELENS = _Format(
-    "SAELens",
-    _saelens_weights,
-    lambda weights: saelens.load_saelens(weights.parent),
-    lambda cfg: cfg.get("architecture"),
-)
 _FORMATS = (
-    _SAELENS,
+    _Format(
+        "SAELens",
+        _saelens_weights,
+        lambda weights: saelens.load_saelens(weights.parent),
+        lambda cfg: cfg.get("architecture"),
+    ),
     _Format(
         "dictionary_learning",
         dictionary_learning.find_ae,
         dictionary_learning.load_dictionary_learning,
         lambda config: config["trainer"]["dict_class"],
     ),
+    _Format("sparsify", sparsify.find_weights, sparsify.load_sparsify, lambda cfg: "topk"),
+    _Format(
+        "Gemma Scope",
+        gemma_scope.find_weights,
+        gemma_scope.load_gemma_scope,
+        lambda cfg: "JumpReLU",
+    ),
+    _Format("OpenAI", openai.find_weights, openai.load_openai, lambda cfg: cfg["activation"]),
 )
+
+
+def is_known(path: Path) -> bool:
+    """Whether `path` has the files of one of the formats. Nothing is read."""
+    try:
+        return (path / CFG_NAME).is_file() or any(known.find(path) for known in _FORMATS)
+    except ValueError:  # there are several
+        return True
 
 
 def load_known(path: Path) -> LoadedSAE:
@@ -64,6 +79,8 @@ def load_known(path: Path) -> LoadedSAE:
         if weights is not None:
             sae, cfg = known.load(weights)
             return LoadedSAE(sae, cfg, weights, known.library, str(known.architecture(cfg)))
-    # It says what a folder should have.
+    if path.is_file():
+        raise ValueError(f"{path} is no file of an SAE's weights that is read here")
+    # It says what the folder lacks.
     saelens.load_saelens(path)
     raise AssertionError("load_saelens read a folder without weights")

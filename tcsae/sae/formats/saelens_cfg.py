@@ -7,10 +7,12 @@ does cannot be told). Read off SAELens' releases 2.0 to 6.54.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 CFG_NAME = "cfg.json"
+_BLOCK = re.compile(r"(?:blocks|layers|h)\.(\d+)")
 
 # Names of SAELens 2 to 5.
 _RENAMED = {
@@ -110,6 +112,7 @@ def understood(cfg: Mapping[str, Any]) -> dict[str, Any]:
             f"{found['architecture']!r}, only with 'topk'"
         )
     metadata = {} if is_old else found["metadata"]
+    _check_layer({**found, **metadata})
     for said in (found, metadata):
         if (head := said.get("hook_head_index")) is not None:
             raise ValueError(
@@ -126,6 +129,13 @@ def understood(cfg: Mapping[str, Any]) -> dict[str, Any]:
             "save_model, and take that folder"
         )
     return found
+
+
+def _check_layer(said: Mapping[str, Any]) -> None:
+    name, layer = said.get("hook_name"), said.get("hook_layer")
+    named = _BLOCK.search(name) if isinstance(name, str) else None
+    if named and type(layer) is int and int(named[1]) != layer:
+        raise ValueError(f"{CFG_NAME}: hook_layer is {layer}, but hook_name {name}")
 
 
 def _with_activation(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +157,8 @@ def _with_activation(cfg: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{CFG_NAME}: activation_fn_kwargs={kwargs!r}: only k is known")
     chosen = {**cfg, "architecture": "topk", "activation_fn": "relu"}
     if "k" in kwargs:
+        if cfg.get("k") not in (None, kwargs["k"]):
+            raise ValueError(f"{CFG_NAME}: k is {cfg['k']!r}, but activation_fn_kwargs={kwargs!r}")
         chosen["k"] = kwargs["k"]
     return chosen
 
@@ -155,5 +167,5 @@ def _what_it_is(cfg: Mapping[str, Any]) -> str:
     if "trainer" in cfg:
         return "it is dictionary_learning's, whose weights are ae.pt beside its config.json"
     if "num_latents" in cfg or {"k", "activation"} <= cfg.keys():
-        return "it is sparsify's, which is not read; sae-lens' loaders can convert it"
+        return "it is sparsify's, whose weights are sae.safetensors beside it"
     return "it is not SAELens' format"

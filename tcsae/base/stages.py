@@ -1,0 +1,40 @@
+"""Where a run's time goes: seconds by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+Seconds = dict[str, float]
+"""By the name of a stage, in the order in which they came."""
+
+_clocks: list[Seconds] = []
+
+
+@contextlib.contextmanager
+def timing() -> Iterator[Seconds]:
+    """The stages of the block, as they end. An outer block is not told of them."""
+    seconds: Seconds = {}
+    _clocks.append(seconds)
+    try:
+        yield seconds
+    finally:
+        _clocks.pop()
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Count the block as part of `name`, if anybody is timing. Stages do not nest."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        if _clocks:
+            seconds = _clocks[-1]
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """harvest 61 s, train 75 s: what took half a second or more."""
+    return ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value >= 0.5)

@@ -1,0 +1,49 @@
+"""What gives activations: a language model, or a synthetic world in its place."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tcsae.config import ModelConfig
+from tcsae.data.contexts import SpecialIds
+from tcsae.data.token_text import TokenTexts
+
+
+class ActivationModel(Protocol):
+    """The part that harvest, training and evaluation need of either."""
+
+    cfg: ModelConfig
+    device: str
+    dtype: torch.dtype
+    d_in: int
+    layer: int
+    hook_name: str
+    checks: dict[str, Any] | None
+    """What was found when it was loaded; None: nothing was."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the activations, beside the token ids."""
+
+    @property
+    def content(self) -> str:
+        """A name for its weights, or its world, by what is in them."""
+
+    @property
+    def special_ids(self) -> SpecialIds: ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of what `shown` gives."""
+
+    def activations(self, ids_BT: Tensor) -> Tensor:
+        """[B, T, d_in] of whole contexts of ids."""
+
+    def shown(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] int64 below `vocabulary`: what stands for each token where tokens are counted."""
+
+    def texts(self) -> TokenTexts:
+        """The same as text."""
