@@ -38,6 +38,7 @@ DOORS = (
     "train",
     "evaluate",
     "compare",
+    "look",
     "status",
     "export",
     "clean",

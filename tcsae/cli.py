@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train and measure one SAE, or a sweep of them",
     "evaluate": "measure an SAE from anywhere as a run's is",
     "compare": "lay runs and sweeps side by side",
+    "look": "the features of a text, as a page of strips",
     "status": "what the jobs of sweeps and runs are doing",
     "export": "share a finished run's SAE",
     "clean": "free space: checkpoints, unfinished runs, activations",

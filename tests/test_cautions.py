@@ -174,6 +174,17 @@ def test_what_the_runner_was_told_counts_where_the_sae_does_not_say(tmp_path: Pa
         assert differences(from_folder(tmp_path / "sae").facts.said, HERE) == []
 
 
+def test_a_block_of_transformers_own_model_is_its_residual_stream(tmp_path: Path) -> None:
+    said = {"model_class_name": "AutoModelForCausalLM", "hook_name": "model.layers.12"}
+    facts = folder_of(tmp_path / "a", {"architecture": "standard", "metadata": said})
+    assert facts.hook_name == "blocks.12.hook_resid_post" == facts.said["hook_name"]
+    part = folder_of(
+        tmp_path / "b",
+        {"architecture": "standard", "metadata": said | {"hook_name": "model.layers.12.mlp"}},
+    )
+    assert part.hook_name == "model.layers.12.mlp"
+
+
 def test_dictionary_learnings_words_are_understood() -> None:
     trainer = {"lm_name": "gpt2", "layer": 1, "submodule_name": "resid_pre_layer_1"}
     facts = dictionary_learning_facts({"trainer": trainer, "buffer": {"ctx_len": 16}})

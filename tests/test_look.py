@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_here, small_job
+from browser import EVIL, Tags, show
+from helpers import run_here, small_job, write_texts
 
 import tcsae
 from tcsae.base.errors import UserError
@@ -15,10 +19,26 @@ from tcsae.base.files import read_json, write_json
 from tcsae.base.signals import StopRequest
 from tcsae.data.stream import Stream, open_stream
 from tcsae.jobs.opening import OpenedSAE
+from tcsae.look import main
 from tcsae.measure.strips import longest_run
+from tcsae.report.look_page import counterpart
+from tcsae.report.rows import spans
+from tcsae.runs.feature import Feature
 from tcsae.runs.folder import LoadedRun
 
 TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents in which one character in six takes more than one token."""
+    folder = write_texts(tmp_path_factory.mktemp("written"))
+    for i, file in enumerate(sorted(folder.iterdir())):
+        words = file.read_text().split()
+        for at in range(i, len(words), 7):
+            words[at] += " 日本" if at % 2 else " é"
+        file.write_text(" ".join(words))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +138,7 @@ def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
     best = found.top(3)
     assert [f.feature for f in best] == values.sum(0).argsort(descending=True)[:3].tolist()
     assert found.top(1, by="peak")[0].peak == pytest.approx(float(values.max()))
-    runs = [longest_run(values[:, j] > 0) for j in range(96)]
+    runs = [longest_run(values[found.valid, j] > 0) for j in range(96)]
     assert found.top(1, by="longest")[0].longest == max(runs) > 0
     with pytest.raises(UserError, match="sum, peak, longest"):
         found.top(by="size")  # type: ignore[arg-type]
@@ -161,6 +181,25 @@ def test_a_feature_has_its_contexts(run: LoadedRun) -> None:
     assert feature.tokens and repr(feature.tokens[0]) in repr(feature)
     with pytest.raises(UserError, match="0 to 95"):
         run.feature(-1)
+
+
+def test_contexts_show_whole_characters_and_tokens_their_bytes(run: LoadedRun) -> None:
+    features = [run.feature(j) for j in range(96)]
+    strips = [strip for feature in features for strip in feature.contexts]
+    joined = [piece for s in strips for piece in s.pieces if piece.stop - piece.start > 1]
+    assert {piece.text.strip() for piece in joined} <= {"日", "本", "é", "日本"} and joined
+    assert not any("\ufffd" in text for strip in strips for text in strip.tokens)
+    # A part is shown as its bytes only where the rest of the character is outside the context.
+    bare = [p for s in strips for p in s.pieces if p.text.startswith("\\x")]
+    assert all(p.start < 4 or p.stop > 13 for p in bare)
+    shown = show(run.folder / "report.html", f"#feature-{_with_characters(features)}")
+    if shown is not None:
+        text = shown.tags.text
+        assert shown.messages == [] and "日" in text and "\ufffd" not in text
+
+
+def _with_characters(features: list[Feature]) -> int:
+    return next(f.number for f in features if any("日" in p.text for p in f.contexts[0].pieces))
 
 
 # ----------------------------------------------------------------------- what is opened
@@ -207,7 +246,129 @@ def test_a_folder_of_saelens_is_read_with_the_model_it_names(run: LoadedRun) -> 
     assert torch.equal(found.values, wanted.values) and torch.equal(found.valid, wanted.valid)
 
 
+def test_a_folder_with_a_config_of_its_own_is_no_run(run: LoadedRun, tmp_path: Path) -> None:
+    """dictionary_learning's folders have a config.json, as runs do."""
+    config = {"trainer": {"dict_class": "AutoEncoder", "lm_name": str(run.config.model.path)}}
+    write_json(tmp_path / "config.json", config | {"buffer": {"ctx_len": 64}})
+    state = {"encoder.weight": torch.randn(20, 48), "encoder.bias": torch.zeros(20)}
+    state |= {"decoder.weight": torch.randn(48, 20), "bias": torch.zeros(48)}
+    torch.save(state, tmp_path / "ae.pt")
+    where = {"layer": 1, "model": "other", "model__path": str(run.config.model.path)}
+    with pytest.raises(UserError, match=r"model\.name"):
+        tcsae.open(tmp_path, **where)
+    opened = tcsae.open(tmp_path, model__name="tiny", **where)
+    assert opened.features("river stone").values.shape[1] == 20
+
+
 def test_two_runs_are_compared(sweep: Path, run: LoadedRun) -> None:
     comparison = tcsae.compare(run, sweep / "none")
     assert len(comparison.table()) == 2
     assert repr(comparison) == comparison.markdown() and "lambda" in repr(comparison)
+
+
+# --------------------------------------------------------------------------- tcsae.look
+
+
+@pytest.fixture(scope="module")
+def looked(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A page of two runs, and what the terminal said."""
+    text = tmp_path_factory.mktemp("text") / "evil.txt"
+    text.write_text(f"a 日 {EVIL} é")
+    return text, look_here(sweep / "loss", text, "--baseline", sweep / "none", "--parts")
+
+
+def look_here(*arguments: object) -> str:
+    """What `python -m tcsae.look` prints; a refusal as its one line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            assert stop.code == 2
+            return err.getvalue()
+    return out.getvalue()
+
+
+def page_in(said: str) -> Path:
+    return Path(said.splitlines()[-1].removeprefix("page: "))
+
+
+def test_the_page_has_strips_of_both_runs(looked: tuple[Path, str], run: LoadedRun) -> None:
+    file, said = looked
+    page = page_in(said)
+    assert page.parent == run.folder / "look" and page.stat().st_size < 400_000
+    tags = Tags(page.read_text(encoding="utf-8"))
+    best = [f.feature for f in run.features(file.read_text(), parted=True).top(12)]
+    panels = [a["id"] for a in tags.named("div") if (a.get("class") or "") == "strip-panel"]
+    assert panels == [f"strip-{j}" for j in best]
+    assert [line.split()[0] for line in said.splitlines()[2:-1]] == [str(j) for j in best]
+    assert tags.text.count("decoder cosine") == len(best) and "日" in tags.text
+
+
+def test_a_text_cannot_break_out_of_the_page(looked: tuple[Path, str]) -> None:
+    page = page_in(looked[1])
+    html = page.read_text(encoding="utf-8")
+    tags = Tags(html)
+    assert not tags.named("img") and not tags.named("b")
+    assert EVIL not in html and "plotly.js v" not in html
+    for _, attributes in tags.elements:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), attributes
+    shown = show(page)
+    if shown is not None:
+        assert shown.messages == [] and 'data-drawn="all"' in shown.html
+
+
+def test_chosen_features_and_where_the_page_goes(sweep: Path, tmp_path: Path) -> None:
+    said = look_here(
+        sweep, "river stone", "--features", "3,17,3", "--output", tmp_path / "a" / "b.html"
+    )
+    assert page_in(said) == tmp_path / "a" / "b.html"
+    tags = Tags(page_in(said).read_text(encoding="utf-8"))
+    titles = [text.strip() for text in tags.texts if text.strip().startswith("feature ")]
+    assert {"feature 3", "feature 17"} <= set(titles) and len(said.splitlines()) == 5
+
+
+def test_a_counterpart_is_the_nearest_direction() -> None:
+    of = torch.eye(3)
+    assert counterpart(1, of, of * 5) == (1, 1.0)
+    assert counterpart(0, of, torch.tensor([[0.0, 1, 0], [2.0, 0, 0]])) == (1, 1.0)
+    # Two alike: the one of the same number.
+    assert counterpart(1, of, torch.tensor([[0.0, 3, 0], [0.0, 1, 0]]))[0] == 1
+
+
+def test_cells_are_spans_of_tokens() -> None:
+    assert spans([True, True, False, True]) == [(0, 2), (3, 4)] and spans([]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("{run}", " "), "the text is empty"),
+        (("{run}", "word " * 40), "a context of this run 16"),
+        (("{run}", "a", "--features", "96"), "feature 96: this SAE has 0 to 95"),
+        (("{empty}", "a"), "has no runs"),
+        (("{empty}/nothing", "a"), "is not a folder"),
+        (("{run}/eval", "a"), "has no runs"),
+        (("{run}", "{run}/sae/sae_weights.safetensors"), "is not UTF-8 text"),
+        (("{run}", "a", "--baseline", "{empty}"), "has no runs"),
+        (("{run}", "a", "--features", "x"), "numbers with commas"),
+        (("{run}", "a", "--top", "0"), "1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: LoadedRun, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    filled = [
+        a.replace("{run}", str(run.folder)).replace("{empty}", str(tmp_path)) for a in arguments
+    ]
+    line = look_here(*filled)
+    assert said in line and "Traceback" not in line
+    assert line.splitlines()[-1].startswith(("tcsae: ", "python -m tcsae.look: error"))
+
+
+def test_stdin_is_read(run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"river stone"), "utf-8"))
+    assert look_here(run.folder, "-", "--output", tmp_path / "p.html").endswith("p.html\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), "utf-8"))
+    assert look_here(run.folder, "-") == "tcsae: stdin is empty: give some words\n"

@@ -10,7 +10,7 @@ from helpers import tiny_tokenizer
 from tcsae import cli
 from tcsae.base.log import FORMAT
 from tcsae.base.printable import printable
-from tcsae.data.token_text import token_text
+from tcsae.data.token_text import TokenTexts, pieces, token_text
 
 
 def test_control_characters_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +32,27 @@ def test_tokens_that_are_parts_of_characters_are_told_apart() -> None:
     assert "".join(texts[5:]) == " stone"
     every = [token_text(tokenizer, i) for i in range(len(tokenizer))]
     assert "" not in every and len(set(every)) == len(every)
+
+
+def test_tokens_in_a_row_show_whole_characters() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = TokenTexts(tokenizer)
+
+    def read(ids: list[int]) -> list[tuple[int, int, str]]:
+        return [tuple(piece) for piece in texts.pieces(ids)]
+
+    ids = tokenizer.encode("é日 a")
+    assert read(ids) == [(0, 2, "é"), (2, 5, "日"), (5, 6, " a")]
+    # What is cut off, or fits to nothing, is shown as it is; what follows is not lost.
+    assert read(ids[1:]) == [(0, 1, "\\xa9"), *((a - 1, b - 1, t) for a, b, t in read(ids)[1:])]
+    assert [t for _, _, t in read(ids[:4])] == ["é", "\\xe6", "\\x97"]
+    assert [t for _, _, t in read([ids[2], *ids[:2]])] == ["\\xe6", "é"]
+    assert [t for _, _, t in read([ids[2], ids[5]])] == ["\\xe6", " a"]
+    files = texts.files(ids)
+    assert files["parts"] == {str(i): texts.part(i).hex() for i in ids[:5]}  # type: ignore[union-attr]
+    assert pieces(["a"], [None]) == [(0, 1, "a")] and pieces([], []) == []
+    # One token that ends a character and begins the next.
+    assert pieces(["x", "y", "z"], [b"\xc3", b"\xa9\xc3", b"\xa9"]) == [(0, 3, "éé")]
 
 
 def test_a_leading_space_is_kept_where_decoders_take_it_away() -> None:

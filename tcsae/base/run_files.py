@@ -47,6 +47,7 @@ class AnalysisFiles:
         self.top_contexts = self.path / "top_contexts.safetensors"
         self.top_tokens = self.path / "top_contexts.json"
         self.correlation = self.path / "correlation.safetensors"
+        self.document = self.path / "document.safetensors"
 
     @property
     def is_there(self) -> bool:

@@ -1,6 +1,7 @@
 """Contexts packed once and shared by all jobs on the same text and tokenizer.
 
-<store.dir>/contexts/<key>/train.safetensors, eval.safetensors      ids, segments, masks, documents
+<store.dir>/contexts/<key>/train.safetensors, eval.safetensors      ids, segments, masks, documents,
+                                                                   a passage of one document
                               seen.json      the share of held-out contexts that is trained on
 """
 
@@ -41,7 +42,7 @@ MIN_DOCUMENTS = 16
 
 
 def _save_contexts(path: Path, contexts: Contexts) -> None:
-    names = ("ids", "segments", "valid", "documents")
+    names = ("ids", "segments", "valid", "documents", "passage")
     tensors = {name: getattr(contexts, name) for name in names}
     save_tensors(path, tensors, {"groups": json.dumps(list(contexts.groups))})
 
@@ -78,10 +79,10 @@ def load_or_build_contexts(
     paths = folder / "train.safetensors", folder / "eval.safetensors"
     if not all(path.is_file() for path in paths):
         with locked(make_folder(folder) / ".lock", stop.check) as lock:
-            if lock is Lock.HELD:
-                remove_temporaries(folder)
-            # Another process may have packed them while this one waited.
+            # Another process may have packed them while this one waited, and be writing seen.json.
             if not all(path.is_file() for path in paths):
+                if lock is Lock.HELD:
+                    remove_temporaries(folder)
                 both = _build_contexts(corpus, cfg, model, stop)
                 for path, contexts in zip(paths, both, strict=True):
                     _save_contexts(path, contexts)

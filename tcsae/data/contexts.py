@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,9 @@ class Contexts:
     """int64 [N]; documents numbered by first appearance. Held out: the one that the context is of
     (short ones that share a context count as one). Training: the one that its first token is of.
     Where none are given, every context is one of its own."""
+    passage: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))
+    """int32 [n, T'] of held-out ones: one document as it stands (tcsae/data/held_out.py); [0, 0]
+    where contexts were packed by an older version."""
     seen: float | None = None
     """Of held-out ones: the share that was trained on (tcsae/data/seen.py)."""
 
@@ -161,7 +164,8 @@ def build_contexts(
         _fill_from_finite(corpus, cfg, (train, held_out), report)
     else:
         _fill_from_stream(corpus, cfg, (train, held_out), report)
-    contexts = tuple(_contexts_of(side, special, cfg) for side in (train, held_out))
+    contexts = [_contexts_of(side, special, cfg) for side in (train, held_out)]
+    contexts[1] = replace(contexts[1], passage=torch.from_numpy(held_out.passage()))
     if train.tokens_given or held_out.tokens_given:
         logger.warning(
             "%s: tokens are taken as they are, as this model's, and a row is one document",
@@ -313,6 +317,12 @@ def _fill_from_stream(
             if side.enough(dropped=False):
                 break
             side.widen()
+
+
+def contexts_of(ids: Tensor, special: SpecialIds) -> Contexts:
+    """Contexts of these ids, int32 [N, T], that belong to no side of a split."""
+    segments, valid = segments_of(ids, special.boundaries), valid_of(ids, special.masked)
+    return Contexts(ids, segments, valid, ())
 
 
 def _contexts_of(side: Side, special: SpecialIds, cfg: DatasetConfig) -> Contexts:

@@ -22,6 +22,11 @@ KEPT_CONTEXTS = 64
 tokenised whole. Where all documents together are too little for that, more is kept."""
 
 
+PASSAGE_TOKENS = 1024
+"""How much of one document is kept as it stands, to be looked at: about so much, and two contexts
+at least where it has them."""
+
+
 @dataclass(frozen=True)
 class _Unit:
     """What is one document for the statistics: a long one, or short ones that share a context."""
@@ -77,6 +82,7 @@ class HeldOut(Side):
         self._n_pieces = 0
         self._names: set[str] = set()
         self._cut = False
+        self._passage = np.empty(0, dtype=np.int32)
 
     def _drawn(self, what: str, document: Document) -> int:
         return text_hash(f"{what}:{self.key}:{document.id}")
@@ -112,11 +118,29 @@ class HeldOut(Side):
     def take(self, document: Document, ids: np.ndarray) -> None:
         if self.full:
             return
+        if len(self._passage) < min(len(ids), self._passage_length):
+            self._passage = ids[: self._passage_length].copy()
         if len(ids) < self.size - 1:
             self._share(document, ids.tolist())
             return
         pieces = pieces_of(ids, self.size - 1, self._drawn("place", document))
         self._found(_Unit(pieces, {document.group}))
+
+    @property
+    def _passage_length(self) -> int:
+        return (self.size - 1) * max(2, PASSAGE_TOKENS // self.size)
+
+    def passage(self) -> np.ndarray:
+        """int32 [n contexts, T]: one document as it stands, from the place on that was kept of it.
+
+        The first that is long enough, else the longest; one shorter context of a document that is
+        shorter. For pictures: its contexts overlap those of `packed`, and no metric is of them.
+        """
+        length = min(self.size - 1, len(self._passage))
+        n = len(self._passage) // length if length else 0
+        ids = np.full((n, length + 1), self.bos, dtype=np.int32)
+        ids[:, 1:] = self._passage[: n * length].reshape(n, length)
+        return ids
 
     def _found(self, unit: _Unit) -> None:
         self._units.append(unit)

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +75,17 @@ class StreamSource:
     def activations(self, indices: Tensor) -> Tensor:
         parts = self.contexts.ids[indices].split(self.model.cfg.forward_contexts)
         return torch.cat([self.model.activations(ids) for ids in parts])
+
+
+class KeptSource(StreamSource):
+    """Of a few contexts: computed once, and kept in memory."""
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        return super().activations(torch.arange(len(self.contexts))).cpu()
+
+    def activations(self, indices: Tensor) -> Tensor:
+        return self._kept[indices]
 
 
 class ActivationStore:

@@ -14,10 +14,10 @@ from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
-from tcsae.data.contexts import Contexts
+from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationStore, StreamSource
+from tcsae.data.store import ActivationStore, KeptSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,16 @@ class Stream:
     evaluation: ActivationBatches
     text: str | None
     """Of local files, by their content."""
+
+    @cached_property
+    def passage(self) -> ActivationBatches | None:
+        """One held-out document as it stands, for pictures: no metric is of it. None: contexts that
+        an older version packed have none."""
+        ids = self.evaluation.source.contexts.passage
+        if not len(ids):
+            return None
+        source = KeptSource(self.model, contexts_of(ids, self.model.special_ids))
+        return ActivationBatches(source, self.train.calibration, self.model.device)
 
     @cached_property
     def content(self) -> dict[str, str]:

@@ -41,7 +41,9 @@ def measure(
     if not config.evaluation.analysis:
         return evaluation, None
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
-    analysis = analyse(sae, config, model, held_out, per_feature, stop, max_lag)
+    analysis = analyse(
+        sae, config, model, held_out, per_feature, stop, max_lag, passage=stream.passage
+    )
     analysis.write(files.analysis.path)
     return evaluation, analysis
 

@@ -15,6 +15,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.base.run_files import RunFiles, runs_below
 from tcsae.config import LoadedConfig
+from tcsae.config.mistakes import for_the_user
 from tcsae.jobs.foreign import ForeignSAE, composed, from_folder
 from tcsae.measure.text_features import TextFeatures, TextReader, shared_model
 from tcsae.report.runs import flat
@@ -88,14 +89,26 @@ def open_(folder: str | Path, **settings: Any) -> LoadedRun | OpenedSAE:
         raise UserError(f"{folder} is not a folder: give a run, a folder of runs, or an SAE's")
     wanted = {k.rstrip("_").replace("__", "."): v for k, v in settings.items()}
     files = RunFiles(folder)
-    if files.is_begun and not files.export_mark.is_file():
-        _check_settings(folder, wanted)
-        return load_run(folder)
-    if is_known(folder) or files.sae_cfg.is_file():
+    # First: a folder of dictionary_learning has a config.json too.
+    if is_known(folder) or files.export_mark.is_file():
         found = from_folder(folder)
         overrides = [f"++{k}={v}" if "." in k else f"{k}={v}" for k, v in wanted.items()]
-        return OpenedSAE(folder, found, composed(found, overrides))
+        return OpenedSAE(folder, found, _composed(found, overrides))
+    if files.is_begun:
+        _check_settings(folder, wanted)
+        return load_run(folder)
     return load_run(_latest(folder, wanted))
+
+
+def _composed(found: ForeignSAE, overrides: Sequence[str]) -> LoadedConfig:
+    try:
+        return composed(found, overrides)
+    # Hydra's, OmegaConf's and pydantic's, which the commands put into words as well.
+    except Exception as error:
+        said = for_the_user(error)
+        if said is None:
+            raise
+        raise UserError(said) from None
 
 
 def _latest(folder: Path, wanted: Mapping[str, Any]) -> Path:

@@ -44,6 +44,10 @@ top_contexts.safetensors:
 top_contexts.json:
     k, tokens {"token id": text of it alone}, parts {"token id": hex digits of the bytes} of those
     that are part of a character (older files have none); features_reason if S < F, else null
+document.safetensors (not in older folders):
+    one held-out document as it stands, contexts one after the other, each with its BOS: ids [P]
+    int32, valid [P] bool, n_contexts; at, feature [n] int32 and value [n] float16: what fires at
+    its valid places
 correlation.safetensors:
     order [L] int64, features in the order of the picture: by cluster (the unclustered last), in a
     cluster those alike side by side; edges [M + 1] int64: cell m is order[edges[m]:edges[m + 1]];
@@ -59,7 +63,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,7 @@ from tcsae.data.batches import ActivationBatches
 from tcsae.data.token_text import TokenTexts
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
 from tcsae.measure.evaluation import held_out_units
+from tcsae.measure.text_features import coded
 from tcsae.metrics.correlation import FeatureCorrelation
 from tcsae.metrics.redundancy import (
     FeaturePairs,
@@ -117,11 +122,16 @@ class Analysis:
     top_contexts: dict[str, Tensor]
     top_tokens: dict[str, Any]
     correlation: dict[str, Tensor]
+    document: dict[str, Tensor] = field(default_factory=dict)
+    """Of an analysis of an older version, and where contexts have no passage: {}."""
 
     def write(self, folder: Path) -> None:
         files = AnalysisFiles(make_folder(folder))
         save_tensors(files.top_contexts, self.top_contexts, {})
         save_tensors(files.correlation, self.correlation, {})
+        files.document.unlink(missing_ok=True)  # of an earlier analysis
+        if self.document:
+            save_tensors(files.document, self.document, {})
         write_json(files.top_tokens, self.top_tokens)
         write_json(files.redundancy, self.redundancy)
         write_json(files.specialization, self.specialization)
@@ -137,6 +147,7 @@ class Analysis:
             top_contexts=load_tensors(files.top_contexts, advice)[0],
             top_tokens=read_json(files.top_tokens),
             correlation=load_tensors(files.correlation, advice)[0],
+            document=load_tensors(files.document, advice)[0] if files.document.is_file() else {},
         )
 
     @property
@@ -161,6 +172,7 @@ def analyse(
     per_feature: Mapping[str, Tensor],
     stop: StopRequest,
     max_lag: int = 8,
+    passage: ActivationBatches | None = None,
 ) -> Analysis:
     """Everything in analysis/, in one pass over the held-out contexts.
 
@@ -169,6 +181,7 @@ def analyse(
         per_feature: `Evaluation.per_feature` of the same contexts: c0, density, omega_squared,
             profile_rate and the descriptors of the map.
         max_lag: largest lag at which redundant features are looked for.
+        passage: contexts of one document as it stands, to be shown; None: there is none.
 
     Raises:
         Interrupted: a signal came.
@@ -201,17 +214,39 @@ def analyse(
     statistics = seen.tokens.compute()
     text = model.texts()
     contexts = _top_contexts(seen)
+    document = {} if passage is None else _document(sae, passage)
+    ids = {*contexts["ids"].unique().tolist(), *document.get("ids", torch.empty(0)).int().tolist()}
     return Analysis(
         redundancy=redundancy,
         specialization=_specialization(found, seen, statistics, known, text),
         top_contexts=contexts,
         top_tokens={
             "k": seen.top.k,
-            **text.files(contexts["ids"].unique().tolist()),
+            **text.files(sorted(ids)),
             "features_reason": seen.left_out,
         },
         correlation=correlated | picture(seen, found.labels),
+        document=document,
     )
+
+
+def _document(sae: SparseAutoencoder, passage: ActivationBatches) -> dict[str, Tensor]:
+    """document.safetensors."""
+    rows = list(coded(sae, passage))
+    ids, valid, _ = (torch.cat([row[i] for row in rows]) for i in range(3))
+    codes = torch.cat([row[3] for row in rows]).coalesce()
+    at, feature = codes.indices()
+    value = codes.values().clamp(max=torch.finfo(torch.float16).max).half()
+    kept = valid[at] & (value > 0)
+    n_contexts = torch.tensor(len(rows))
+    return {
+        "ids": ids.int(),
+        "valid": valid,
+        "n_contexts": n_contexts,
+        "at": at[kept].int(),
+        "feature": feature[kept].int(),
+        "value": value[kept],
+    }
 
 
 # -------------------------------------------------------------------------------- redundancy

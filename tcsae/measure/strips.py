@@ -65,8 +65,8 @@ class Strip:
 
     @property
     def longest(self) -> int:
-        """Most valid tokens in a row at which it fires."""
-        return longest_run((self.values > 0) & self.valid)
+        """Most valid tokens in a row at which it fires, masked ones passed over."""
+        return longest_run(self.values[self.valid] > 0)
 
     def marks(self) -> list[Mark]:
         """The text piece by piece."""

@@ -25,7 +25,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.labels import number
 from tcsae.config import ModelConfig
 from tcsae.data.batches import ActivationBatches, Calibration
-from tcsae.data.contexts import Contexts, pack, segments_of, valid_of
+from tcsae.data.contexts import contexts_of, pack
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.sides import token_ids
 from tcsae.data.store import StreamSource
@@ -51,7 +51,7 @@ class TopFeature(NamedTuple):
     tokens: int
     """At which it is on."""
     longest: int
-    """Most of them in a row."""
+    """Most of them in a row, masked tokens passed over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +142,10 @@ class TextFeatures:
 
 
 def _top_feature(feature: int, values: Tensor, valid: Tensor) -> TopFeature:
-    on = (values > 0) & valid
-    mean = values[on].mean() if on.any() else torch.zeros(())
-    peak = values[on].max() if on.any() else torch.zeros(())
+    counted = values[valid]
+    on = counted > 0
+    mean = counted[on].mean() if on.any() else torch.zeros(())
+    peak = counted[on].max() if on.any() else torch.zeros(())
     return TopFeature(feature, float(peak), float(mean), int(on.sum()), longest_run(on))
 
 
@@ -202,7 +203,7 @@ class TextReader:
             UserError: nothing to read, a text longer than a context, an id that the model lacks.
         """
         parts = self._parts(self._ids(text), parted)
-        return _joined([row for part in parts for row in self._features(part)], self.texts)
+        return joined([row for part in parts for row in self._features(part)], self.texts)
 
     def _ids(self, text: str | Sequence[int] | Tensor) -> list[int]:
         bos = self.model.special_ids.bos
@@ -238,27 +239,25 @@ class TextReader:
         return parts
 
     def _features(self, ids_NT: Tensor) -> list[_Row]:
-        special = self.model.special_ids
-        contexts = Contexts(
-            ids_NT,
-            segments_of(ids_NT, special.boundaries),
-            valid_of(ids_NT, special.masked),
-            ("text",),
-        )
+        contexts = contexts_of(ids_NT, self.model.special_ids)
         unknown = Calibration(math.nan, self.norm_limit, math.nan, torch.empty(0))
         source = StreamSource(self.model, contexts)
         batches = ActivationBatches(source, unknown, self.model.device)
-        found = []
-        for batch in batches.in_order(ENCODE_CONTEXTS):
-            codes = self.sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
-            massive = batch.not_special & ~batch.valid
-            for row in zip(batch.ids, batch.valid, massive, codes, strict=True):
-                ids, valid, large, f_TF = (part.cpu() for part in row)
-                found.append((ids.long(), valid, large, f_TF.float().to_sparse()))
-        return found
+        return list(coded(self.sae, batches))
 
 
-def _joined(rows: list[_Row], texts: TokenTexts) -> TextFeatures:
+def coded(sae: SparseAutoencoder, batches: ActivationBatches) -> Iterator[_Row]:
+    """Every context of `batches` as the SAE has it, on the CPU. `sae` is on their device."""
+    for batch in batches.in_order(ENCODE_CONTEXTS):
+        codes = sae.encode(batch.x.float(), segments=batch.segments, valid=batch.valid)
+        massive = batch.not_special & ~batch.valid
+        for row in zip(batch.ids, batch.valid, massive, codes, strict=True):
+            ids, valid, large, f_TF = (part.cpu() for part in row)
+            yield ids.long(), valid, large, f_TF.float().to_sparse()
+
+
+def joined(rows: list[_Row], texts: TokenTexts) -> TextFeatures:
+    """Contexts one after the other; at least one."""
     ids, valid, massive = (torch.cat([row[i] for row in rows]) for i in range(3))
     numbers = ids.tolist()
     return TextFeatures(

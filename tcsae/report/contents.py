@@ -19,6 +19,7 @@ from tcsae.base.labels import SINGLES, label, listed, local_names, local_window,
 from tcsae.base.run_files import RunFiles
 from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
+from tcsae.data.token_text import pieces
 from tcsae.measure.analysis import Analysis
 from tcsae.report.page import packed
 from tcsae.report.runs import flat
@@ -351,10 +352,25 @@ def _fewer_contexts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: tensors[name][:, :k] for name in ("context", "position", "value", "rows")}
 
 
+def _joined(analysis: Analysis, ids_CT: np.ndarray) -> list[list[Any]]:
+    """Where tokens make whole characters together: rows of [context, start, stop, text]."""
+    texts = analysis.top_tokens["tokens"]
+    # An analysis of an older version does not say which bytes its tokens have.
+    parts = {i: bytes.fromhex(part) for i, part in analysis.top_tokens.get("parts", {}).items()}
+    is_part = np.isin(ids_CT, [int(i) for i in parts])
+    found = []
+    for context in np.flatnonzero(is_part.any(axis=1)).tolist():
+        own = [str(token) for token in ids_CT[context].tolist()]
+        row = pieces([texts[i] for i in own], [parts.get(i) for i in own])
+        found += [[context, *piece] for piece in row if piece.stop - piece.start > 1]
+    return found
+
+
 def _top(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any]:
     """Top contexts: every context once as numbers of texts, activations sparse in 255ths.
 
-    `count` [R', k] says how many of `at` (position) and `level` belong to each (feature, context).
+    `joined`: see `_joined`. `count` [R', k] says how many of `at` (position) and `level` belong to
+    each (feature, context).
     """
     if analysis is None:
         return {"top": None, "top_reason": f"Top contexts: {NO_ANALYSIS}.", "top_row": []}
@@ -369,12 +385,14 @@ def _top(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any]:
     level_RkT = np.where(rows_RkT > 0, level_RkT.clip(1, 255), 0).astype(np.uint8)
     used, inverse = np.unique(tensors["ids"], return_inverse=True)
     texts = analysis.top_tokens["tokens"]
+    joined = _joined(analysis, tensors["ids"])
     reason = analysis.top_tokens["features_reason"]
     return {
         "top_row": [row_of.get(i, -1) for i in ids.tolist()],
         "top_reason": reason or "It never fired on held-out text.",
         "top": {
             "vocabulary": [texts[str(token)] for token in used.tolist()],
+            "joined": joined,
             "ids": packed(inverse.reshape(tensors["ids"].shape).astype(np.int32)),
             "valid": packed(tensors["valid"].astype(np.uint8)),
             "numbers": tensors["number"],

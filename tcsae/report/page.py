@@ -55,7 +55,8 @@ def render(
         title: of the page.
         context: what the template names.
         figures: by the name that the template's `figure(name)` asks for.
-        data: what the page's script reads (`page.data`), JSON values.
+        data: what the page's script reads (`page.data`), JSON values. With neither figures nor
+            data the page needs no plotly.js, and has none.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -75,7 +76,7 @@ def render(
         **context,
         title=title,
         drawn=frozenset(figures),
-        plotly_js=Markup(get_plotlyjs()),
+        plotly_js=Markup(get_plotlyjs()) if figures or data else "",
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup((_TEMPLATES / "page.js").read_text(encoding="utf-8")),
         page_content=Markup(script_json(content)),

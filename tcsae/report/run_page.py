@@ -198,8 +198,8 @@ def _map(columns: dict[str, Any], clusters: list[dict[str, Any]], placed: np.nda
 
 
 def visible(text: str) -> str:
-    """A token with its line ends and tabs shown."""
-    return text.replace("\n", "⏎").replace("\t", "⇥")
+    """A token alone with its white space shown."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
 
 
 # ---------------------------------------------------------------- words and tables

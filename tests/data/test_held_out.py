@@ -26,7 +26,7 @@ from tcsae.data.context_cache import MIN_DOCUMENTS, load_or_build_contexts
 from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
 from tcsae.data.corpora import HubCorpus
 from tcsae.data.documents import Document, text_hash
-from tcsae.data.held_out import pieces_of
+from tcsae.data.held_out import PASSAGE_TOKENS, HeldOut, pieces_of
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore
 from tcsae.metrics.units import MIN_UNITS, Units
@@ -370,3 +370,23 @@ def test_batches_of_chosen_contexts_come_in_their_order() -> None:
     assert [b.ids[:, 0].tolist() for b in batches.in_order(2, indices=chosen)] == [[20, 0], [12]]
     assert sum(len(b.ids) for b in batches.in_order(4)) == 6
     assert list(batches.in_order(2, torch.tensor([], dtype=torch.long))) == []
+
+
+def test_the_passage_is_one_document_as_it_stands() -> None:
+    side = HeldOut(asked=40, size=8, tokenizer=None, bos=0, key=0)
+    short, long_, longer = (Document(f"{n}", "", f"{n}") for n in range(3))
+    first = np.arange(100, 140, dtype=np.int32)
+    side.take(short, np.arange(1, 5, dtype=np.int32))
+    assert side.passage().tolist() == [[0, 1, 2, 3, 4]]  # shorter than a context
+    side.take(long_, first)
+    found = side.passage()
+    assert found.shape == (5, 8) and (found[:, 0] == 0).all()
+    assert found[:, 1:].flatten().tolist() == list(range(100, 135))
+    # A longer one takes its place, until it is long enough.
+    n = 7 * (PASSAGE_TOKENS // 8)
+    side.take(longer, np.arange(200, 200 + 2 * n, dtype=np.int32))
+    assert side.passage()[:, 1:].flatten().tolist() == list(range(200, 200 + n))
+    side.take(long_, np.arange(9000, 9000 + 3 * n, dtype=np.int32))
+    assert side.passage()[0, 1] == 200
+    side.clear()
+    assert side.passage().shape == (0, 1)

@@ -308,6 +308,11 @@
       const counts = top.count.values;
       top.start = new Int32Array(counts.length + 1);
       for (let i = 0; i < counts.length; i++) top.start[i + 1] = top.start[i] + counts[i];
+      top.whole = new Map();  // context -> place -> the piece of several tokens that holds it
+      for (const [context, from, to, text] of top.joined) {
+        if (!top.whole.has(context)) top.whole.set(context, new Map());
+        for (let i = from; i < to; i++) top.whole.get(context).set(i, { from, to, text });
+      }
     }
     return top;
   }
@@ -331,11 +336,16 @@
     for (let i = top.start[entry]; i < top.start[entry + 1]; i++)
       level[top.at.values[i]] = top.level.values[i] / 255;
     const text = element("div", { className: "context-text", dir: "auto" });
-    const fill = (from, to) => text.replaceChildren(
-      ...(from > 0 ? ["… "] : []),
-      ...Array.from({ length: to - from }, (_, i) =>
-        tokenSpan(top, context, from + i, level[from + i], largest, from + i === peak)),
-      ...(to < length ? [" …"] : []));
+    const fill = (from, to) => {
+      const spans = [];
+      let at = top.whole.get(context)?.get(from)?.from ?? from;
+      while (at < to) {
+        const piece = top.whole.get(context)?.get(at) ?? { from: at, to: at + 1 };
+        spans.push(pieceSpan(top, context, piece, level, largest, peak));
+        at = piece.to;
+      }
+      text.replaceChildren(...(from > 0 ? ["… "] : []), ...spans, ...(to < length ? [" …"] : []));
+    };
     const near = () => fill(Math.max(0, peak - AROUND), Math.min(length, peak + AROUND + 1));
     near();
     const button = element("button", { className: "link", type: "button" }, "whole context");
@@ -350,17 +360,23 @@
     return element("div", { className: "context" }, head, text);
   }
 
-  function tokenSpan(top, context, position, level, largest, isPeak) {
-    const length = top.ids.shape[1], at = context * length + position;
-    const token = top.vocabulary[top.ids.values[at]];
-    if (!top.valid.values[at]) return element("span", { className: "masked",
-      title: "left out of every metric" }, token.replaceAll("\n", "⏎"));
-    if (!level) return document.createTextNode(token.replaceAll("\n", "⏎\n"));
-    const mark = element("mark", { title: `${number(level * largest)} at position ${position}` },
-      token.replaceAll("\n", "⏎\n"));
-    mark.style.setProperty("--level", (0.12 + 0.78 * level).toFixed(2));
-    mark.classList.toggle("strong", level > 0.7);
-    mark.classList.toggle("peak", isPeak);
+  /** Tokens that make whole characters together, as a rule one: marked by its largest activation. */
+  function pieceSpan(top, context, piece, level, largest, peak) {
+    const start = context * top.ids.shape[1];
+    const places = Array.from({ length: piece.to - piece.from }, (_, i) => piece.from + i);
+    const texts = places.map((at) => top.vocabulary[top.ids.values[start + at]]);
+    const text = piece.text ?? texts[0];
+    if (!places.some((at) => top.valid.values[start + at])) return element("span",
+      { className: "masked", title: "left out of every metric" }, text.replaceAll("\n", "⏎"));
+    const strongest = Math.max(...places.map((at) => level[at]));
+    if (!strongest) return document.createTextNode(text.replaceAll("\n", "⏎\n"));
+    const one = places.length === 1;
+    const title = places.map((at, i) => (one ? "" : `${texts[i]} `) +
+      `${number(level[at] * largest)} at position ${at}`).join("; ");
+    const mark = element("mark", { title }, text.replaceAll("\n", "⏎\n"));
+    mark.style.setProperty("--level", (0.12 + 0.78 * strongest).toFixed(2));
+    mark.classList.toggle("strong", strongest > 0.7);
+    mark.classList.toggle("peak", places.includes(peak));
     return mark;
   }
 
