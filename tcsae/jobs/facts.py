@@ -16,7 +16,7 @@ from torch import Tensor
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.data.language_model import HOOKS
-from tcsae.sae.formats import sparsify
+from tcsae.sae.formats import dictionary_learning, sparsify
 from tcsae.sae.formats.known import LoadedSAE
 
 RUNNER_NAME = "runner_cfg.json"
@@ -25,6 +25,7 @@ RUNNER_NAME = "runner_cfg.json"
 WITHOUT_METADATA = "cfg.json without metadata, as before SAELens 6"
 ONE_THRESHOLD = "one threshold for all features"
 TRAINED_ON = "normalize_activations in training"
+UNKNOWN = "keys that are not known"
 
 # A block, by its path in transformers' models, and what libraries call its places.
 _BLOCK = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)")
@@ -143,6 +144,7 @@ def dictionary_learning_facts(config: Mapping[str, Any]) -> Facts:
         model=_of(str, trainer.get("lm_name")),
         hook_name=name,
         context_size=_of(int, buffer.get("ctx_len")),
+        said={UNKNOWN: dictionary_learning.unknown_keys({"trainer": trainer})},
     )
 
 
