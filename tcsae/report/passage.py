@@ -114,7 +114,12 @@ class Passage:
         valid = torch.from_numpy(arrays["valid"])
         return Strip(feature, values, self.tokens, self.pieces, valid, heading)
 
+    def n_on(self, n_features: int) -> torch.Tensor:
+        """[F] valid places at which each feature is on."""
+        return torch.bincount(self.analysis.document["feature"].long(), minlength=n_features)
+
     def same_text(self, other: Passage) -> bool:
+        """Whether both are of the same tokens, and the same of them count."""
         mine, theirs = (p._arrays for p in (self, other))
         return all(np.array_equal(mine[name], theirs[name]) for name in ("ids", "valid"))
 
