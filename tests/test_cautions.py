@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tcsae.jobs.cautions import ROWS, Here, differences
-from tcsae.jobs.facts import RUNNER_NAME, Facts, dictionary_learning_facts
+from tcsae.jobs.facts import RUNNER_NAME, UNKNOWN, Facts, dictionary_learning_facts
 from tcsae.jobs.foreign import from_folder
 
 HERE = Here("gpt2", "blocks.1.hook_resid_pre", 16, ("me/books", "books"), "float32", frozenset({7}))
@@ -120,7 +120,7 @@ def test_a_threshold_that_was_saved_right_is_not_doubted(change: dict[str, Any])
 
 @pytest.mark.parametrize("strange", [3, "x" * 500 + "\nnewline", [["?"]], {"a": {"b": 1}}, 1.5, -1])
 def test_what_a_file_says_may_be_of_any_type_and_length(strange: Any) -> None:
-    said = differences({row.key: strange for row in ROWS}, HERE)
+    said = differences({row.key: strange for row in ROWS if row.key != UNKNOWN}, HERE)
     assert all(len(text) < 600 and "\n" not in text for text in said)
 
 
@@ -174,10 +174,25 @@ def test_what_the_runner_was_told_counts_where_the_sae_does_not_say(tmp_path: Pa
         assert differences(from_folder(tmp_path / "sae").facts.said, HERE) == []
 
 
+def test_a_block_of_transformers_own_model_is_its_residual_stream(tmp_path: Path) -> None:
+    said = {"model_class_name": "AutoModelForCausalLM", "hook_name": "model.layers.12"}
+    facts = folder_of(tmp_path / "a", {"architecture": "standard", "metadata": said})
+    assert facts.hook_name == "blocks.12.hook_resid_post" == facts.said["hook_name"]
+    part = folder_of(
+        tmp_path / "b",
+        {"architecture": "standard", "metadata": said | {"hook_name": "model.layers.12.mlp"}},
+    )
+    assert part.hook_name == "model.layers.12.mlp"
+
+
 def test_dictionary_learnings_words_are_understood() -> None:
     trainer = {"lm_name": "gpt2", "layer": 1, "submodule_name": "resid_pre_layer_1"}
     facts = dictionary_learning_facts({"trainer": trainer, "buffer": {"ctx_len": 16}})
     assert (facts.model, facts.hook_name, facts.context_size) == ("gpt2", HERE.hook_name, 16)
+    assert differences(facts.said, HERE) == []
+    more = trainer | {"use_gelu": True, "lr": 3, "wandb_name": "x"}
+    (said,) = differences(dictionary_learning_facts({"trainer": more}).said, HERE)
+    assert "not known here (use_gelu=True)" in said and said.endswith("computed as another.")
     inside = dictionary_learning_facts({"trainer": trainer, "buffer": {"io": "in"}})
     assert inside.hook_name == "the input of blocks.1.hook_resid_pre"
     other = dictionary_learning_facts({"trainer": {"submodule_name": "mlp"}, "buffer": {}})

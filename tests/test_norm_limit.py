@@ -27,8 +27,8 @@ def test_the_default_is_3_whatever_the_text() -> None:
     assert DatasetConfig.model_fields["norm_filter"].default == 3
     assert {"shakespeare", "files"} <= set(DATASETS)
     for dataset in DATASETS:
-        path = ["dataset.path=there"] if dataset == "files" else []
-        assert composed(f"dataset={dataset}", *path).dataset.norm_filter == 3
+        more = {"files": ["dataset.path=there"], "synthetic": ["model=synthetic"]}
+        assert composed(f"dataset={dataset}", *more.get(dataset, [])).dataset.norm_filter == 3
 
 
 @pytest.mark.parametrize("preset", PRESETS)

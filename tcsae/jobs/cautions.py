@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tcsae.config import LoadedConfig
 from tcsae.data.activation_model import ActivationModel
-from tcsae.jobs.facts import ONE_THRESHOLD, TRAINED_ON, WITHOUT_METADATA, Facts
+from tcsae.jobs.facts import ONE_THRESHOLD, TRAINED_ON, UNKNOWN, WITHOUT_METADATA, Facts
 
 LONGEST = 120
 """Characters of a foreign file's word that are repeated."""
@@ -295,6 +295,15 @@ def _threshold(what: str, said: Said) -> str | None:
     )
 
 
+def _unknown(value: Any, here: Here, said: Said) -> str | None:
+    if not value:
+        return None
+    return (
+        f"The SAE's configuration has keys that are not known here ({_word(', '.join(value))}): if "
+        "they change what it computes, it is computed as another."
+    )
+
+
 ROWS = (
     _Row("model_name", _model),
     _Row("hook_name", _hook),
@@ -315,6 +324,7 @@ ROWS = (
     _Row("dataset_path", _text),
     _Row("training_architecture", _batchtopk),
     _Row(ONE_THRESHOLD, _shared_threshold),
+    _Row(UNKNOWN, _unknown),
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.data.language_model import HOOKS
+from tcsae.sae.formats import dictionary_learning, sparsify
 from tcsae.sae.formats.known import LoadedSAE
 
 RUNNER_NAME = "runner_cfg.json"
@@ -24,6 +25,7 @@ RUNNER_NAME = "runner_cfg.json"
 WITHOUT_METADATA = "cfg.json without metadata, as before SAELens 6"
 ONE_THRESHOLD = "one threshold for all features"
 TRAINED_ON = "normalize_activations in training"
+UNKNOWN = "keys that are not known"
 
 # A block, by its path in transformers' models, and what libraries call its places.
 _BLOCK = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)")
@@ -90,6 +92,10 @@ def saelens_facts(cfg: Mapping[str, Any], weights: Path, tensors: Mapping[str, T
         WITHOUT_METADATA: "metadata" not in cfg,
         ONE_THRESHOLD: one_threshold(tensors.get("threshold")),
     }
+    # Trained on transformers' own model, SAELens has the path of a module for a hook.
+    block = _BLOCK.fullmatch(str(said.get("hook_name")))
+    if block:
+        said["hook_name"] = f"blocks.{block[1]}.hook_resid_post"
     own = part(metadata, "tcsae")
     own = own if {"model", "dataset"} <= own.keys() else {}
     if own and part(own, "dataset").get("source") == "files":
@@ -138,12 +144,13 @@ def dictionary_learning_facts(config: Mapping[str, Any]) -> Facts:
         model=_of(str, trainer.get("lm_name")),
         hook_name=name,
         context_size=_of(int, buffer.get("ctx_len")),
+        said={UNKNOWN: dictionary_learning.unknown_keys({"trainer": trainer})},
     )
 
 
 def sparsify_facts(weights: Path) -> Facts:
-    """Of a folder that is named after its module, in one that has the run's config.json."""
-    run, module = _object(weights.parent.parent / "config.json"), weights.parent.name
+    """Of a folder that is named after its module, in one that has the run's configuration."""
+    run, module = _object(weights.parent.parent / sparsify.RUN_NAME), weights.parent.name
     block = _BLOCK.fullmatch(module)
     # What a block's parts give is not in all families what their hooks are.
     named = f"the output of {module}" if "." in module else None

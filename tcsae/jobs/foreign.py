@@ -198,9 +198,10 @@ def _model(name: str) -> Iterator[str]:
 
     named = {}
     for file in sorted((conf_folder() / "model").glob("*.yaml")):
-        content = OmegaConf.load(file)
-        name_of = OmegaConf.select(content, "model.name") or OmegaConf.select(content, "name")
-        named[name_of] = file.stem
+        # Unresolved: a name may be made from keys of other groups.
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(content, dict)
+        named[(content.get("model") or content).get("name")] = file.stem
     if name not in named:
         name = hub_name(name)
     if name in named:

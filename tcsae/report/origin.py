@@ -194,8 +194,8 @@ def _loaded(config: LoadedConfig, info: dict[str, Any]) -> Origin:
         ],
         time=f"Measured in {number(info['wall_seconds'])} s.",
         cautions=[
-            "The SAE was loaded, and on which text it was trained is not known here: held-out text "
-            "may be text that it has seen. The intervals are about the choice of contexts.",
+            "The SAE was loaded, and on which documents it was trained is not known here: held-out "
+            "text may be text that it has seen. The intervals are about the choice of contexts.",
             *first,
         ],
         first=first,

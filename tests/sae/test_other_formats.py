@@ -211,6 +211,11 @@ def test_a_damaged_npz_a_transcoder_and_embeddings_are_refused(tmp_path: Path) -
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("W_enc.npy", "text")
     assert "params.npz is damaged" in refusal(file)
+    np.savez_compressed(file, **{name: tensor.numpy() for name, tensor in PARAMS.items()})
+    packed = bytearray(file.read_bytes())
+    packed[400:1200] = bytes(800)  # a stream that no longer unpacks
+    file.write_bytes(packed)
+    assert "params.npz is damaged" in refusal(file)
     assert "a transcoder" in refusal(of_gemma(tmp_path / "gemma-scope-2b-pt-transcoders" / "x"))
     assert "embeddings" in refusal(of_gemma(tmp_path / "embedding" / "width_4k"))
 
@@ -272,6 +277,23 @@ def test_what_of_openais_is_not_computed_is_refused_with_the_reason(tmp_path: Pa
     other = tmp_path / "notes.txt"
     other.write_text("")
     assert "no file of an SAE's weights" in refusal(other)
+
+
+def test_weights_that_are_no_numbers_are_refused_in_every_format(tmp_path: Path) -> None:
+    nan, inf = torch.full((D_IN,), float("nan")), torch.full((D_SAE,), float("inf"))
+    for path in (
+        of_sparsify(tmp_path / "sparsify", b_dec=nan),
+        of_gemma(tmp_path / "gemma", b_dec=nan.numpy()),
+        of_openai(tmp_path / "1.pt", pre_bias=nan),
+    ):
+        assert "b_dec has 12 values that are no finite numbers" in refusal(path)
+    never = of_gemma(tmp_path / "never", threshold=inf.numpy())
+    assert not tcsae.load_sae(never).encode(X_ND).any()
+
+
+def test_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
+    sparse = OPENAI["encoder.weight"].to_sparse()
+    assert "is sparse" in refusal(of_openai(tmp_path / "1.pt", **{"encoder.weight": sparse}))
 
 
 # ---------------------------------------------------------------- what they say of themselves

@@ -67,11 +67,26 @@ _TRAINERS = {
     "JumpReluTrainer": "JumpReluAutoEncoder",
 }
 """What each of their trainers trains; others are taken at their dict_class's word."""
+_TRAINING = """
+    activation_dim anneal_start auxk_alpha bandwidth decay_start device dict_class dict_size
+    ghost_threshold group_fractions group_sizes group_weights k k_anneal_steps l1_penalty layer
+    lm_name lr n_sparsity_updates norm_factor p_end p_start resample_steps seed
+    sparsity_function sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps
+    submodule_name target_l0 threshold_beta threshold_start_step top_k_aux trainer_class
+    wandb_name warmup_steps
+"""
+"""What their trainers write of themselves: beside dict_class nothing that changes the function."""
 _WHY_NOT = {
     "IdentityDict": "it has no features: the neurons are given back",
     "CrossCoder": "it reads several layers or models at once",
     "Transcoder": "it gives another place's activations, not those it reads",
 }
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """Of config.json's trainer: keys that no trainer of theirs writes, as "key=value"."""
+    trainer = config["trainer"]
+    return [f"{key}={trainer[key]}" for key in sorted(trainer.keys() - {*_TRAINING.split()})]
 
 
 def find_ae(path: Path) -> Path | None:

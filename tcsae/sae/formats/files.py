@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tcsae.base.errors import first_line
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.registry import sae_class
 
@@ -87,8 +88,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             "it was run"
         ) from None
     except Exception as error:  # a damaged file makes torch's reader stumble in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path.name} is damaged ({reason})") from None
+        raise ValueError(f"{path.name} is damaged ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path.name} holds more than tensors: it is no SAE's weights")
     return dict(state)
@@ -112,8 +112,8 @@ def npz_shapes(path: Path) -> Shapes:
                 if dtype.hasobject:
                     raise ValueError(f"{member} holds Python objects: refused, not opened")
                 found[member.removesuffix(".npy")] = list(shape)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} is damaged or not numpy's ({error})") from None
+    except Exception as error:  # zip and numpy stumble in many ways
+        raise ValueError(f"{path.name} is damaged or not numpy's ({first_line(error)})") from None
     return found
 
 
@@ -130,8 +130,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 if array.dtype.kind != "f":
                     raise ValueError(f"{name} is {array.dtype}, not floating point")
                 found[name] = torch.from_numpy(array.astype(np.float32))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} is damaged or not numpy's ({error})") from None
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged or not numpy's ({first_line(error)})") from None
     return found
 
 
@@ -185,6 +185,8 @@ def renamed(
             raise ValueError(f"{file} holds more than tensors: {name} is none")
         if not state[name].is_floating_point():
             raise ValueError(f"{file}: {name} is {state[name].dtype}, not floating point")
+        if state[name].layout is not torch.strided or state[name].is_meta:
+            raise ValueError(f"{file}: {name} is sparse or has no values")
     found = {ours: state[name].float() for ours, name in names.items()}
     turned = [ours for ours, name in names.items() if name.endswith(".weight")]
     # A tensor that is no matrix is refused by its shape later.

@@ -78,9 +78,22 @@ def load_known(path: Path) -> LoadedSAE:
         weights = known.find(path)
         if weights is not None:
             sae, cfg = known.load(weights)
+            _check_values(sae, path)
             return LoadedSAE(sae, cfg, weights, known.library, str(known.architecture(cfg)))
     if path.is_file():
         raise ValueError(f"{path} is no file of an SAE's weights that is read here")
     # It says what the folder lacks.
     saelens.load_saelens(path)
     raise AssertionError("load_saelens read a folder without weights")
+
+
+def _check_values(sae: SparseAutoencoder, path: Path) -> None:
+    """Raises ValueError for weights that no training leaves whole: all that is measured of them
+    would be NaN. A threshold may be infinite: such a feature never fires."""
+    for name, tensor in sae.saelens_state().tensors.items():
+        broken = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+        if n := int(broken.sum()):
+            raise ValueError(
+                f"cannot load the SAE in {path}: {name} has {n:,} values that are no finite "
+                "numbers: its training diverged, or the file is damaged"
+            )

@@ -23,6 +23,8 @@ from tcsae.sae.formats.files import (
 
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae.safetensors"
+RUN_NAME = "config.json"
+"""Of the run that trained it, one folder up."""
 
 _NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 _REFUSED = {
