@@ -1,4 +1,4 @@
-# make train [ARGS="window=16 lambda=0.2"]   train and measure one SAE
+# make train [ARGS="window=16 lambda=0.2"]   two SAEs, without the temporal loss and with it, compared
 # make check [ARGS="-k window"]              style, types, fast tests: before every commit
 # make test  [ARGS="-k window"]              style, types, all tests, Slurm and browser included
 # make bench [ARGS="--sections steps"]       times a training step, writes docs/performance.md
@@ -7,12 +7,14 @@
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
+# What `make train` trains, unless ARGS names another experiment or sweep.
+PAIR = $(if $(findstring experiment=,$(ARGS))$(findstring --multirun,$(ARGS)),,+experiment=pair)
 PY := $(VENV)/bin/python
 
 .PHONY: train check test test-gpu bench lint format lock clean calibrate
 
 train: $(VENV)/.train
-	@$(PY) -m tcsae.train $(ARGS)
+	@$(PY) -m tcsae.train $(PAIR) $(ARGS)
 
 check: $(VENV)/.test lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q -m "not slow and not documents" $(ARGS)

@@ -170,6 +170,8 @@ def small_job(weights: Path, texts: Path, folder: Path | str, **changes: str) ->
     }
     if chosen["sae"] == "topk":
         chosen.setdefault("sae.k", "8")
+    if chosen.get("store") == "stream":
+        del chosen["store.shard_contexts"]  # it stores none
     return [f"{key}={value}" for key, value in chosen.items()]
 
 

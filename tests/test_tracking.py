@@ -294,6 +294,13 @@ def a_run(folder: Path, **about: Any) -> WandbRun:
     return WandbRun(TrackingConfig(group=GROUP), folder, **{**settings, **about})
 
 
+def test_a_record_is_for_the_project_and_the_entity_of_the_config(tmp_path: Path) -> None:
+    tracking = TrackingConfig(project="p", entity="e", group=GROUP)
+    WandbRun(tracking, tmp_path, id="abc").finish(0)
+    (found,) = written(tmp_path)
+    assert (found.run.project, found.run.entity, found.run.run_group) == ("p", "e", GROUP)
+
+
 def test_runs_of_a_bank_log_side_by_side_in_one_process(tmp_path: Path) -> None:
     runs = {name: a_run(tmp_path / name, id=name) for name in ("a", "b", "c")}
     for step in (1, 2, 3):

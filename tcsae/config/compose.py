@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tcsae.config import Config, number_options, parse
+from tcsae.config.effect import refuse_without_effect
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -51,7 +52,9 @@ def to_config(composed: DictConfig) -> Config:
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
-    return parse(container)  # type: ignore[arg-type]
+    config = parse(container)  # type: ignore[arg-type]
+    refuse_without_effect(config)
+    return config
 
 
 def config_of(*overrides: str) -> Config:

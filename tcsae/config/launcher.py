@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from tcsae.base.errors import UserError
 from tcsae.config.strict import StrictModel
@@ -31,11 +31,28 @@ class Options(StrictModel):
     bandwidth_gb_s: Positive | None = None
     """Sustained bandwidth of one device's memory, for the estimate; null: as `tflops`."""
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.bandwidth_gb_s is not None and self.tflops is None:
+            raise ValueError("bandwidth_gb_s does nothing without tflops: give both, or none")
+        if type(self) is not SlurmOptions and self.device_memory_gb and self.pack != "auto":
+            raise ValueError("device_memory_gb is for pack=auto: leave one of them out")
+        return self
+
 
 class LocalOptions(Options):
     processes: Count = 2
     gpus: list[int] = []
     """GPUs to deal out to the processes; empty: they see what this process sees."""
+
+    @model_validator(mode="after")
+    def _every_gpu_has_a_process(self) -> Self:
+        if len(self.gpus) > self.processes:
+            raise ValueError(
+                f"gpus has {len(self.gpus)} and processes is {self.processes}: GPUs would be idle, "
+                f"take processes={len(self.gpus)}"
+            )
+        return self
 
 
 class SlurmOptions(Options):
@@ -68,6 +85,14 @@ class SlurmOptions(Options):
     poll_seconds: Positive = 5
     """How often the queue is looked at while waiting."""
 
+    @model_validator(mode="after")
+    def _nothing_is_set_in_vain(self) -> Self:
+        if self.closing_partition is not None and not self.compare:
+            raise ValueError("closing_partition does nothing with compare=false: leave it out")
+        if self.poll_seconds != 5 and not self.wait:
+            raise ValueError("poll_seconds does nothing with wait=false: leave it out")
+        return self
+
 
 Chosen = TypeVar("Chosen", bound=Options)
 
@@ -78,9 +103,14 @@ def checked(kind: type[Chosen], given: dict[str, Any]) -> Chosen:
     try:
         return kind.model_validate(given, strict=False)
     except ValidationError as error:
-        said = [
-            f"hydra.launcher.{'.'.join(str(part) for part in detail['loc'][:1])} = "
-            f"{detail['input']}: {detail['msg']}"
-            for detail in error.errors()
-        ]
+        said = [_in_words(detail) for detail in error.errors()]
         raise UserError("; ".join(dict.fromkeys(said))) from None
+
+
+def _in_words(detail: Any) -> str:
+    key, message = detail["loc"][:1], detail["msg"].removeprefix("Value error, ")
+    return (
+        f"hydra.launcher.{key[0]} = {detail['input']}: {message}"
+        if key
+        else (f"hydra.launcher: {message}")
+    )

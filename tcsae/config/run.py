@@ -328,12 +328,18 @@ class Config(Measured):
         if not isinstance(sae, dict) or not isinstance(training, dict) or "k" not in sae:
             return raw
         target = training.get("target_l0")
-        if not isinstance(target, int | float):
+        if not isinstance(target, int | float) or sae.get("architecture") not in architectures():
             return raw
         if target != round(target):
             raise ValueError(
                 f"training.target_l0 = {target}: sae={sae.get('architecture')} has a whole number "
                 "of features a token"
+            )
+        usual = config_class(sae["architecture"]).model_fields["k"].default
+        if sae["k"] not in (usual, target):
+            raise ValueError(
+                f"sae.k = {sae['k']} and training.target_l0 = {target}: of this architecture both "
+                "say k; give one of them"
             )
         return {**raw, "sae": {**sae, "k": round(target)}}
 

@@ -86,6 +86,11 @@ class FilesCorpus:
         if not path.exists():
             raise UserError(f"dataset.path={path}: no such file or folder")
         root, files = which_files(path, split, subset)
+        if text_field != "text" and not any(kind_of(file) in ROWS for file in files):
+            raise UserError(
+                f"dataset.text_field={text_field}: {path} is plain text, which has no fields: "
+                "leave the key out"
+            )
         corpus = cls(root, tuple(files), text_field, separator)
         for file in corpus.files:
             refuse_lfs_pointer(file)

@@ -26,6 +26,7 @@ from tcsae.config import (
     parse_loaded,
 )
 from tcsae.config.compose import compose_tree, conf_folder, override_value
+from tcsae.config.effect import refuse_without_effect
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
 from tcsae.data.synthetic import HOOK as SYNTHETIC
@@ -142,7 +143,9 @@ def composed(found: ForeignSAE, overrides: Sequence[str]) -> LoadedConfig:
         "k": getattr(sae, "k", None),
     }
     raw["source"] = found.source.model_dump(mode="json")
-    return parse_loaded({str(key): value for key, value in raw.items()})
+    config = parse_loaded({str(key): value for key, value in raw.items()})
+    refuse_without_effect(config)
+    return config
 
 
 def _key(override: str) -> str:

@@ -338,7 +338,8 @@ def test_the_fingerprint_follows_names_and_bytes_and_not_the_place(tmp_path: Pat
 
     base = fingerprint("one", a_txt="x", b_txt="y")
     assert base == fingerprint("two", a_txt="x", b_txt="y")
-    assert base == fingerprint("two", field="body")  # whole files have no field
+    with pytest.raises(UserError, match="is plain text, which has no fields"):
+        fingerprint("two", field="body")
     others = [
         fingerprint("three", a_txt="y", b_txt="x"),
         fingerprint("four", a_txt="x", c_txt="y"),
