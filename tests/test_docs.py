@@ -97,3 +97,69 @@ def test_the_page_names_what_state_comparison_and_analysis_hold() -> None:
         assert missing({field.name for field in fields(kind)}) == [], kind.__name__
     parts = {field.name for field in fields(Analysis)} - {"top_tokens"}
     assert [part for part in sorted(parts) if f"`{part}." not in FORMATS] == []
+
+
+# --------------------------------------------------------------------------------------- links
+
+PAGES = (
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs" / "results").glob("*.md")),
+)
+
+
+def without_code(page: str) -> str:
+    """A page without its blocks and spans of code, where brackets are no links."""
+    page = re.sub(r"^(```|~~~).*?^\1", "", page, flags=re.M | re.S)
+    page = re.sub(r"^ {4}.*$", "", page, flags=re.M)
+    return re.sub(r"`[^`\n]*`", "", page)
+
+
+def links(page: str) -> list[str]:
+    """Targets of a page's inline links and images that are not on the web."""
+    found = re.findall(r"\]\(([^()\s]+)\)", without_code(page))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: str) -> set[str]:
+    """Of its headings, as GitHub makes them; a second of one name has -1 at its end."""
+    found: set[str] = set()
+    for title in re.findall(r"^#{1,6} +(.+?) *$", re.sub(r"^ {4}.*$", "", page, flags=re.M), re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower()
+        base = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        name = next(n for n in (base, *(f"{base}-{i}" for i in range(1, 99))) if n not in found)
+        found.add(name)
+    return found
+
+
+def dead_links(path: Path) -> list[str]:
+    dead = []
+    for target in links(path.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        is_there = there.exists() and (
+            not anchor or anchor in anchors(there.read_text(encoding="utf-8"))
+        )
+        if not is_there:
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
+def test_every_link_of_a_page_leads_somewhere(path: Path) -> None:
+    assert dead_links(path) == []
+
+
+def test_a_dead_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# A b, `c_d`\n\n# A b\n# A b\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "[1](b.md) [2](b.md#a-b-c_d) [3](b.md#a-b-1) `[4](no.md)` [5](https://no.org)\n"
+    )
+    assert dead_links(page) == []
+    page.write_text("# Here\n[1](no.md) [2](b.md#no) [3](#no) [4](#here)\n")
+    assert dead_links(page) == ["no.md", "b.md#no", "#no"]
+
+
+def test_pages_have_links_between_them() -> None:
+    assert sum(len(links(path.read_text(encoding="utf-8"))) for path in PAGES) > 60
