@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import fields
@@ -163,3 +164,73 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
 
 def test_pages_have_links_between_them() -> None:
     assert sum(len(links(path.read_text(encoding="utf-8"))) for path in PAGES) > 60
+
+
+# ------------------------------------------------------------------------------- what is said
+
+
+def strings_of(folder: Path) -> list[str]:
+    """Every string of the code, with ... for what an f-string fills in."""
+    found = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "..." for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def unsaid(page: str, strings: list[str]) -> list[str]:
+    """The messages in a page's headings (`...` and single letters for what varies) that no string
+    of the code has."""
+    titles = [line for line in page.splitlines() if line.startswith("### ")]
+    messages = [said for title in titles for said in re.findall(r"`([^`]+)`", title)]
+    lost = []
+    for said in messages:
+        parts = [p.strip() for p in re.split(r"\.\.\.|-\.\.\.|\b[MNWx]\b", said) if p.strip()]
+        if not any(all(part in text for part in parts) for text in strings):
+            lost.append(said)
+    return lost
+
+
+def test_the_messages_of_the_faq_are_those_of_the_code() -> None:
+    page = (REPOSITORY / "docs" / "faq.md").read_text(encoding="utf-8")
+    page = page.split("## When something is said")[1]
+    strings = strings_of(REPOSITORY / "tcsae")
+    assert page.count("### `") > 9
+    assert unsaid(page, strings) == []
+    assert unsaid("### `nobody ever says ... this`", strings) == ["nobody ever says ... this"]
+
+
+def test_the_options_of_the_pages_are_those_of_the_config() -> None:
+    """Dotted keys as one types them: `training.target_l0=32`."""
+    from tcsae.config.mistakes import _known_keys
+
+    known, seen = set(_known_keys()), 0
+    for name in ("faq.md", "extending.md", "glossary.md"):
+        page = REPOSITORY / "docs" / name
+        if not page.is_file():
+            continue
+        groups = "model|dataset|sae|consistency|training|evaluation|store|tracking"
+        keys = re.findall(rf"`(?:[^`\n]* )?((?:{groups})\.[a-z_0-9]+)=?[^`\n]*`", page.read_text())
+        wrong = sorted({key for key in keys if key not in known and not key.endswith("json")})
+        assert wrong == [], name
+        seen += len(keys)
+    assert seen > 10
+
+
+def test_the_files_and_names_that_extending_sends_to_are_there() -> None:
+    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = {path: path.read_text(encoding="utf-8") for path in REPOSITORY.glob("t*/**/*.py")}
+    spans = [span for span in re.findall(r"`([^`\n]+)`", page) if "NAME" not in span]
+    files = {span for span in spans if re.fullmatch(r"[\w./]+\.(py|yaml)", span)}
+    names = {span.removesuffix("(pre)").removesuffix("()") for span in spans} - files
+    names = {name for name in names if re.fullmatch(r"_?[A-Za-z]+(_[A-Za-z]+)+|[A-Z]\w+", name)}
+    assert len(files) > 25 and len(names) > 20
+    lost = [f for f in files if not any(p.as_posix().endswith(f"/{f}") for p in code)]
+    assert [f for f in sorted(lost) if not (REPOSITORY / f).is_file()] == []
+    text = "".join(text for path, text in code.items() if path != Path(__file__))
+    text += "".join(p.read_text(encoding="utf-8") for p in (REPOSITORY / "conf").rglob("*.yaml"))
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []
