@@ -12,6 +12,7 @@ from helpers import REPOSITORY, run_here, small_job, write_texts
 
 from tcsae.base.run_files import REPORT, RunFiles, runs_below
 from tcsae.report.compare_files import FOLDER
+from tcsae.report.comparison import compare_runs
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,30 @@ def test_the_pair_ends_with_a_sentence_of_its_own_numbers(
         assert float(found[2]) == pytest.approx(after, abs=6e-4)
     page = (sweep / FOLDER / REPORT).read_text()
     assert "In a sentence" in page and "against the same without the loss" in page
+
+
+def test_a_quick_evaluation_has_the_same_numbers_without_intervals(
+    tiny_gpt2: Path, own_store: Path, tmp_path: Path
+) -> None:
+    texts = write_texts(tmp_path / "texts", documents=60)
+    found = {}
+    for kind in ("default", "quick"):
+        job = small_job(
+            tiny_gpt2, texts, tmp_path / kind, evaluation=kind, dataset__n_eval_contexts="20"
+        )
+        drop = ("evaluation.bootstrap=", "evaluation.analysis=", "evaluation.model_contexts=")
+        done = run_here(*(word for word in job if not word.startswith(drop)))
+        assert done.code == 0, done.stderr
+        found[kind] = json.loads(RunFiles(tmp_path / kind).final_info.read_text())
+    full, quick = (found[kind]["consistency"] for kind in ("default", "quick"))
+    assert "none were asked for" in quick["interval_reason"] and full["interval_reason"] is None
+    for name, entry in full["metrics"].items():
+        mine = quick["metrics"][name]
+        assert mine["energy_weighted"] == pytest.approx(entry["energy_weighted"], nan_ok=True), name
+        assert mine["energy_weighted_interval"] == [None, None]
+    assert full["metrics"]["C_4"]["energy_weighted_interval"][0] is not None
+    assert quick["metrics"]["C_4"]["energy_weighted"] == full["metrics"]["C_4"]["energy_weighted"]
+    assert "analyse features" in found["default"]["seconds"]["own"]
+    assert "analyse features" not in found["quick"]["seconds"]["own"]
+    comparison = compare_runs([tmp_path / "default", tmp_path / "quick"])
+    assert "C_4" in comparison.metrics and "n/a" not in comparison.markdown().splitlines()[2]

@@ -92,6 +92,12 @@ MEASURED = (
         "store=stream stores no activations",
     ),
     Rule(
+        "evaluation.bootstrap",
+        (1000,),
+        lambda config: not config.evaluation.intervals,
+        "evaluation.intervals=false draws nothing",
+    ),
+    Rule(
         "evaluation.redundancy_max_lag",
         (8,),
         lambda config: not config.evaluation.analysis,

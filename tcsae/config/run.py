@@ -176,6 +176,8 @@ class EvaluationConfig(StrictModel):
     model_contexts: Count = 64
     max_lag: Count = 32
     windows: list[Annotated[int, Field(ge=2)]] = [2, 4, 8, 16, 32]
+    intervals: bool = True
+    """Of the metrics by feature: all of them again without each document, the longest part."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     analysis: bool = True
     """Redundancy, clusters and top contexts, and their part of the report."""
@@ -493,6 +495,7 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key, unused in (
         ("training", "target_l0", None),
         ("training", "compile", False),
+        ("evaluation", "intervals", True),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),

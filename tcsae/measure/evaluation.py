@@ -46,7 +46,7 @@ from tcsae.metrics.saebench_json import (
 )
 from tcsae.metrics.suite import ConsistencySuite
 from tcsae.metrics.truth import flat_truth
-from tcsae.metrics.units import Units
+from tcsae.metrics.units import MAX_BLOCKS, Units
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,8 @@ def _evaluation(
     """What was accumulated, as numbers with intervals."""
     by_limit = limits.compute()
     through_model = model_contexts(config, units)
-    log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
+    if config.evaluation.intervals:
+        log.info(f"intervals: all metrics again without each of {units.n_documents} documents")
     core = saebench_core_json(
         reconstruction.compute(),
         behaviour.compute(),
@@ -293,6 +294,7 @@ def on_activations(
         size,
         max_lag=cfg.max_lag,
         windows=tuple(cfg.windows),
+        n_blocks=MAX_BLOCKS if cfg.intervals else 0,
         n_boot=cfg.bootstrap,
         groups=sae.cfg.group_sizes,
         units=units,

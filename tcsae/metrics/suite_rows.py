@@ -373,7 +373,7 @@ class SuiteRows:
 
     def _interval_reason(self) -> str | None:
         if not self._intervals_wanted:
-            return "no intervals were asked for (n_blocks=0)"
+            return "none were asked for (evaluation.intervals=false)"
         if self.n_documents < MIN_UNITS:
             return too_few(self.n_documents)
         if not (self._activity.compute().density > 0).any():
