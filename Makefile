@@ -39,7 +39,7 @@ lint: $(VENV)/.test
 
 # In an environment of its own: what mkdocs needs is pinned apart.
 docs: .venv-docs/.docs
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -q
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 .venv-docs/.docs: requirements-docs.lock

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import REPOSITORY
 from run_folders import write_run
 from safetensors import safe_open
 from test_run_files import names
 
+import tcsae
 from tcsae.measure.analysis import Analysis
 from tcsae.report.comparison import Comparison
 from tcsae.runs.state import RunState
@@ -274,3 +276,12 @@ def test_every_page_is_on_the_site() -> None:
     pages = (REPOSITORY / "docs").rglob("*.md")
     names = {page.relative_to(REPOSITORY / "docs").as_posix() for page in pages}
     assert shown == names | {"index.md", "contributing.md", "changelog.md"}
+
+
+def test_the_citation_is_of_this_package() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["message"]
+    assert (cited["title"], cited["version"]) == ("tcsae", tcsae.__version__)
+    licence = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
+    assert licence.startswith(f"{cited['license']} License")
+    assert [author["name"].lower() in licence for author in cited["authors"]] == [True]
