@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -211,11 +212,15 @@ def test_the_options_of_the_pages_are_those_of_the_config() -> None:
     known, seen = set(_known_keys()), 0
     for name in ("faq.md", "extending.md", "glossary.md"):
         page = REPOSITORY / "docs" / name
-        if not page.is_file():
-            continue
         groups = "model|dataset|sae|consistency|training|evaluation|store|tracking"
         keys = re.findall(rf"`(?:[^`\n]* )?((?:{groups})\.[a-z_0-9]+)=?[^`\n]*`", page.read_text())
-        wrong = sorted({key for key in keys if key not in known and not key.endswith("json")})
+        wrong = sorted(
+            {
+                key
+                for key in keys
+                if key not in known and not key.endswith((".json", ".safetensors"))
+            }
+        )
         assert wrong == [], name
         seen += len(keys)
     assert seen > 10
@@ -234,3 +239,38 @@ def test_the_files_and_names_that_extending_sends_to_are_there() -> None:
     text = "".join(text for path, text in code.items() if path != Path(__file__))
     text += "".join(p.read_text(encoding="utf-8") for p in (REPOSITORY / "conf").rglob("*.yaml"))
     assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []
+
+
+# --------------------------------------------------------------------------------------- site
+
+
+def test_links_of_pages_are_those_of_the_site_on_the_site() -> None:
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    try:
+        from site_pages import linked
+    finally:
+        sys.path.remove(str(REPOSITORY / "scripts"))
+
+    assert linked("[a](docs/faq.md#x) [b](CONTRIBUTING.md)", "README.md") == (
+        "[a](faq.md#x) [b](contributing.md)"
+    )
+    assert linked("[a](README.md) [b](#here)", "docs/results/protocol.md") == (
+        "[a](README.md) [b](#here)"
+    )
+    assert linked("![a](x.svg) [b](../faq.md)", "docs/results/README.md") == (
+        "![a](x.svg) [b](../faq.md)"
+    )
+    assert linked("[r](docs/results) [w](https://a.b/c.md)", "README.md") == (
+        "[r](results/README.md) [w](https://a.b/c.md)"
+    )
+    assert linked("[run.py](../tcsae/run.py) [here](../LICENSE)", "docs/faq.md") == (
+        "`tcsae/run.py` here (`LICENSE`)"
+    )
+
+
+def test_every_page_is_on_the_site() -> None:
+    site = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = set(re.findall(r"- (?:[^:\n]+: )?([\w/]+\.md)$", site, re.M))
+    pages = (REPOSITORY / "docs").rglob("*.md")
+    names = {page.relative_to(REPOSITORY / "docs").as_posix() for page in pages}
+    assert shown == names | {"index.md", "contributing.md", "changelog.md"}
