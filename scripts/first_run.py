@@ -27,8 +27,8 @@ _PROGRESS = re.compile(r"^(?P<stage>[a-z() -]+): [\d,]+ of [\d,]+ ")
 
 
 def run(folder: Path, overrides: Sequence[str]) -> tuple[list[str], float, float]:
-    """(what it printed, seconds, the most memory in GB) of the default run, alone in `folder`."""
-    command = [sys.executable, "-m", "tcsae.train", *overrides]
+    """(what it printed, seconds, the most memory in GB) of what `make train` does, in `folder`."""
+    command = [sys.executable, "-m", "tcsae.train", "+experiment=pair", *overrides]
     # The language model's converted weights are kept: they are made once on a machine.
     environment = {**os.environ, "TCSAE_STORE": str(folder / "store"), "COLUMNS": "120"}
     begun = time.monotonic()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tcsae.base.labels import size
-from tcsae.cli import command, refuse, show
+from tcsae.cli import agreed, command, refuse, show
 from tcsae.runs.leftovers import DAY, Leftover, checkpoints, stores, unfinished
 
 SHOWN = 12
@@ -65,17 +64,8 @@ def _say(found: dict[str, list[Leftover]]) -> None:
             show(f"  and {len(parts) - SHOWN} more")
 
 
-def _agreed(given: argparse.Namespace, total: int) -> bool:
-    if given.yes:
-        return True
-    if not sys.stdin.isatty():
-        show("nothing is removed: there is nobody to ask here; --yes removes it")
-        return False
-    try:
-        answer = input(f"remove all of it and free {size(total)}? [y/N] ")
-    except EOFError:
-        answer = ""
-    return answer.strip().lower() in ("y", "yes")
+def _question(parts: Sequence[Leftover]) -> str:
+    return f"remove all of it and free {size(sum(part.n_bytes for part in parts))}?"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = [part for kind in found.values() for part in kind]
         if not parts:
             show("nothing to remove")
-        elif _agreed(given, sum(part.n_bytes for part in parts)):
+        elif agreed(_question(parts), given.yes):
             freed = 0
             for part in parts:
                 if part.remove():

@@ -34,6 +34,19 @@ def show(text: str) -> None:
     print(printable(text))
 
 
+def agreed(question: str, yes: bool) -> bool:
+    """What a person says to a question; `yes`, they have said it already. Nobody there: no."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        show("nothing is done: there is nobody to ask here; --yes does it")
+        return False
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def say(message: str) -> None:
     print(f"tcsae: {printable(message)}", file=sys.stderr)
 

@@ -13,10 +13,11 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.cli import command, refuse, show
+from tcsae.cli import agreed, command, refuse, show
 from tcsae.report.status_table import WIDTH, fitting_text, text, to_json, tracebacks
 from tcsae.runs.status import find_groups
 
@@ -49,6 +50,23 @@ def _watch(folders: Sequence[Path], seconds: float) -> None:
         time.sleep(seconds)
 
 
+def _cancel(folders: Sequence[Path], yes: bool) -> None:
+    """Jobs that run elsewhere than on Slurm are their own command's to stop."""
+    from tcsae.launch.slurm import cancel
+    from tcsae.launch.stopping import slurm_jobs
+
+    groups = find_groups(folders)
+    jobs = slurm_jobs([group.folder for group in groups if group.is_sweep])
+    if not jobs:
+        show("Slurm has no job of it; what runs without Slurm is stopped by Ctrl-C where it runs")
+        return
+    states = Counter(found.said for found in jobs.values())
+    show(f"{len(jobs)} jobs: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    if agreed("cancel all of them?", yes):
+        cancel(list(jobs))
+        show("cancelled: they save first, and the sweep's command goes on from there")
+
+
 # ------------------------------------------------------------------------------------- command
 
 
@@ -67,8 +85,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"draw again every SECONDS ({WATCH_EVERY:g}) until every job has ended",
     )
     how.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    how.add_argument(
+        "--cancel", action="store_true", help="end what Slurm has of it for good; asks first"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --cancel: do not ask")
     how.add_argument("--failed", action="store_true", help="the tracebacks of failed jobs")
     given = parser.parse_args(arguments)
+    if given.yes and not given.cancel:
+        parser.error("--yes goes with --cancel")
     if given.watch is not None:
         try:
             given.watch = float(given.watch)
@@ -83,6 +107,8 @@ def _show(given: argparse.Namespace) -> None:
         _watch(given.folders, given.watch)
     elif given.json:
         print(json.dumps(to_json(find_groups(given.folders)), indent=2, allow_nan=False))
+    elif given.cancel:
+        _cancel(given.folders, given.yes)
     elif given.failed:
         show("\n".join(tracebacks(find_groups(given.folders))))
     else:

@@ -55,7 +55,7 @@ def test_without_somebody_to_ask_nothing_goes(
     said = capsys.readouterr().out
     assert "checkpoints of finished runs: 1, 2 MB" in said
     assert "unfinished runs: 1, 2 MB" in said and "(failed)" in said
-    assert "--yes removes it" in said and files_in(grid) == before
+    assert "nobody to ask here; --yes does it" in said and files_in(grid) == before
 
 
 def test_checkpoints_of_finished_runs_go_and_nothing_else(

@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import EVIL, Tags, show
+from browser import EVIL, Shown, Tags, show
 from helpers import run_here, small_job, write_texts
 
 import tcsae
 from tcsae.base.errors import UserError
-from tcsae.base.files import read_json, write_json
+from tcsae.base.files import load_tensors, read_json, save_tensors, write_json
 from tcsae.base.signals import StopRequest
 from tcsae.data.stream import Stream, open_stream
 from tcsae.jobs.opening import OpenedSAE
 from tcsae.look import main
 from tcsae.measure.strips import longest_run
+from tcsae.report.changed import changed_blocks
+from tcsae.report.compare_files import write_comparison
 from tcsae.report.look_page import counterpart
+from tcsae.report.passage import DENSE, Passage
 from tcsae.report.rows import spans
-from tcsae.runs.feature import Feature
+from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import LoadedRun
 
 TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
@@ -43,9 +46,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs: no loss, then the loss, with its analysis."""
+    """A folder of three runs with their analysis: no loss, the control, the loss."""
     root = tmp_path_factory.mktemp("look")
-    for name, changes in (("none", {"lambda": "0"}), ("loss", {"lambda": "0.5"})):
+    arms: dict[str, dict[str, str]] = {
+        "none": {"lambda": "0"},
+        "control": {"lambda": "0.5", "consistency": "shuffled"},
+        "loss": {"lambda": "0.5"},
+    }
+    for name, changes in arms.items():
         changes |= {"store.dir": str(root / "store"), "evaluation.analysis": "true"}
         # With 400 tokens of random weights none is massive: a limit near the median makes some.
         changes |= {"dataset.norm_filter": "1.02", "dataset.n_eval_contexts": "12"}
@@ -183,7 +191,9 @@ def test_a_feature_has_its_contexts(run: LoadedRun) -> None:
         run.feature(-1)
 
 
-def test_contexts_show_whole_characters_and_tokens_their_bytes(run: LoadedRun) -> None:
+def test_contexts_show_whole_characters_and_tokens_their_bytes(
+    run: LoadedRun, in_browser: Shown | None
+) -> None:
     features = [run.feature(j) for j in range(96)]
     strips = [strip for feature in features for strip in feature.contexts]
     joined = [piece for s in strips for piece in s.pieces if piece.stop - piece.start > 1]
@@ -192,14 +202,144 @@ def test_contexts_show_whole_characters_and_tokens_their_bytes(run: LoadedRun) -
     # A part is shown as its bytes only where the rest of the character is outside the context.
     bare = [p for s in strips for p in s.pieces if p.text.startswith("\\x")]
     assert all(p.start < 4 or p.stop > 13 for p in bare)
-    shown = show(run.folder / "report.html", f"#feature-{_with_characters(features)}")
-    if shown is not None:
-        text = shown.tags.text
-        assert shown.messages == [] and "日" in text and "\ufffd" not in text
+    if in_browser is not None:
+        text = in_browser.tags.text
+        assert in_browser.messages == [] and "日" in text and "\ufffd" not in text
 
 
-def _with_characters(features: list[Feature]) -> int:
-    return next(f.number for f in features if any("日" in p.text for p in f.contexts[0].pieces))
+@pytest.fixture(scope="module")
+def in_browser(run: LoadedRun, passage: Passage) -> Shown | None:
+    """The run's page with a feature opened whose contexts have whole characters of many tokens."""
+    features = (run.feature(j) for j in range(96) if passage.strip(j).n_on)
+    strongest = ((f.number, f.contexts[0].pieces) for f in features if f.contexts)
+    opened = next(j for j, pieces in strongest if any("日" in piece.text for piece in pieces))
+    return show(run.folder / "report.html", f"#feature-{opened}")
+
+
+# ------------------------------------------------------------------- along one document
+
+
+@pytest.fixture(scope="module")
+def passage(run: LoadedRun) -> Passage:
+    found = Passage.of(run.analysis)
+    assert found is not None
+    return found
+
+
+def test_the_document_is_held_out_text_as_the_sae_has_it(
+    run: LoadedRun, passage: Passage, stream: Stream, texts: Path
+) -> None:
+    ids = stream.evaluation.source.contexts.passage
+    assert len(ids) == passage.n_contexts > 2 and len(passage) == ids.numel()
+    text = stream.model.tokenizer.decode([i for i in ids.flatten().tolist() if i != 0])
+    assert any(text in file.read_text() for file in texts.iterdir())
+    trained = _without_bos(stream.train.source.contexts.ids)
+    assert _without_bos(ids)[:200] not in trained
+    found = run.features([i for i in ids.flatten().tolist() if i != 0], parted=True)
+    assert torch.equal(found.ids, ids.flatten().long())
+    for j in (f.feature for f in found.top(5)):
+        strip = passage.strip(j)
+        assert torch.equal(strip.valid, found.valid)
+        torch.testing.assert_close(
+            strip.values[strip.valid], found.values[found.valid, j], rtol=2e-3, atol=1e-4
+        )
+
+
+def test_the_longest_lived_are_those_with_the_longest_runs(passage: Passage) -> None:
+    longest = {j: passage.strip(j).longest for j in range(96)}
+    assert {run.feature: run.length for run in passage.runs} == {
+        j: n for j, n in longest.items() if n
+    }
+    for run in passage.runs:
+        on = passage.strip(run.feature).values[run.start :][passage.strip(0).valid[run.start :]] > 0
+        assert on[: run.length].all() and not on[run.length : run.length + 1].any()
+    chosen = passage.longest_lived(5)
+    counts = {j: passage.strip(j).n_on for j in range(96)}
+    most = DENSE * int(passage.strip(0).valid.sum())
+    rest = [
+        n for j, n in longest.items() if counts[j] <= most and j not in {r.feature for r in chosen}
+    ]
+    assert 0 < len(chosen) <= 5 and min(run.length for run in chosen) >= max(rest)
+    assert [run.start for run in chosen] == sorted(run.start for run in chosen)
+
+
+def test_the_run_page_has_a_raster_with_the_text_below(
+    run: LoadedRun, passage: Passage, in_browser: Shown | None
+) -> None:
+    page = run.folder / "report.html"
+    rows = [one.feature for one in passage.longest_lived()]
+    tags = Tags(page.read_text(encoding="utf-8"))
+    assert [a["data-row"] for a in tags.named("div") if "data-row" in a] == [str(j) for j in rows]
+    if in_browser is not None:
+        shown = "".join(in_browser.tags.text.split())
+        words = "".join("".join(piece.text for piece in passage.pieces[20:40]).split())
+        assert f"markedwherefeature{rows[0]}ison" in shown
+        assert shown.count(words) == 2  # below the raster, and in the feature's dialog
+
+
+def test_a_run_without_a_document_says_so(run: LoadedRun, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "analysis" / "document.safetensors").unlink()
+    page = write_run_page(tcsae.load_run(tmp_path / "run"), tmp_path / "page.html")
+    assert (
+        "The document: not there: the analysis is of an older version"
+        in Tags(page.read_text()).text
+    )
+
+
+def test_contexts_that_an_older_version_packed_have_no_document(
+    run: LoadedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(run.config.store.dir, tmp_path / "store")
+    (file,) = (tmp_path / "store" / "contexts").glob("*/eval.safetensors")
+    tensors, metadata = load_tensors(file, "")
+    kept = {name: value.clone() for name, value in tensors.items() if name != "passage"}
+    save_tensors(file, kept, metadata)
+    store = run.config.store.model_copy(update={"dir": str(tmp_path / "store")})
+    older = open_stream(run.config.model_copy(update={"store": store}), StopRequest())
+    assert older.passage is None and len(older.evaluation) == 12
+
+
+def test_the_features_that_the_loss_changed_most(sweep: Path, tmp_path: Path) -> None:
+    content = tcsae.compare(sweep).to_json()
+    (block,) = changed_blocks(content["groups"], content)
+    assert block.reason == "" and 0 < len(block.features) <= 6
+    window = content["headline_window"]
+    none, loss = tcsae.load_run(sweep / "none"), tcsae.load_run(sweep / "loss")
+    parts = []
+    for one in (none, loss):
+        energy = one.per_feature["c0"].nan_to_num()
+        C = one.per_feature[f"C_{window}"]
+        parts.append(energy * C.isfinite() / (energy * C.isfinite()).sum() * C.nan_to_num())
+    unit = [torch.nn.functional.normalize(one.sae.W_dec.detach(), dim=1) for one in (none, loss)]
+    nearest = (unit[1] @ unit[0].T).argmax(1)
+    gain = parts[1] - parts[0][nearest]
+    on = [
+        tcsae.load_run(sweep / "loss").analysis.document["feature"].eq(j).sum() for j in range(96)
+    ]
+    shown = [one.feature for one in block.features]
+    wanted = [j for j in gain.argsort(descending=True).tolist() if on[j] >= 3 and gain[j] > 0]
+    assert shown == wanted[: len(shown)]
+    for one in block.features:
+        assert [side.name for side in one.sides] == ["baseline", "loss", "control"]
+        assert f"feature {int(nearest[one.feature])}," in one.sides[0].words
+        # All three over the same text.
+        assert len({"".join(p.text for p in side.excerpt.pieces) for side in one.sides}) == 1
+    page = write_comparison(tcsae.compare(sweep), tmp_path)
+    tags = Tags(page.read_text(encoding="utf-8"))
+    assert len([a for a in tags.named("details") if a.get("class") == "changed"]) == len(shown)
+    seen = show(page)
+    assert seen is None or seen.messages == []
+
+
+def test_runs_of_which_no_document_is_known_are_told_so(sweep: Path, tmp_path: Path) -> None:
+    for name in ("none", "loss"):
+        shutil.copytree(sweep / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "none" / "analysis")
+    content = tcsae.compare(tmp_path).to_json()
+    (block,) = changed_blocks(content["groups"], content)
+    assert block.features == [] and "none is not there: this run has no analysis" in block.reason
+    assert "its shuffled control is not among the runs" in block.words
 
 
 # ----------------------------------------------------------------------- what is opened
@@ -210,7 +350,7 @@ def test_the_latest_of_a_folder_or_one_by_its_settings(sweep: Path) -> None:
     assert latest.folder == sweep / "loss"
     assert tcsae.open(sweep, lambda_=0).folder == sweep / "none"
     assert tcsae.open(sweep, sae__k=8, lambda_=0.5).folder == sweep / "loss"
-    with pytest.raises(UserError, match="none of the 2 finished runs .* has lambda=7"):
+    with pytest.raises(UserError, match="none of the 3 finished runs .* has lambda=7"):
         tcsae.open(sweep, lambda_=7)
     with pytest.raises(UserError, match="sae.kk: no run"):
         tcsae.open(sweep, sae__kk=7)

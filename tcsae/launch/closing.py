@@ -27,6 +27,8 @@ def write_sweep_page(sweep: Path) -> Path | None:
     except UserError as error:
         log.warning(f"no comparison page: {error}")
         return None
+    for line in comparison.answers:
+        log.info(line)
     log.info(f"the comparison: {page}")
     if tracking.group is not None:
         send_comparison(comparison, folder, tracking, tracking.group)

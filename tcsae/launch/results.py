@@ -80,9 +80,19 @@ def _figures(result: JobResult) -> str:
     metrics = result.info["metrics"]
     window = result.info["window_size"]
     consistency = result.info["consistency"]["metrics"].get(f"C_{window}")
-    shown = "" if consistency is None else f"C_{window} {consistency['energy_weighted']:.3f}"
-    score = metrics["model_performance_preservation"]["ce_loss_score"]
+    shown = []
+    if consistency is not None:
+        shown.append(f"C_{window} {_number(consistency['energy_weighted'])}")
+    if (truth := result.info.get("truth")) is not None:
+        shown.append(f"found {_number(truth['all']['found'])}, MCC {_number(truth['mcc'])}")
     return (
-        f"{metrics['sparsity']['l0']:>7.1f} "
-        f"{metrics['reconstruction_quality']['explained_variance']:>6.3f} {score:>6.3f}  {shown}"
+        f"{_number(metrics['sparsity']['l0'], 1):>7} "
+        f"{_number(metrics['reconstruction_quality']['explained_variance']):>6} "
+        f"{_number(metrics['model_performance_preservation']['ce_loss_score']):>6}  "
+        f"{', '.join(shown)}"
     )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """n/a for what a run has no value for: of a synthetic world the cross-entropy, say."""
+    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -284,8 +284,14 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
             queued = counted or "the queue is not known"
             log.info(f"{clock(said_at - started)}: {len(ended)} ended, {queued}")
         if len(ended) < len(jobs):
-            time.sleep(options.poll_seconds)
+            time.sleep(_pause(options.poll_seconds, time.monotonic() - started))
     return ended
+
+
+def _pause(least: float, waited: float) -> float:
+    """Seconds to the next look: a thirtieth of what has been waited, a minute at most. Hundreds of
+    users who ask every few seconds for days are a load that sites forbid."""
+    return max(least, min(60.0, waited / 30))
 
 
 def _failure(job: Any) -> str:

@@ -49,6 +49,22 @@ class Strip:
     """[T] bool: neither special nor massive."""
     heading: str = ""
     """What it is, beside the feature's number."""
+    scale: float | None = None
+    """The activation that is shown as strongest; None: the largest here."""
+
+    def part(self, start: int, stop: int) -> Strip:
+        """Places start to stop - 1 on the scale of the whole, and what a character there needs."""
+        kept = [p for p in self.pieces if p.stop > start and p.start < stop]
+        first, last = (kept[0].start, kept[-1].stop) if kept else (start, start)
+        return Strip(
+            self.feature,
+            self.values[first:last],
+            self.tokens[first:last],
+            [Piece(p.start - first, p.stop - first, p.text) for p in kept],
+            self.valid[first:last],
+            self.heading,
+            self.scale or self.largest,
+        )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -70,7 +86,7 @@ class Strip:
 
     def marks(self) -> list[Mark]:
         """The text piece by piece."""
-        scale = self.largest or 1.0
+        scale = self.scale or self.largest or 1.0
         found = []
         for start, stop, text in self.pieces:
             inside = range(start, stop)

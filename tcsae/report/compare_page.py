@@ -11,6 +11,7 @@ import numpy as np
 
 from tcsae.base.labels import SPREAD, difference_text, interval_text, label, number, window_part
 from tcsae.report import plots
+from tcsae.report.changed import changed_blocks
 from tcsae.report.comparison import Comparison
 from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
@@ -214,6 +215,7 @@ def _stream_context(
     return {
         "prefix": f"s{stream['id']}-",
         "words": stream_words(stream),
+        "changed": changed_blocks(groups, content),
         "groups": groups,
         "values": [
             {"group": g, "cells": [_value(g, name) for name in content["headline"]]} for g in groups

@@ -61,6 +61,7 @@ grids     [{stream, label, windows [..], lambdas [..], groups [[id or null]], me
           lambda 0 is the baseline in every row; only if two windows or two lambdas were run
 notices   [text]: what a reader must know: left-out runs, streams that are not compared, one seed,
           what is called a difference
+answers   [text]: what the loss changed, a sentence a setting (`tcsae.report.answers`)
 level     0.95
 """
 
@@ -88,6 +89,7 @@ from tcsae.base.labels import (
     window_part,
 )
 from tcsae.base.run_files import RunFiles
+from tcsae.report.answers import answers
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
@@ -119,14 +121,16 @@ class Comparison:
     arms: list[dict[str, Any]]
     grids: list[dict[str, Any]]
     notices: list[str]
+    answers: list[str]
     level: float = LEVEL
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def markdown(self) -> str:
-        """Two tables, what was measured and what differs from the baseline, and the notices."""
-        parts = [_values_table(self), _differences_table(self)]
+        """In a sentence; two tables, what was measured and what differs from the baseline; and the
+        notices."""
+        parts = ["\n\n".join(self.answers), _values_table(self), _differences_table(self)]
         parts.append("\n".join(f"- {notice}" for notice in self.notices))
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -210,6 +214,7 @@ def compare_runs(
         arms=entries.arms(),
         grids=entries.grids(rows),
         notices=_notices(records, streams, groups, rows),
+        answers=answers(rows, metrics, window),
     )
 
 

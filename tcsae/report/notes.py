@@ -324,6 +324,9 @@ def _compared(content: Mapping[str, Any]) -> list[str]:
         if group["seeds"]:
             said += f"; seeds {listed([str(seed) for seed in group['seeds']])}"
         lines += _paragraph(said, "- ")
+    if content["answers"]:
+        lines += _heading("In a sentence")
+        lines += [p for text in content["answers"] for p in _paragraph(text, "- ")]
     if content["notices"]:
         lines += _heading("To keep in mind")
         lines += [p for text in content["notices"] for p in _paragraph(text, "- ")]

@@ -29,7 +29,9 @@ from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
 from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
 from tcsae.report.page import write_page
+from tcsae.report.passage import NO_PASSAGE, Passage
 from tcsae.report.plots import Curve
+from tcsae.report.rows import row_of
 from tcsae.runs.folder import LoadedRun
 
 if TYPE_CHECKING:
@@ -55,8 +57,26 @@ def write_run_page(run: LoadedRun, path: Path) -> Path:
         run.folder.resolve().name,
         _context(contents),
         run_figures(contents),
-        {"features": feature_data(contents)},
+        {"features": feature_data(contents), "document": _document_data(contents)},
     )
+
+
+def _document_data(contents: Contents) -> dict[str, Any] | None:
+    passage = Passage.of(contents.analysis)
+    return None if passage is None else passage.data(contents.features_shown().tolist())
+
+
+def _document(contents: Contents) -> dict[str, Any] | None:
+    """The raster over the document."""
+    passage = Passage.of(contents.analysis)
+    if passage is None:
+        return None
+    shown = set(contents.features_shown().tolist())
+    rows = []
+    for run in passage.longest_lived():
+        if run.feature in shown:
+            rows.append(row_of(passage.strip(run.feature), f"{run.length} in a row"))
+    return {"n_tokens": len(passage), "n_contexts": passage.n_contexts, "rows": rows}
 
 
 # ---------------------------------------------------------------- figures
@@ -236,6 +256,8 @@ def _context(contents: Contents) -> dict[str, Any]:
         "origin": origin(run),
         "analysis": _analysis_context(contents.analysis),
         "no_analysis": NO_ANALYSIS,
+        "document": _document(contents),
+        "no_document": NO_ANALYSIS if contents.analysis is None else NO_PASSAGE,
         "rows_left_out": config.sae.d_sae - shown,
         "rows_shown": shown,
         "visible": visible,

@@ -330,6 +330,14 @@ class Member:
 
     # ------------------------------------------------------------------ state
 
+    @property
+    def made_by(self) -> str:
+        """What the bits of a step hang on, beside the config: another one's sums are rounded
+        otherwise."""
+        device = torch.device(self.device).type
+        width = "bfloat16" if self.autocast else "float32"
+        return f"{self.products.name} products in {width} on {device}, torch {torch.__version__}"
+
     def checkpoint(self, facts: dict[str, Any]) -> Checkpoint:
         tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}

@@ -81,7 +81,9 @@ class Seat:
         if self.saved_step == self.member.step:
             return
         self.member.check_finite(self.last_good)
-        checkpoint = self.member.checkpoint({"seconds": self.seconds})
+        checkpoint = self.member.checkpoint(
+            {"seconds": self.seconds, "made_by": self.member.made_by}
+        )
         _check_finite_weights(checkpoint, self.last_good)
         save_checkpoint(self.checkpoints, checkpoint)
         self.saved_step = self.member.step
@@ -95,6 +97,12 @@ class Seat:
         self.saved_step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
         self.metrics.rewind(checkpoint.step)
         log.info(f"resuming at step {checkpoint.step} of {self.member.config.steps}")
+        before = checkpoint.facts.get("made_by", self.member.made_by)
+        if before != self.member.made_by:
+            log.warning(
+                f"the steps so far were made by {before}, the rest by {self.member.made_by}: the "
+                "weights will differ in their last bits from those of a run on one of them"
+            )
 
 
 def _check_finite_weights(checkpoint: Checkpoint, last_good: str) -> None:

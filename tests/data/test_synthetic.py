@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tcsae.config import DatasetConfig, ModelConfig
 from tcsae.config.synthetic import WorldConfig
+from tcsae.data.batches import ActivationBatches, calibrate
+from tcsae.data.store import StreamSource
 from tcsae.data.synthetic import BOS, World, context_ids, document_numbers
+from tcsae.data.synthetic_model import SyntheticModel
 
 L = 63
 
@@ -253,6 +257,56 @@ def test_long_documents_give_whole_contexts() -> None:
     ids, units = context_ids(torch.tensor([0, 2]), 7, 4)
     assert ids.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 15, 16, 17], [0, 18, 19, 20]]
     assert units.tolist() == [0, 0, 1, 1]
+
+
+# --------------------------------------------------------------------- in a language model's place
+
+
+def model_of(cfg: WorldConfig) -> SyntheticModel:
+    return SyntheticModel(ModelConfig(name="test", world=cfg, device="cpu"), None)
+
+
+def test_massive_tokens_are_left_out_as_those_of_a_language_model() -> None:
+    model = model_of(world(massive=0.5, massive_norm=60.0).cfg)
+    data = DatasetConfig(
+        name="test",
+        source="synthetic",
+        context_size=L + 1,
+        n_contexts=200,
+        n_eval_contexts=20,
+    )
+    train, held_out = model.contexts(data)
+    assert (len(train), len(held_out), held_out.n_documents) == (200, 20, 20)
+    source = StreamSource(model, train)
+    calibration = calibrate(source, data.norm_filter)
+    assert calibration.massive_share == pytest.approx(0.5 / L, rel=0.2)
+    batch = ActivationBatches(source, calibration, "cpu").batch(torch.arange(200))
+    is_massive = batch.not_special & ~batch.valid
+    assert is_massive[:, [1, -1]].sum() == is_massive.sum()
+    # Half of 200 documents, as drawn.
+    assert is_massive.sum().item() == pytest.approx(100, abs=25)
+    assert not batch.valid[:, 0].any()
+
+
+def test_what_is_shown_of_a_token_is_its_strongest_feature() -> None:
+    model = model_of(world(amplitude_noise=0.0).cfg)
+    ids_BT = ids_of(20)
+    shown_BT, texts = model.shown(ids_BT), model.texts()
+    assert shown_BT.max() < model.vocabulary
+    assert {texts(int(i)) for i in shown_BT[:, 0]} == {"BOS"}
+    codes_BTF = model.world.codes(ids_BT)
+    is_quiet = (codes_BTF[:, 1:] == 0).all(-1)
+    assert (shown_BT[:, 1:] == 1).equal(is_quiet)
+    documents = codes_BTF[..., model.world.members("document")].argmax(-1)
+    # Amplitude 2, against 1 and .6 of the others.
+    strongest = codes_BTF.max(-1).values == 2
+    named = [texts(int(i)) for i in shown_BT[strongest]]
+    assert named == [f"document {j} " for j in documents[strongest].tolist()]
+
+
+def test_another_world_is_another_store() -> None:
+    contents = {model_of(world(**c).cfg).content for c in ({}, {"seed": 1}, {"noise": 0.2})}
+    assert len(contents) == 3
 
 
 # -------------------------------------------------------------------------------------- bad input

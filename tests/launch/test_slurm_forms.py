@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import Outcome, run_here
+from state_folders import write_sweep
 from sweeps import grid_maker, words
 
+from tcsae import status
 from tcsae.launch import slurm
 
 SBATCH = """#!/usr/bin/env bash
@@ -32,7 +36,8 @@ def send(tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.Monke
     tools, kept = tmp_path / "bin", tmp_path / "kept"
     tools.mkdir()
     kept.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", "#!/bin/sh\n"), ("scancel", "#!/bin/sh\n")):
+    quiet = "#!/bin/sh\n"
+    for name, text in (("sbatch", SBATCH), *((n, quiet) for n in ("squeue", "scancel", "srun"))):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     monkeypatch.setenv("KEPT", str(kept))
@@ -106,3 +111,61 @@ def test_a_job_that_can_never_start_ends(tmp_path: Path, monkeypatch: pytest.Mon
     ended = slurm._wait([Job()], slurm.SlurmOptions(poll_seconds=0.01))
     assert ended == {"7_0": "Slurm can never start it (PartitionConfig), so it was cancelled"}
     assert (tmp_path / "gone").read_text() == "7_0\n"
+
+
+@pytest.fixture
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep of three packs and a closing job, of which Slurm has ended the first; `gone` says
+    what was cancelled."""
+    sent = {
+        "packs": [{"jobs": [n], "job_id": f"7_{n}"} for n in range(3)],
+        "closing_job_id": "8",
+        "folder": None,
+    }
+    sweep = write_sweep(tmp_path / "grid", ["a", "b", "c"], submissions=[sent])
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    queue = "7_1 RUNNING None\\n7_2 PENDING Priority\\n8 PENDING Dependency\\n9 RUNNING None\\n"
+    for name, text in (("squeue", f"printf '{queue}'"), ("scancel", f'echo "$@" > {sweep}/gone')):
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    return sweep
+
+
+def test_a_sweep_is_cancelled_with_its_closing_job_once_agreed(
+    queued: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        status.main([str(queued), "--cancel"])
+    said = capsys.readouterr().out
+    assert "3 jobs: 1 running, 1 pending, 1 pending (Dependency)" in said
+    assert "--yes does it" in said and not (queued / "gone").exists()
+    status.main([str(queued), "--cancel", "--yes"])
+    assert (queued / "gone").read_text() == "7_1 7_2 8\n"
+    assert "the sweep's command goes on from there" in capsys.readouterr().out
+
+
+def test_a_sweep_without_slurm_has_nothing_to_cancel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep(tmp_path / "grid", ["a"])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue, and none is needed
+    status.main([str(sweep), "--cancel", "--yes"])
+    assert "Slurm has no job of it" in capsys.readouterr().out
+
+
+def test_without_squeue_a_sent_sweep_is_not_called_ended(
+    queued: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(queued))
+    with pytest.raises(SystemExit) as left:
+        status.main([str(queued), "--cancel", "--yes"])
+    assert left.value.code == 2 and "no squeue" in capsys.readouterr().err
+
+
+def test_looks_at_the_queue_grow_rare() -> None:
+    pauses = [slurm._pause(5.0, waited) for waited in (0, 60, 300, 900, 1800, 10**6)]
+    assert pauses == [5.0, 5.0, 10.0, 30.0, 60.0, 60.0]
+    assert slurm._pause(120.0, 10**6) == 120.0

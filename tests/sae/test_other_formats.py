@@ -291,6 +291,18 @@ def test_weights_that_are_no_numbers_are_refused_in_every_format(tmp_path: Path)
     assert not tcsae.load_sae(never).encode(X_ND).any()
 
 
+def test_a_folder_of_saes_or_of_none_says_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    said = refusal(tmp_path)
+    assert said.endswith(
+        "no cfg.json (SAELens, sparsify), ae.pt (dictionary_learning) or params.npz (Gemma Scope)"
+    )
+    for layer in range(4):
+        of_sparsify(tmp_path / f"layers.{layer}")
+    of_openai(tmp_path / "0.pt")
+    assert refusal(tmp_path).endswith("give one of them: 0.pt, layers.0, layers.1 ... (5)")
+
+
 def test_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
     sparse = OPENAI["encoder.weight"].to_sparse()
     assert "is sparse" in refusal(of_openai(tmp_path / "1.pt", **{"encoder.weight": sparse}))

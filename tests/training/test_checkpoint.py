@@ -184,3 +184,20 @@ def test_the_last_good_checkpoint_goes_on_once_the_cause_is_gone(
         with pytest.raises(UserError, match="last good checkpoint is kept: none yet"):
             run(config, tmp_path / "run")
     assert run(config, tmp_path / "run")["training_steps"] == 12
+
+
+def test_steps_made_by_something_else_are_said_when_they_go_on(
+    seat: Callable[..., Seat], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = seat()
+    train(first)
+    first.save()
+    for autocast, said in ((False, False), (True, True)):
+        caplog.clear()
+        stream, config = first.stream, first.member.config  # type: ignore[attr-defined]
+        member = Member(config, stream.model.d_in, stream.train.calibration, "cpu", autocast)
+        Seat(member, first.folder, first.metrics).resume()
+        assert "resuming at step 12 of 12" in caplog.text
+        assert ("the steps so far were made by cpu products in float32" in caplog.text) is said
+        assert ("the rest by cpu products in bfloat16 on cpu" in caplog.text) is said

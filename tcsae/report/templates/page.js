@@ -237,6 +237,7 @@
         element("span", {}, name), element("span", {}, number(data.features.values[key][row])))));
     byId("feature-partners").replaceChildren(...partners(feature));
     byId("feature-contexts").replaceChildren(...contexts(row));
+    byId("feature-document").replaceChildren(...alongDocument(row));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
     history.replaceState(null, "", `#feature-${feature}`);
@@ -380,6 +381,99 @@
     return mark;
   }
 
+  // ---------------------------------------------------------------- along one document
+
+  function documentData() {
+    const passage = data.document;
+    if (passage && !passage.start) {
+      for (const name of ["stops", "valid", "count", "at", "level"])
+        passage[name].values = unpacked(passage[name]);
+      const counts = passage.count.values;
+      passage.start = new Int32Array(counts.length + 1);
+      for (let i = 0; i < counts.length; i++) passage.start[i + 1] = passage.start[i] + counts[i];
+    }
+    return passage;
+  }
+
+  /** Activation at each place, 0 to 1, of the feature in a row of the table. */
+  function documentLevels(passage, row) {
+    const level = new Float32Array(passage.valid.values.length);
+    for (let i = passage.start[row]; i < passage.start[row + 1]; i++)
+      level[passage.at.values[i]] = passage.level.values[i] / 255;
+    return level;
+  }
+
+  function documentText(passage, row) {
+    const level = documentLevels(passage, row), spans = [];
+    let from = 0;
+    passage.texts.forEach((text, i) => {
+      const stop = passage.stops.values[i];
+      let strongest = 0, counts = false;
+      for (let at = from; at < stop; at++) {
+        strongest = Math.max(strongest, level[at]);
+        counts ||= Boolean(passage.valid.values[at]);
+      }
+      const shown = text.replaceAll("\n", "⏎\n");
+      if (!counts) spans.push(element("span", { className: "masked" }, shown));
+      else if (!strongest) spans.push(shown);
+      else {
+        const mark = element("mark",
+          { title: `${number(strongest * passage.peak[row])} at place ${from}` }, shown);
+        mark.style.setProperty("--level", (0.12 + 0.78 * strongest).toFixed(2));
+        mark.classList.toggle("strong", strongest > 0.7);
+        spans.push(mark);
+      }
+      from = stop;
+    });
+    return spans;
+  }
+
+  /** A row of cells, a pixel a token, stretched to the width of its place. */
+  function documentCells(passage, row) {
+    const level = documentLevels(passage, row);
+    const canvas = element("canvas", { className: "cells", width: level.length, height: 1 });
+    const pen = canvas.getContext("2d");
+    level.forEach((value, at) => {
+      if (!passage.valid.values[at]) pen.fillStyle = "rgba(128,128,128,.35)";
+      else if (value) pen.fillStyle = `rgba(230,159,0,${(0.2 + 0.8 * value).toFixed(2)})`;
+      else return;
+      pen.fillRect(at, 0, 1, 1);
+    });
+    return canvas;
+  }
+
+  /** The text marked by a feature, in a box that shows the first place where it is strong. */
+  function fillDocument(box, passage, row) {
+    box.replaceChildren(...documentText(passage, row));
+    const first = box.querySelector("mark.strong") ?? box.querySelector("mark");
+    box.scrollTop = first ? Math.max(0, first.offsetTop - box.offsetTop - 60) : 0;
+  }
+
+  function alongDocument(row) {
+    const passage = documentData();
+    if (!passage) return [element("p", { className: "missing" }, "There is none in this run's analysis.")];
+    const n = passage.count.values[row];
+    if (!n) return [element("p", {}, "It does not fire there.")];
+    const box = element("div", { className: "context-text document-text", dir: "auto", tabIndex: 0 });
+    setTimeout(() => fillDocument(box, passage, row));  // when it has its place
+    return [element("div", { className: "context-head" },
+      `on at ${number(n)} tokens, peak ${number(passage.peak[row])}`),
+      documentCells(passage, row), box];
+  }
+
+  function documentRows() {
+    const passage = documentData(), rows = [...document.querySelectorAll("#document-rows [data-row]")];
+    if (!passage || !rows.length) return;
+    const choose = (line) => {
+      const feature = Number(line.dataset.row), row = data.features.ids.indexOf(feature);
+      for (const other of rows) other.classList.toggle("chosen", other === line);
+      byId("document-said").textContent = `The text, marked where feature ${feature} is on:`;
+      fillDocument(byId("document-text"), passage, row);
+    };
+    for (const line of rows) line.addEventListener("click", () => choose(line));
+    choose(rows[0]);
+  }
+
   // ---------------------------------------------------------------- start
 
   for (const button of document.querySelectorAll("button[data-copy]")) {
@@ -397,6 +491,7 @@
   }
   if (data.features) {
     tableOfFeatures();
+    documentRows();
     byId("feature-close").addEventListener("click", () => byId("feature").close());
     byId("feature-before").addEventListener("click", () => step(-1));
     byId("feature-after").addEventListener("click", () => step(1));

@@ -61,6 +61,12 @@ _FORMATS = (
 )
 
 
+_LOOKED_FOR = (
+    f"{CFG_NAME} (SAELens, sparsify), {dictionary_learning.AE_NAME} (dictionary_learning) or "
+    f"{gemma_scope.WEIGHTS_NAME} (Gemma Scope)"
+)
+
+
 def is_known(path: Path) -> bool:
     """Whether `path` has the files of one of the formats. Nothing is read."""
     try:
@@ -82,9 +88,20 @@ def load_known(path: Path) -> LoadedSAE:
             return LoadedSAE(sae, cfg, weights, known.library, str(known.architecture(cfg)))
     if path.is_file():
         raise ValueError(f"{path} is no file of an SAE's weights that is read here")
+    if path.is_dir() and not (path / CFG_NAME).is_file():
+        raise ValueError(f"cannot load the SAE in {path}: it has no {_LOOKED_FOR}{_below(path)}")
     # It says what the folder lacks.
     saelens.load_saelens(path)
     raise AssertionError("load_saelens read a folder without weights")
+
+
+def _below(path: Path) -> str:
+    """Where SAEs are in the folder's own folders, and its files of OpenAI's, in words."""
+    found = [p.name for p in sorted(path.iterdir()) if p.suffix == ".pt" or is_known(p)]
+    more = f" ... ({len(found)})" if len(found) > 3 else ""
+    return (
+        f"; there are SAEs in it, give one of them: {', '.join(found[:3])}{more}" if found else ""
+    )
 
 
 def _check_values(sae: SparseAutoencoder, path: Path) -> None:

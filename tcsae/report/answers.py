@@ -1,0 +1,88 @@
+"""What a comparison says in a sentence: what the temporal loss changed, and how much is order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tcsae.base.labels import difference_text, label, local_names, local_window, number
+
+SHOWN = 6
+"""Settings with a sentence of their own; of more, those whose features last longest."""
+_CONTROL = "shuffled"
+_AFTER = ("omega_squared", "explained_variance")
+
+Row = Mapping[str, Any]
+
+
+def answers(groups: Sequence[Row], metrics: Sequence[str], window: int | None) -> list[str]:
+    """A sentence for each setting that is compared with a baseline at its own L0, controls apart.
+
+    Args:
+        groups, metrics: as of `Comparison`.
+        window: `Comparison.headline_window`.
+    """
+    lasting = f"C_{window}"
+    local = [n for n in local_names(local_window(metrics, window)) if n.startswith("L_")][:1]
+    names = [name for name in (lasting, *local, *_AFTER) if name in metrics]
+    compared = [group for group in groups if group["deltas"] and not _is_control(group)]
+    rank = {group["id"]: -(_delta(group, lasting) or 0.0) for group in compared}
+    chosen = {group["id"] for group in sorted(compared, key=lambda g: rank[g["id"]])[:SHOWN]}
+    return [
+        _sentence(group, names, _control_of(group, groups))
+        for group in compared
+        if group["id"] in chosen
+    ]
+
+
+def _is_control(group: Row) -> bool:
+    return str(group["settings"].get("consistency", "")).startswith(_CONTROL)
+
+
+def _control_of(group: Row, groups: Sequence[Row]) -> Row | None:
+    """The same loss on shuffled positions."""
+    wanted = _without_form(group)
+    found = (g for g in groups if _is_control(g) and g["deltas"] and _without_form(g) == wanted)
+    return next(found, None)
+
+
+def _without_form(group: Row) -> dict[str, Any]:
+    ours = ("consistency", "consistency.form", "consistency.shuffle_positions")
+    settings = {**group["settings"], **group["differs"], "stream": group["stream"]}
+    return {key: value for key, value in settings.items() if key not in ours}
+
+
+def _delta(group: Row, name: str) -> float | None:
+    entry = group["deltas"].get(name)
+    return None if entry is None else entry["value"]
+
+
+def _sentence(group: Row, names: Sequence[str], control: Row | None) -> str:
+    changes = [said for name in names if (said := _change(group, name)) is not None]
+    text = f"{group['label']}, against the same without the loss: {'; '.join(changes)}."
+    if control is not None and names:
+        text += _by_order(group, control, names)
+    return text
+
+
+def _change(group: Row, name: str) -> str | None:
+    """C_8 0.045 -> 0.086 (+0.041 [0.039, 0.043]); within noise where it is."""
+    entry, value = group["deltas"].get(name), group["metrics"][name]["value"]
+    if entry is None or entry["value"] is None or value is None:
+        return None
+    change = difference_text(entry["value"], entry["low"], entry["high"])
+    noise = ", within noise" if entry["within_noise"] else ""
+    before = value - entry["value"]
+    return f"{label(name).name} {number(before)} -> {number(value)} ({change}{noise})"
+
+
+def _by_order(group: Row, control: Row, names: Sequence[str]) -> str:
+    """Of the change in the last of the measures of lasting: local part if there is one."""
+    name = next((n for n in names if n.startswith("L_")), names[0])
+    own, other = _delta(group, name), _delta(control, name)
+    if own is None or other is None:
+        return ""
+    return (
+        f" Of the change in {label(name).name} ({own:+.3f}) the same loss on shuffled positions "
+        f"makes {other:+.3f}; {own - other:+.3f} is due to the order of the tokens."
+    )
