@@ -3,6 +3,7 @@
 # make test  [ARGS="-k window"]              style, types, all tests, Slurm and browser included
 # make bench [ARGS="--sections steps"]       times a training step, writes docs/performance.md
 # make test-gpu                              what only a GPU can show; fails without one
+# make docs                                  the pages as a site with a search, in build/site
 # make calibrate [ARGS="--trials 100"]      do the intervals hold what they promise? simulated
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +12,7 @@ VENV := .venv
 PAIR = $(if $(findstring experiment=,$(ARGS))$(findstring --multirun,$(ARGS)),,+experiment=pair)
 PY := $(VENV)/bin/python
 
-.PHONY: train check test test-gpu bench lint format lock clean calibrate
+.PHONY: train check test test-gpu bench lint format lock clean calibrate docs
 
 train: $(VENV)/.train
 	@$(PY) -m tcsae.train $(PAIR) $(ARGS)
@@ -35,6 +36,16 @@ lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check tcsae hydra_plugins tests scripts
 	@$(VENV)/bin/ruff format --check -q tcsae hydra_plugins tests scripts
 	@$(VENV)/bin/mypy
+
+# In an environment of its own: what mkdocs needs is pinned apart.
+docs: .venv-docs/.docs
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "the site: build/site/index.html"
+
+.venv-docs/.docs: requirements-docs.lock
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -q --disable-pip-version-check -r requirements-docs.lock
+	@touch $@
 
 format: $(VENV)/.test
 	@$(VENV)/bin/ruff check --fix -q tcsae hydra_plugins tests scripts
@@ -64,4 +75,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-docs build dist *.egg-info

@@ -97,14 +97,14 @@ def _world(name: str, world: Mapping[str, Any]) -> str:
     ]
     more = world["found_more_than"]
     clear = [_is_clear(more[arm]) for arm in (CONTROL, TSAE) if arm in more]
-    differences = ", ".join(
-        f"{_cell(more[arm], signed=True)} than {arm}" for arm in ROWS if arm in more
+    differences = "; ".join(
+        f"{arm}: {_cell(more[arm], signed=True)}" for arm in ROWS if arm in more
     )
     said = (
-        f"World {name}: with the loss on the first group (lambda 3) the share of true features "
-        f"found is, by difference, {differences} (at least {WANTED:g} more than its control and "
-        f"than T-SAE was wanted, intervals apart). {len(world['seeds'])} seeds, "
-        f"{world['tokens']:,} tokens."
+        f"World `{name}`, {len(world['seeds'])} seeds, {world['tokens']:,} tokens. Share of true "
+        f"features found with the loss on the first group (lambda 3), less that of each: "
+        f"{differences}. At least +{WANTED:g} against its control and T-SAE was wanted, "
+        "intervals above 0."
     )
     mark = "" if all(clear) and clear else "**no:** "
     return f"{markdown_table(['', *METRICS.values()], rows)}\n\n{mark}{said}"

@@ -23,6 +23,7 @@ from tcsae.config import Config, run_name
 from tcsae.config.arguments import arranged
 from tcsae.config.compose import conf_folder, prepare_hydra, to_config
 from tcsae.config.mistakes import for_the_user
+from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run
 from tcsae.launch.plan import cost_lines
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 def _run_name(*, _root_: DictConfig) -> str:
     """Resolver: the run's folder name. A config that is not valid has none, so nothing is made."""
+    hydra_part = _root_.get("hydra")
+    if hydra_part is not None and hydra_part.mode == RunMode.RUN:
+        refuse_of_one_run(hydra_part)
     return run_name(to_config(_root_))
 
 
@@ -42,8 +46,6 @@ def _sweep_name(arguments: list[str]) -> str:
 
 
 _DRY_RUN = "hydra.launcher.dry_run=true"
-# Of a single run Hydra itself makes a folder, .hydra and a log; a sweep has no use for these keys.
-_WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
 
 
 def _dry_run(arguments: list[str]) -> list[str]:
@@ -51,7 +53,7 @@ def _dry_run(arguments: list[str]) -> list[str]:
     if not {"--dry-run", _DRY_RUN} & set(arguments):
         return arguments
     kept = [a for a in arguments if a not in ("--dry-run", _DRY_RUN)]
-    return [*kept, _DRY_RUN, *_WRITE_NOTHING]
+    return [*kept, _DRY_RUN, *WRITE_NOTHING]
 
 
 def _say_cost(config: Config) -> None:
@@ -65,6 +67,8 @@ def _say_cost(config: Config) -> None:
 def _task(composed: DictConfig) -> float | None:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
+        if single:
+            refuse_of_one_run(HydraConfig.get())
         config = to_config(composed)
         if single and HydraConfig.get().launcher.get("dry_run", False):
             _say_cost(config)

@@ -38,6 +38,7 @@ def test_flags_may_stand_anywhere(given: str, wanted: str) -> None:
         ("--lambda=1", "--lambda=1: no such flag; keys are given without dashes (lambda=1)"),
         ("--lr 1e-3", "--lr: no such flag; keys are given without dashes (lr=VALUE)"),
         ("--dryrun", "--dryrun: no such flag; did you mean --dry-run?"),
+        ("hydra.job.env_copy=[HOME,NO_SUCH]", "hydra.job.env_copy=[HOME,NO_SUCH]: NO_SUCH is not"),
         ("-m --cfg job", "-m and --cfg: only one of them can be given"),
     ],
 )

@@ -5,16 +5,22 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import REPOSITORY
+from hydra.errors import HydraException
 from run_folders import write_run
 from safetensors import safe_open
 from test_run_files import names
 
+import tcsae
+from tcsae.base.errors import UserError
+from tcsae.config.compose import config_of
 from tcsae.measure.analysis import Analysis
 from tcsae.report.comparison import Comparison
 from tcsae.runs.state import RunState
@@ -211,11 +217,15 @@ def test_the_options_of_the_pages_are_those_of_the_config() -> None:
     known, seen = set(_known_keys()), 0
     for name in ("faq.md", "extending.md", "glossary.md"):
         page = REPOSITORY / "docs" / name
-        if not page.is_file():
-            continue
         groups = "model|dataset|sae|consistency|training|evaluation|store|tracking"
         keys = re.findall(rf"`(?:[^`\n]* )?((?:{groups})\.[a-z_0-9]+)=?[^`\n]*`", page.read_text())
-        wrong = sorted({key for key in keys if key not in known and not key.endswith("json")})
+        wrong = sorted(
+            {
+                key
+                for key in keys
+                if key not in known and not key.endswith((".json", ".safetensors"))
+            }
+        )
         assert wrong == [], name
         seen += len(keys)
     assert seen > 10
@@ -234,3 +244,108 @@ def test_the_files_and_names_that_extending_sends_to_are_there() -> None:
     text = "".join(text for path, text in code.items() if path != Path(__file__))
     text += "".join(p.read_text(encoding="utf-8") for p in (REPOSITORY / "conf").rglob("*.yaml"))
     assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []
+
+
+# --------------------------------------------------------------------------------------- site
+
+
+def test_links_of_pages_are_those_of_the_site_on_the_site() -> None:
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    try:
+        from site_pages import linked
+    finally:
+        sys.path.remove(str(REPOSITORY / "scripts"))
+
+    assert linked("[a](docs/faq.md#x) [b](CONTRIBUTING.md)", "README.md") == (
+        "[a](faq.md#x) [b](contributing.md)"
+    )
+    assert linked("[a](README.md) [b](#here)", "docs/results/protocol.md") == (
+        "[a](README.md) [b](#here)"
+    )
+    assert linked("![a](x.svg) [b](../faq.md)", "docs/results/README.md") == (
+        "![a](x.svg) [b](../faq.md)"
+    )
+    assert linked("[r](docs/results) [w](https://a.b/c.md)", "README.md") == (
+        "[r](results/README.md) [w](https://a.b/c.md)"
+    )
+    assert linked("[run.py](../tcsae/run.py) [here](../LICENSE)", "docs/faq.md") == (
+        "`tcsae/run.py` here (`LICENSE`)"
+    )
+
+
+def test_every_page_is_on_the_site() -> None:
+    site = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = set(re.findall(r"- (?:[^:\n]+: )?([\w/]+\.md)$", site, re.M))
+    pages = (REPOSITORY / "docs").rglob("*.md")
+    names = {page.relative_to(REPOSITORY / "docs").as_posix() for page in pages}
+    assert shown == names | {"index.md", "contributing.md", "changelog.md"}
+
+
+def test_the_citation_is_of_this_package() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["message"]
+    assert (cited["title"], cited["version"]) == ("tcsae", tcsae.__version__)
+    licence = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
+    assert licence.startswith(f"{cited['license']} License")
+    assert [author["name"].lower() in licence for author in cited["authors"]] == [True]
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def training_commands(page: str) -> list[list[str]]:
+    """The overrides of every `python -m tcsae.train ...` of a page, whole lines and in spans; of
+    several values the first. What stands in [brackets] or is a placeholder is left out."""
+    lines = page.replace("\\\n", " ")
+    found = re.findall(r"python -m tcsae\.train([^`\n#]*)", re.sub(r" \[[^]\n]*\]", "", lines))
+    commands = []
+    for text in found:
+        text = re.split(r" {4,}|  \(", text.rstrip())[0]  # words beside the command
+        words = [word for word in text.split() if not word.startswith("-")]
+        if any(mark in text for mark in ("<", "...", "NAME", "FOLDER", "--help")):
+            continue
+        values = [re.sub(r"^([\w.+/]+=)([^\[{,]*),.*", r"\1\2", word) for word in words]
+        commands.append([value for value in values if "=" in value])
+    return commands
+
+
+@pytest.mark.documents
+def test_the_training_commands_of_the_pages_are_accepted() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in PAGES]
+    commands = {tuple(command) for text in texts for command in training_commands(text)}
+    assert len(commands) > 20 and ("window=4", "lambda=0") in commands
+    refused = {}
+    for command in sorted(commands):
+        # An experiment with points has its own choice of what would be missing here.
+        given = [word for word in command if not word.startswith("hydra")]
+        try:
+            config_of(*given)
+        except (UserError, HydraException) as error:
+            refused[command] = str(error)
+    assert refused == {}
+    with pytest.raises((UserError, HydraException)):
+        config_of(*training_commands("    python -m tcsae.train window=0 lambda=1")[0])
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def unfounded(page: str, sources: str) -> list[str]:
+    """Decimal figures of a page, of two digits or more, that no figure of the sources rounds to."""
+    known = [abs(float(x)) for x in re.findall(r"-?\d*\.\d+", sources)]
+    said = re.findall(r"(?<![\w.])\d*\.\d{2,}(?!\w)", without_code(page))
+    return [
+        x
+        for x in said
+        if not any(abs(float(x) - y) <= 0.501 * 0.1 ** len(x.split(".")[1]) for y in known)
+    ]
+
+
+@pytest.mark.documents
+def test_the_figures_of_the_faq_are_in_the_pages_of_results() -> None:
+    docs = REPOSITORY / "docs"
+    page = (docs / "faq.md").read_text(encoding="utf-8").split("## When something is said")[0]
+    results = [docs / "effect.md", docs / "results" / "README.md"]
+    sources = "".join(path.read_text(encoding="utf-8") for path in results)
+    assert unfounded(page, sources) == []
+    assert unfounded("C_8 is .041, not 0.1234", "0.0412 and -0.12") == ["0.1234"]

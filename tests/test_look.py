@@ -15,7 +15,7 @@ from helpers import run_here, small_job, write_texts
 
 import tcsae
 from tcsae.base.errors import UserError
-from tcsae.base.files import read_json, write_json
+from tcsae.base.files import load_tensors, read_json, save_tensors, write_json
 from tcsae.base.signals import StopRequest
 from tcsae.data.stream import Stream, open_stream
 from tcsae.jobs.opening import OpenedSAE
@@ -285,6 +285,19 @@ def test_a_run_without_a_document_says_so(run: LoadedRun, tmp_path: Path) -> Non
         "The document: not there: the analysis is of an older version"
         in Tags(page.read_text()).text
     )
+
+
+def test_contexts_that_an_older_version_packed_have_no_document(
+    run: LoadedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(run.config.store.dir, tmp_path / "store")
+    (file,) = (tmp_path / "store" / "contexts").glob("*/eval.safetensors")
+    tensors, metadata = load_tensors(file, "")
+    kept = {name: value.clone() for name, value in tensors.items() if name != "passage"}
+    save_tensors(file, kept, metadata)
+    store = run.config.store.model_copy(update={"dir": str(tmp_path / "store")})
+    older = open_stream(run.config.model_copy(update={"store": store}), StopRequest())
+    assert older.passage is None and len(older.evaluation) == 12
 
 
 def test_the_features_that_the_loss_changed_most(sweep: Path, tmp_path: Path) -> None:

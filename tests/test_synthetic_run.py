@@ -137,22 +137,28 @@ def test_finished_runs_are_laid_side_by_side(
 
 
 def test_a_sweep_ends_with_a_table_and_a_page(own_store: Path, tmp_path: Path) -> None:
-    chosen = {k: v for k, v in TINY.items() if k != "lambda"} | {"training.tokens": "4096"}
+    # Two seeds of two settings: differences of the truth's metrics, which have no draws over
+    # documents, beside those of metrics that have evaluation.bootstrap of them.
+    chosen = TINY | {"training.tokens": "4096", "consistency": "scale_free"}
+    del chosen["lambda"]
     outcome = run_here(
         "--multirun",
         *(f"{k}={v}" for k, v in chosen.items()),
         "evaluation.analysis=false",
-        "lambda=0",
+        "lambda=0,1",
         "seed=0,1",
-        "hydra.launcher.pack=2",
+        "hydra.launcher.pack=4",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )
     assert outcome.code == 0, outcome.stderr
     rows = [line for line in outcome.stdout.splitlines() if "done" in line and "found" in line]
-    assert len(rows) == 2
+    assert len(rows) == 4
     assert all("n/a" in row and "MCC 0." in row for row in rows)
     page = (tmp_path / "sweep" / "comparison" / "report.html").read_text()
     assert "Truth: found" in page
+    compared = read(tmp_path / "sweep" / "comparison" / "comparison.json")
+    variant = next(group for group in compared["groups"] if not group["is_baseline"])
+    assert None not in (variant["deltas"]["truth_mcc"]["low"], variant["deltas"]["C_4"]["low"])
 
 
 def test_a_world_reads_no_text(finished: tuple[Path, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 
@@ -31,6 +32,11 @@ def arranged(arguments: Sequence[str]) -> list[str]:
             overrides.append(_folder_quoted(argument))
             continue
         name, given, _ = argument.partition("=")
+        if name == "--experimental-rerun":
+            raise HydraException(
+                f"{name}: it reads a pickled configuration, which nothing here does; the command "
+                "in a run's report.html repeats it, with rerun=true"
+            )
         if name in OURS:
             flags.append(argument)
             continue
@@ -39,7 +45,18 @@ def arranged(arguments: Sequence[str]) -> list[str]:
         flags.append(argument)
         if takes_value[name] and not given and rest:
             flags.append(rest.pop(0))
+    _check_copied(overrides)
     return flags + _for_the_jobs(overrides)
+
+
+def _check_copied(overrides: Sequence[str]) -> None:
+    """Hydra itself ends with a KeyError."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") != "hydra.job.env_copy":
+            continue
+        if missing := [name for name in re.findall(r"\w+", value) if name not in os.environ]:
+            raise HydraException(f"{override}: {', '.join(missing)} is not set here")
 
 
 def _folder_quoted(override: str) -> str:

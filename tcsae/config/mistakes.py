@@ -129,6 +129,10 @@ def _no_such_key(key: str) -> str:
         if of:
             return f"{key}: not a key of the chosen architecture; of sae={', sae='.join(of)} it is"
     known = _known_keys()
+    if key in known or key.startswith("hydra.job.env_"):
+        # A dictionary whose own keys are the user's to name.
+        shown = key if key in known else key.rpartition(".")[0]
+        return f"{key}: its keys are added with a plus, each alone: +{shown}.NAME=VALUE"
     near = [_KEYS[key]] if key in _KEYS else []
     near = near or [k for k in known if k.rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(key, known, n=3)

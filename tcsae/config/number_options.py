@@ -17,12 +17,16 @@ import functools
 import math
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
+
+GROUPS = ("layer", "window", "lambda")
 
 
 def parse_number(text: str) -> int | float | None:
@@ -75,6 +79,14 @@ class NumberSource(ConfigSource):
         )
 
 
+class NumberPath(SearchPathPlugin):
+    """Puts the source on the search path, whatever `hydra.searchpath` and the primary config are:
+    a user's own may hold more folders, or be based on train.yaml."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("tcsae", f"{NumberSource.scheme()}://{','.join(GROUPS)}")
+
+
 def _as_option(override: Override) -> None:
     """Turn a number or a boolean given to a group into its text, as the user wrote it."""
     value = override._value
@@ -105,4 +117,5 @@ def install() -> None:
 
     overrides.__init__ = wrapped
     overrides._tcsae_numbers = True
-    Plugins.instance().register(NumberSource)
+    for plugin in (NumberSource, NumberPath):
+        Plugins.instance().register(plugin)

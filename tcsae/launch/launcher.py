@@ -29,6 +29,7 @@ from tcsae.config.compose import to_config
 from tcsae.config.launcher import Options
 from tcsae.config.mistakes import for_the_user
 from tcsae.jobs.sources import Sources
+from tcsae.launch.hydra_keys import refuse_of_a_sweep, set_environment, writes_folder
 from tcsae.launch.jobs import GridJob, names_of
 from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.results import results_of, table
@@ -100,6 +101,9 @@ class GridLauncher(Launcher):
         """
         options = self.options
         console()
+        assert self.config is not None
+        refuse_of_a_sweep(self.config.hydra)
+        set_environment(self.config.hydra)
         jobs, sweep = self.compose(job_overrides, initial_job_idx), self.sweep
         self._say_added(jobs, sweep)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
@@ -149,15 +153,19 @@ class GridLauncher(Launcher):
             folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
             config = _named(config, name, Path(composed.hydra.sweep.dir).name)
             files = _hydra_files(composed, overrides)
+            files = files if writes_folder(composed.hydra) else {}
             jobs.append(GridJob(number, name, tuple(overrides), config, folder.absolute(), files))
+        _check_folders(jobs)
         return jobs
 
     def _check_hydra(self, composed: DictConfig) -> None:
         """Raises UserError for a job that chooses what only the sweep can have chosen: an option
         among those that are swept has a grid, a launcher or a folder of its own."""
         assert self.config is not None
-        for key in ("launcher", "sweeper", "mode", "callbacks"):
-            mine, of_the_sweep = composed.hydra.get(key), self.config.hydra.get(key)
+        for key in ("launcher", "sweeper", "mode", "callbacks", "job.env_set", "sweep.dir"):
+            mine, of_the_sweep = (
+                OmegaConf.select(config.hydra, key) for config in (composed, self.config)
+            )
             if mine != of_the_sweep:
                 raise UserError(
                     f"it sets hydra.{key}, which belongs to the whole sweep: an experiment with a "
@@ -195,6 +203,19 @@ class _Numbers:
             return self._before[run_id].pop(0)
         self._next += 1
         return self._next - 1
+
+
+def _check_folders(jobs: Sequence[GridJob]) -> None:
+    """Raises UserError if two jobs that are not the same run would lie in one folder."""
+    first: dict[Path, GridJob] = {}
+    for job in jobs:
+        other = first.setdefault(job.folder, job)
+        if run_id(other.config) != run_id(job.config):
+            raise UserError(
+                f"hydra.sweep.subdir gives jobs {other.number} ({other.name}) and {job.number} "
+                f"({job.name}) one folder, {job.folder.name}: leave the key out, or let it hold "
+                "what differs, as ${hydra.job.override_dirname} does"
+            )
 
 
 def _each_once(jobs: Sequence[GridJob]) -> list[GridJob]:

@@ -35,7 +35,8 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
     from tcsae.jobs.bank import run_bank
 
     for job in pack:
-        _write_hydra_files(job)
+        if job.hydra_files:
+            _write_hydra_files(job)
     with run_logs([job.folder for job in pack]):
         outcomes = run_bank([(job.config, job.folder) for job in pack], stop)
     errors = {

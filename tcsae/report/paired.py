@@ -33,7 +33,7 @@ from tcsae.report.runs import Run
 
 LEVEL = 0.95
 SEED_DRAWS = 1000
-"""Draws where there are none over documents."""
+"""Draws where there are none over documents of any metric."""
 
 ROUNDING = 1e-9
 """Of a value: a smaller difference is none."""
@@ -80,7 +80,7 @@ def combine(
     if value is None:
         value = _sum(terms, [torch.stack([r.values[name] for r in t.runs]) for t in terms])
     over_documents, reason = _document_draws(name, terms)
-    n_draws = SEED_DRAWS if over_documents is None else len(over_documents)
+    n_draws = _usual_draws(runs) if over_documents is None else len(over_documents)
     over_seeds = _seed_draws(name, terms, n_draws)
     parts = [part for part in (over_documents, over_seeds) if part is not None]
     if not parts:
@@ -93,6 +93,12 @@ def combine(
     if not low.isfinite().any():
         return Estimate(value, None, None, "undefined without some of the documents")
     return Estimate(value, low, high, None, draws)
+
+
+def _usual_draws(runs: Sequence[Run]) -> int:
+    """As many as the runs' other metrics have, beside which this one is looked at."""
+    numbers = {len(draws) for run in runs for draws in run.draws.values()}
+    return numbers.pop() if len(numbers) == 1 else SEED_DRAWS
 
 
 def holds_zero(low: float, high: float, scale: float) -> bool:
