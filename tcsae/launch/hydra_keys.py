@@ -45,9 +45,10 @@ def refuse_of_a_sweep(hydra: Any) -> None:
 
 
 def _ignored(hydra: Any, given: list[str]) -> Iterator[str]:
-    for text in given:
-        key = text.lstrip("+~").partition("=")[0]
-        if key == "hydra.run.dir":
+    keys = [text.lstrip("+~").partition("=")[0] for text in given]
+    for text, key in zip(given, keys, strict=True):
+        # With a sweep.dir it is plain where the jobs lie: one script may serve for both.
+        if key == "hydra.run.dir" and "hydra.sweep.dir" not in keys:
             yield f"{text}: the jobs of a sweep lie in hydra.sweep.dir/hydra.sweep.subdir"
         elif key.startswith(("hydra/job_logging", "hydra.job_logging")):
             yield f"{text}: the jobs of a sweep log into train.log in their folders"

@@ -158,6 +158,7 @@ def test_what_the_jobs_of_a_sweep_would_not_heed_is_refused(
     "override",
     [
         "hydra.sweep.dir=there",
+        "hydra.run.dir=here hydra.sweep.dir=there",
         "hydra.sweep.subdir=${hydra.job.override_dirname}",
         "hydra.output_subdir=null",
         "hydra.launcher.pack=2",
@@ -168,7 +169,7 @@ def test_what_the_jobs_of_a_sweep_would_not_heed_is_refused(
     ],
 )
 def test_what_is_of_a_sweep_is_taken(override: str, master: Callable[..., DictConfig]) -> None:
-    hydra_keys.refuse_of_a_sweep(master(override).hydra)
+    hydra_keys.refuse_of_a_sweep(master(*override.split()).hydra)
 
 
 def test_what_a_dry_run_adds_itself_is_not_refused(master: Callable[..., DictConfig]) -> None:
