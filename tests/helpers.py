@@ -168,7 +168,7 @@ def small_job(weights: Path, texts: Path, folder: Path | str, **changes: str) ->
         **SMALL,
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    if chosen["sae"] == "topk":
+    if chosen["sae"] == "topk" and "training.target_l0" not in chosen:
         chosen.setdefault("sae.k", "8")
     if chosen.get("store") == "stream":
         del chosen["store.shard_contexts"]  # it stores none

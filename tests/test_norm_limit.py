@@ -100,12 +100,11 @@ def test_the_terminal_warns_only_of_the_runs_own_number(
 ) -> None:
     from types import SimpleNamespace
 
-    from tcsae.base.run_files import RunFiles
-    from tcsae.jobs.finish import say_results
+    from tcsae.jobs.finish import say_norm_limit
 
     said = {"decides_the_headline": decides, "limits": [5], "text": "told"}
     core = {"eval_result_unstructured": {"norm_limit_caution": said}}
-    evaluation: Any = SimpleNamespace(core=core, lines=lambda: [])
+    evaluation: Any = SimpleNamespace(core=core)
     with caplog.at_level(logging.INFO, logger="tcsae"):
-        say_results(RunFiles(Path("run")), evaluation)
+        say_norm_limit(evaluation)
     assert [r.levelname for r in caplog.records if r.getMessage() == "told"] == [level]

@@ -266,7 +266,7 @@ def test_a_run_does_not_go_on_with_other_text_under_the_same_path(
 def test_where_it_is_written_and_tracked_is_not_another_config(
     finished: Path, arguments: Callable[..., list[str]]
 ) -> None:
-    assert run_here(*arguments(finished), "name=mine", "store=stream").code == 0
+    assert run_here(*arguments(finished, store="stream"), "name=mine").code == 0
 
 
 def test_a_folder_that_another_process_works_in_is_refused(

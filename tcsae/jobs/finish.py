@@ -90,9 +90,13 @@ def say_results(run: LoadedRun, evaluation: Evaluation) -> None:
     log.info("held-out results:")
     for line in evaluation.lines():
         log.info(f"  {line}")
-    if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
-        # The run's own number is in doubt, or only what it may be laid beside.
-        log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
+    say_norm_limit(evaluation)
     for line in origin(run).first:
         log.warning(line)
     log.info(f"the report: {files.report}")
+
+
+def say_norm_limit(evaluation: Evaluation) -> None:
+    """A warning where the run's own number is in doubt, and not only what it may be laid beside."""
+    if said := evaluation.core["eval_result_unstructured"]["norm_limit_caution"]:
+        log.log(logging.WARNING if said["decides_the_headline"] else logging.INFO, said["text"])
