@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def test_a_flag_that_is_none_is_one_line(given: str, said: str) -> None:
         ("experiment=grid", "use +experiment=grid"),
         ("hydra/launcher=submitit_slurm", "did you mean hydra/launcher=slurm?"),
         ("hydra/launcher=nothing", "must be one of basic, here, local, slurm"),
+        ("seeds=0,1", "seeds: no such key; did you mean seed"),
+        ("seed=0,1", "several values are a sweep"),
+        ("window=4,8", "several values are a sweep"),
+        ("sae.k=4,8", "several values are a sweep"),
         ("hydra/sweeper=optuna", "must be one of basic, grid"),
     ],
 )
@@ -68,6 +73,39 @@ def test_what_to_type_instead_is_said(override: str, said: str) -> None:
         compose_tree([override])
     line = for_the_user(raised.value)
     assert line is not None and said in line and "\n" not in line
+
+
+def too_much() -> None:
+    import torch
+
+    torch.empty(10**15)
+
+
+def far_too_much() -> None:
+    bytearray(2**62)
+
+
+def on_a_gpu() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has ...")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "asked"),
+    [
+        (too_much, "(it tried to have 4000000000000000 bytes more)"),
+        (far_too_much, "out of memory:"),
+        (on_a_gpu, "(it tried to have 12.50 GiB more)"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(attempt: Callable[[], None], asked: str) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        attempt()
+    line = for_the_user(raised.value)
+    assert line is not None and asked in line and "lower training.batch_contexts" in line
+    assert "\n" not in line
+    assert for_the_user(RuntimeError("shapes do not fit")) is None
 
 
 def hydra_part(*arguments: str) -> str:

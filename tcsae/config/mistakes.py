@@ -20,6 +20,12 @@ def for_the_user(error: Exception) -> str | None:
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return _one_line(error)
     for cause in _causes(error):
+        if (size := _memory_asked(cause)) is not None:
+            return (
+                f"out of memory{size}: lower training.batch_contexts or sae.d_sae, "
+                "model.forward_contexts where it is the language model's, or train fewer SAEs side "
+                "by side (hydra.launcher.pack)"
+            )
         # Hydra writes to the run folder before the job begins.
         if (reason := disk_reason(cause)) is not None:
             where = getattr(cause, "filename", None) or "the run folder (hydra.run.dir)"
@@ -27,6 +33,18 @@ def for_the_user(error: Exception) -> str | None:
         if isinstance(cause, OSError) and cause.filename is not None:
             return f"{cause.filename}: {cause.strerror}"
     return None
+
+
+def _memory_asked(error: BaseException) -> str | None:
+    """How much memory there was not, in words that may be empty; None for any other error."""
+    text = str(error)
+    is_torch = isinstance(error, RuntimeError) and re.search(
+        r"can't allocate memory|not enough memory|out of memory", text
+    )
+    if not isinstance(error, MemoryError) and not is_torch:
+        return None
+    asked = re.search(r"[Tt]ri(?:ed|ing) to allocate ([\d.]+ ?\w+)", text)
+    return f" (it tried to have {asked[1]} more)" if asked else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -52,6 +70,12 @@ def _known_keys() -> list[str]:
     return sorted(keys)
 
 
+def _names() -> set[str]:
+    """Keys and groups."""
+    groups = (path for path in conf_folder().iterdir() if path.is_dir())
+    return {*_known_keys(), *(path.name for path in groups)}
+
+
 def _one_line(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, UserError):
@@ -64,6 +88,8 @@ def _one_line(error: BaseException) -> str:
     if "=" in value and not value.startswith(("'", '"')):
         return f"{key}: a value with = in it must be quoted: '{key}=\"{value}\"'"
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)' 1\.", text):
+        if (name := ambiguous[1].partition("=")[0]) not in _names():
+            return _no_such_key(name)
         return (
             f"{ambiguous[1]}: several values are a sweep, for which --multirun is added; "
             "a list is written [a,b]"
