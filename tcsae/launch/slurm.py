@@ -25,6 +25,7 @@ from tcsae.base.run_files import SWEEP_FILE
 from tcsae.config.launcher import SlurmOptions, checked
 from tcsae.launch.jobs import write_pack
 from tcsae.launch.launcher import GridLauncher, Packs
+from tcsae.launch.preflight import check_reachable, warn_of_own_disks
 from tcsae.launch.slurm_job import ClosingJob, PackJob
 from tcsae.launch.sweep_folder import PACKS, SweepFolder
 from tcsae.runs.state import queued
@@ -79,6 +80,9 @@ class SlurmLauncher(GridLauncher):
                 f"job is told to save {options.signal_delay_s} s before the limit "
                 f"(hydra.launcher.signal_delay_s) and needs {LEAST_SECONDS} s before that"
             )
+        configs = [job.config for pack in packs for job in pack]
+        check_reachable(configs)
+        warn_of_own_disks(configs, self.sweep.path)
 
     def in_progress(self, sweep: SweepFolder) -> set[int]:
         return {number for numbers, _ in _sent_before(sweep) for number in numbers}

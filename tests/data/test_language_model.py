@@ -414,22 +414,24 @@ def hub() -> Iterator[str]:
 _ASK = """
 import sys
 from tcsae.config import ModelConfig
-from tcsae.data.weights import find_weights
+from tcsae.data import weights
 from tcsae.base.errors import UserError
-for name in sys.argv[1:]:
+ask = getattr(weights, sys.argv[1])
+for name in sys.argv[2:]:
     try:
-        find_weights(ModelConfig(name=name, revision="v9" if "revision" in name else None))
+        ask(ModelConfig(name=name, revision="v9" if "revision" in name else None))
     except UserError as error:
         print(error)
 """
 
 
-def test_each_refusal_of_the_hub_says_what_to_do(hub: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", ["find_weights", "reach_weights"])
+def test_each_refusal_of_the_hub_says_what_to_do(ask: str, hub: str, tmp_path: Path) -> None:
     names = ["gated/model", "no/such", "with/revision", "ill/hub", "not a name"]
     env = environment(HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
     env["HF_TOKEN"] = ""
     answer = subprocess.run(
-        [sys.executable, "-c", _ASK, *names],
+        [sys.executable, "-c", _ASK, ask, *names],
         env={k: v for k, v in env.items() if k not in ("http_proxy", "HTTP_PROXY")},
         capture_output=True,
         text=True,
