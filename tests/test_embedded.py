@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -80,6 +81,25 @@ def test_default_run_reaches_what_the_readme_promises(default_run: Path) -> None
     assert groups["misc_metrics"]["frac_alive"] >= 0.90
     assert groups["model_performance_preservation"]["ce_loss_score"] >= 0.80
     assert groups["sparsity"]["l0"] == pytest.approx(32, abs=0.5)
+
+
+def test_default_run_lies_in_the_intervals_that_the_readme_prints(default_run: Path) -> None:
+    """The second of the pair is the default run; README says what it came to, with intervals."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    block = text.split("<!-- first run: begin -->")[1].split("<!-- first run: end -->")[0]
+    printed = block.rpartition("held-out results:")[2]
+    metrics = json.loads((default_run / "final_info.json").read_text())["consistency"]["metrics"]
+    for said, name in (
+        ("window consistency C_8", "C_8"),
+        ("local consistency L_8", "L_8"),
+        ("autocorrelation rho_1", "rho_1"),
+        (r"position share omega\^2", "omega_squared"),
+    ):
+        found = re.search(rf"{said} +[\d.]+ +\[([\d.]+), ([\d.]+)\]", printed)
+        assert found is not None, said
+        value = metrics[name]["energy_weighted"]
+        # Another processor rounds otherwise: half a unit of the last digit printed is no miss.
+        assert float(found[1]) - 5e-4 <= value <= float(found[2]) + 5e-4, (name, value, found[0])
 
 
 def test_default_run_fits_into_4_gigabytes(default_run_and_memory: tuple[Path, int]) -> None:
