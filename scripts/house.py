@@ -39,6 +39,7 @@ DOORS = (
     "evaluate",
     "compare",
     "look",
+    "steer",
     "status",
     "export",
     "clean",

@@ -4,6 +4,7 @@ import tcsae
 run = tcsae.open("outputs/...")       # a run, the latest of a folder, or an SAE of SAELens
 run.features("any text")              # tokens, values [T, F], masks; .top(), .strip(j)
 run.table(), run.feature(17)          # what was measured, of all features or of one
+run.steer("a prompt", 17, 3)          # how the model goes on with the feature set
 tcsae.compare(run, baseline)          # as python -m tcsae.compare does
 run = tcsae.load_run("outputs/...")   # this run and no other
 sae = tcsae.load_sae("outputs/...")   # raw activations in, features out

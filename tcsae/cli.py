@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "lay runs and sweeps side by side",
     "look": "the features of a text, as a page of strips",
     "status": "what the jobs of sweeps and runs are doing",
+    "steer": "continue a text with a feature set",
     "export": "share a finished run's SAE",
     "clean": "free space: checkpoints, unfinished runs, activations",
     "dashboard": "make a W&B workspace that shows runs",

@@ -17,6 +17,7 @@ from tcsae.base.run_files import RunFiles, runs_below
 from tcsae.config import LoadedConfig
 from tcsae.config.mistakes import for_the_user
 from tcsae.jobs.foreign import ForeignSAE, composed, from_folder
+from tcsae.measure.steering import Steered, steer
 from tcsae.measure.text_features import TextFeatures, TextReader, shared_model
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun, load_run
@@ -56,6 +57,24 @@ class OpenedSAE:
     def features(self, text: str | Sequence[int] | Tensor, *, parted: bool = False) -> TextFeatures:
         """As `LoadedRun.features`."""
         return self.reader.read(text, parted=parted)
+
+    def steer(
+        self,
+        prompt: str,
+        feature: int,
+        strength: float = 2.0,
+        *,
+        value: float | None = None,
+        **how: Any,
+    ) -> Steered:
+        """As `LoadedRun.steer`, by `value` alone: there is no measured mean to be strong by."""
+        if value is None:
+            raise UserError(
+                f"nothing was measured of {self.folder}, so that a strength has no unit: give the "
+                f"value itself (value=, --value), or make a run of it: python -m tcsae.evaluate "
+                f"{self.folder}"
+            )
+        return steer(self.reader, prompt, feature, value, **how)
 
     def __repr__(self) -> str:
         source = self.found.source

@@ -202,10 +202,11 @@ class TextReader:
         Raises:
             UserError: nothing to read, a text longer than a context, an id that the model lacks.
         """
-        parts = self._parts(self._ids(text), parted)
+        parts = self._parts(self.ids(text), parted)
         return joined([row for part in parts for row in self._features(part)], self.texts)
 
-    def _ids(self, text: str | Sequence[int] | Tensor) -> list[int]:
+    def ids(self, text: str | Sequence[int] | Tensor) -> list[int]:
+        """The tokens of a text, its BOS before them. Raises UserError as `read`."""
         bos = self.model.special_ids.bos
         if isinstance(text, str):
             if not text.strip():

@@ -26,6 +26,7 @@ from tcsae.base.files import (
 from tcsae.base.run_files import RunFiles
 from tcsae.config import Config, LoadedConfig, Measured, parse_any, run_id
 from tcsae.measure.analysis import Analysis
+from tcsae.measure.steering import Steered, steer
 from tcsae.measure.text_features import TextFeatures, TextReader, check_feature, shared_model
 from tcsae.runs.feature import Feature, feature_of, in_six_lines, table_of
 from tcsae.sae.base import SparseAutoencoder
@@ -66,6 +67,39 @@ class LoadedRun:
                 are not there or no longer what the run was made with.
         """
         return self.reader.read(text, parted=parted)
+
+    def steer(
+        self,
+        prompt: str,
+        feature: int,
+        strength: float = 2.0,
+        *,
+        value: float | None = None,
+        tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Steered:
+        """Continue a prompt with a feature set at every token, beside the model as it is.
+
+        Args:
+            strength: in units of the feature's mean activation where it is on.
+            value: in place of it, on the scale of the activations.
+            tokens, temperature, seed: as of `steer`.
+
+        Raises:
+            UserError: as `features` and `steer`; a strength for a feature that never fired.
+        """
+        check_feature(feature, self.config.sae.d_sae)
+        if value is None:
+            usual = float(self.per_feature["mean_activation"][feature])
+            if not usual > 0:
+                raise UserError(
+                    f"feature {feature} never fired on the held-out text, so that a strength has no "
+                    "unit: give the value itself (value=, --value)"
+                )
+            value = strength * usual
+        how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "seed": seed}
+        return steer(self.reader, prompt, feature, value, **how)
 
     def feature(self, number: int) -> Feature:
         """What was measured of one feature, with its top contexts. UserError: no such number."""

@@ -1,0 +1,133 @@
+"""A feature set to a value at every token, and how the language model goes on then.
+
+What the SAE does not reconstruct stays as it was: only the feature's own part of the activation
+changes, so that a value that the feature has anyway changes nothing.
+
+Shapes: B = 1, T tokens, D = d_in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcsae.base.errors import UserError
+from tcsae.data.contexts import contexts_of
+from tcsae.measure.text_features import TextReader, check_feature
+
+MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Two continuations of one prompt."""
+
+    prompt: str
+    feature: int
+    value: float
+    """What the feature was set to, on the scale of its activations."""
+    plain: str
+    """The continuation without steering."""
+    steered: str
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            (
+                f"feature {self.feature} at {self.value:.4g}",
+                f"as it is : {self.prompt}|{self.plain}",
+                f"steered  : {self.prompt}|{self.steered}",
+            )
+        )
+
+
+@torch.no_grad()
+def steer(
+    reader: TextReader,
+    prompt: str,
+    feature: int,
+    value: float,
+    *,
+    tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Steered:
+    """Continue `prompt` as the model does, and with `feature` at `value` in the prompt too.
+
+    Args:
+        tokens: most tokens to add; it ends before at a token that ends a text.
+        temperature: 0: the likeliest token each time; else drawn, with one `seed` for both.
+
+    Raises:
+        UserError: no such feature, an empty prompt, more tokens than the model has positions, a
+            number out of range.
+    """
+    check_feature(feature, reader.sae.d_sae)
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(f"{tokens} tokens: 1 to {MOST_TOKENS} can be added")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature {temperature:g}: 0 or more")
+    if not -float("inf") < value < float("inf"):
+        raise UserError(f"value {value:g}: a finite number")
+    ids = reader.ids(prompt)
+    positions = reader.model.positions
+    if positions is not None and len(ids) + tokens > positions:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and {tokens} are to be added: the model has "
+            f"{positions} positions"
+        )
+    replace = _with_feature(reader, feature, value)
+    plain, steered = (
+        _continued(reader, ids, tokens, temperature, seed, change) for change in (None, replace)
+    )
+    return Steered(prompt, feature, value, plain, steered)
+
+
+def _with_feature(
+    reader: TextReader, feature: int, value: float
+) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """For ids [1, T]: what stands in for the hook's activations [1, T, D]."""
+    sae = reader.sae
+
+    def of(ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
+        contexts = contexts_of(ids_BT.int(), reader.model.special_ids)
+
+        def replace(x_BTD: Tensor) -> Tensor:
+            x = x_BTD.float()
+            # Special tokens and massive ones are no tokens that the SAE was trained on.
+            counted = contexts.valid.to(x.device) & (x.norm(dim=-1) <= reader.norm_limit)
+            codes = sae.encode(x, segments=contexts.segments.to(x.device), valid=counted)
+            change = (value - codes[..., feature, None]) * sae.W_dec[feature]
+            return torch.where(counted[..., None], x + change, x).to(x_BTD.dtype)
+
+        return replace
+
+    return of
+
+
+def _continued(
+    reader: TextReader,
+    prompt: list[int],
+    tokens: int,
+    temperature: float,
+    seed: int,
+    replace: Callable[[Tensor], Callable[[Tensor], Tensor]] | None,
+) -> str:
+    model, ids = reader.model, list(prompt)
+    generator = torch.Generator().manual_seed(seed)
+    ends = model.special_ids.boundaries
+    for _ in range(tokens):
+        ids_BT = torch.tensor([ids])
+        logits = model.logits(ids_BT, None if replace is None else replace(ids_BT))
+        last = logits[0, -1].float().cpu()
+        if temperature == 0:
+            new = int(last.argmax())
+        else:
+            shares = (last / temperature).softmax(-1)
+            new = int(torch.multinomial(shares, 1, generator=generator))
+        if new in ends:
+            break
+        ids.append(new)
+    return str(model.tokenizer.decode(ids[len(prompt) :]))
