@@ -94,8 +94,8 @@ class LoadedRun:
             usual = float(self.per_feature["mean_activation"][feature])
             if not usual > 0:
                 raise UserError(
-                    f"feature {feature} never fired on the held-out text, so that a strength has no "
-                    "unit: give the value itself (value=, --value)"
+                    f"feature {feature} never fired on the held-out text: a strength has no unit; "
+                    "give the value itself (value=, --value)"
                 )
             value = strength * usual
         how: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "seed": seed}
