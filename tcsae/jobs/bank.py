@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tcsae.base.allocator import keep_large_blocks
+from tcsae.base.allocator import give_back, keep_large_blocks
 from tcsae.base.errors import Interrupted
 from tcsae.base.progress import Progress, listening
 from tcsae.base.signals import StopRequest, stop_on_signal
@@ -120,6 +120,7 @@ def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored]]:
         _train(training, stream, stop)
     with listening(partial(_tell, [phase.job for phase in training])):
         trained = _each(training, partial(keep, stream))
+        give_back()
         with stage("evaluate model"):
             return stream, _measure_behaviour(trained, stream, stop)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tcsae.base.allocator import give_back
 from tcsae.base.json_numbers import plain
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
@@ -36,10 +37,12 @@ def measure(
     `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
     """
     model, held_out = stream.model, stream.evaluation
+    give_back()
     evaluation = evaluate(sae, config, model, held_out, stop, sae_cfg, behaviour)
     evaluation.write(files.eval.path)
     if not config.evaluation.analysis:
         return evaluation, None
+    give_back()
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
     analysis = analyse(
         sae, config, model, held_out, per_feature, stop, max_lag, passage=stream.passage
