@@ -133,7 +133,7 @@ def test_final_info_says_where_the_time_went(finished: Path) -> None:
     assert min(parts) > 0 and sum(parts) <= info["wall_seconds"]
     assert seconds["shared"]["train"] >= info["training_seconds"]
     said = re.search(r"where the time went: (.+)", (finished / "train.log").read_text())
-    assert said is not None and re.search(r"\b(harvest|train|intervals) \d+ s", said[1])
+    assert said is not None and re.search(r"\b[a-z]+ [\d.]+ s", said[1])
 
 
 def test_a_run_without_a_step_is_an_error(config: Config, tmp_path: Path) -> None:

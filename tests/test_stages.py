@@ -31,3 +31,4 @@ def test_seconds_are_counted_by_stage_and_belong_to_the_innermost_clock(
             raise ValueError
     assert outer == {"harvest": 4.5, "train": 0.25, "fails": 4.0} and inner == {"pages": 2.0}
     assert stages.in_words({**outer, "x": 60.6}) == "harvest 4 s, fails 4 s, x 61 s"
+    assert stages.in_words({"a": 0.2, "b": 0.31}) == "b 0.3 s" and stages.in_words({}) == ""

@@ -36,5 +36,9 @@ def stage(name: str) -> Iterator[None]:
 
 
 def in_words(seconds: Mapping[str, float]) -> str:
-    """harvest 61 s, train 75 s: what took half a second or more."""
-    return ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value >= 0.5)
+    """harvest 61 s, train 75 s: what took half a second or more, or else the longest."""
+    shown = {name: f"{value:.0f} s" for name, value in seconds.items() if value >= 0.5}
+    if not shown and seconds:
+        name = max(seconds, key=lambda stage: seconds[stage])
+        shown = {name: f"{seconds[name]:.1g} s"}
+    return ", ".join(f"{name} {text}" for name, text in shown.items())

@@ -14,11 +14,12 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from tcsae.base.errors import UserError
+from tcsae.base.run_files import RunFiles
 
 WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
 """What --dry-run adds: of a single run Hydra itself makes a folder, .hydra and a log."""
 _OF_A_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
-_FOLDER = ".hydra"
+_FOLDER = RunFiles("").hydra.name
 
 
 def refuse_of_one_run(hydra: Any) -> None:

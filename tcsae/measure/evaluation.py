@@ -27,7 +27,6 @@ from tcsae.base.stages import stage
 from tcsae.config import Measured, run_id
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, Batch
-from tcsae.data.language_model import LanguageModel
 from tcsae.data.synthetic_model import SyntheticModel
 from tcsae.measure.truth import Truth, on_truth
 from tcsae.metrics.norm_limits import NormLimits, caution
@@ -329,8 +328,9 @@ def on_the_model(
     evaluation.model_contexts and the size of a context matter. A synthetic world has no
     language model: no token is counted, and all is NaN. Raises Interrupted if a signal comes.
     """
-    if not isinstance(model, LanguageModel):
+    if isinstance(model, SyntheticModel):
         return [_no_behaviour(config, batches) for _ in saes]
+    language_model: Any = model  # or what stands for one where its work is counted
     saes = [sae.to(model.device).eval() for sae in saes]
     metrics = [ModelMetrics() for _ in saes]
     chosen = model_contexts(config, held_out_units(batches))
@@ -341,13 +341,13 @@ def on_the_model(
         for batch in batches.in_order(at_once, indices=chosen):
             stop.check()
             ids, keep = batch.ids, batch.valid
-            clean = model.logits(ids)
+            clean = language_model.logits(ids)
             ce = next_token_ce(clean, ids, keep)
-            ablated = score_forward(clean, model.logits(ids, torch.zeros_like), ids, keep)
+            ablated = score_forward(clean, language_model.logits(ids, torch.zeros_like), ids, keep)
             progress.update(2 * ids.numel())
             for sae, metric in zip(saes, metrics, strict=True):
                 stop.check()
-                logits = model.logits(ids, _splice(sae, batch))
+                logits = language_model.logits(ids, _splice(sae, batch))
                 metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
                 progress.update(ids.numel())
     return metrics

@@ -303,7 +303,8 @@ def test_the_same_command_while_jobs_run_watches_them_and_sends_nothing_twice(
 ) -> None:
     sweep = tmp_path / "sweep"
     arguments = [*grid(sweep, **LONG), *SMALL_JOB]
-    first = run_here(*arguments, "hydra.launcher.wait=false")
+    unwatched = [word for word in arguments if "poll_seconds" not in word]
+    first = run_here(*unwatched, "hydra.launcher.wait=false")
     assert first.code == 0, words(first)
     wait_for(lambda: is_training(folders(sweep)["job"], 1))
     second = run_here(*arguments)

@@ -56,7 +56,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job(tiny_gpt2: Path, texts: Path, store: Path) -> Callable[..., Config]:
     def build(**changes: str) -> Config:
-        fixed = {"store__dir": str(store), "layer": "1"}
+        # The last checkpoint has what the weights alone do not show.
+        fixed = {"store__dir": str(store), "layer": "1", "training__keep_checkpoints": "true"}
         return small_config(tiny_gpt2, texts, **fixed, **changes)
 
     return build
