@@ -87,7 +87,7 @@ def final_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def results(folder: Path) -> dict[str, Any]:
     info = json.loads((folder / "final_info.json").read_text())
-    clock = ("training_seconds", "tokens_per_second", "wall_seconds")
+    clock = ("training_seconds", "tokens_per_second", "wall_seconds", "seconds")
     return {key: value for key, value in info.items() if key not in clock}
 
 
