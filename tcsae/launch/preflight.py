@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcsae.config import Config
-from tcsae.data.corpora import reach_text
-from tcsae.data.weights import cache_folder, reach_weights
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +18,10 @@ def check_reachable(configs: Sequence[Config]) -> None:
     Each is asked for once: a gated model without a login, a package that is not installed, a path
     that is not there, a dataset that the hub does not know.
     """
+    # Here, as the plan of a sweep and its menu need no torch.
+    from tcsae.data.corpora import reach_text
+    from tcsae.data.weights import reach_weights
+
     real = [config for config in configs if config.model.world is None]
     models = {(c.model.name, c.model.path, c.model.package, c.model.revision): c for c in real}
     for config in models.values():
@@ -33,6 +35,8 @@ def check_reachable(configs: Sequence[Config]) -> None:
 
 def warn_of_own_disks(configs: Sequence[Config], sweep: Path) -> None:
     """A line for each folder that the nodes of a cluster will not see, where that can be told."""
+    from tcsae.data.weights import cache_folder
+
     lost = "put it where all of them see it"
     places = {f"the sweep's folder {sweep}": (sweep, lost)}
     again = "every node harvests for itself; on a shared disk it is done once"

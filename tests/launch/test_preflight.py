@@ -10,7 +10,7 @@ from helpers import small_config
 
 from tcsae.base.errors import UserError
 from tcsae.config import Config, ModelConfig
-from tcsae.launch import preflight
+from tcsae.data import corpora, weights
 from tcsae.launch.preflight import check_reachable, warn_of_own_disks
 
 
@@ -29,10 +29,10 @@ def test_what_is_there_is_asked_for_once_and_passes(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    for name in ("reach_weights", "reach_text"):
-        real = getattr(preflight, name)
+    for module, name in ((weights, "reach_weights"), (corpora, "reach_text")):
+        real = getattr(module, name)
         monkeypatch.setattr(
-            preflight, name, lambda cfg, n=name, real=real: (asked.append(n), real(cfg))
+            module, name, lambda cfg, n=name, real=real: (asked.append(n), real(cfg))
         )
     grid = [config.model_copy(update={"seed": seed}) for seed in range(50)]
     check_reachable(grid)
