@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tcsae.base.labels import size
 from tcsae.cli import agreed, command, refuse, show
-from tcsae.runs.leftovers import DAY, Leftover, checkpoints, stores, unfinished
+from tcsae.runs.leftovers import DAY, Leftover, checkpoints, runs_in, stores, unfinished
 
 SHOWN = 12
 """Lines a kind; the rest is counted."""
@@ -46,10 +46,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _found(given: argparse.Namespace) -> dict[str, list[Leftover]]:
     found: dict[str, list[Leftover]] = {}
+    runs = runs_in(given.folders)
     if given.folders:
-        found["checkpoints of finished runs"] = checkpoints(given.folders)
+        found["checkpoints of finished runs"] = checkpoints(runs)
     if given.unfinished:
-        found["unfinished runs"] = unfinished(given.folders)
+        found["unfinished runs"] = unfinished(runs)
     if given.stores is not None:
         found["activations"] = stores(given.stores.expanduser(), given.days * DAY)
     return found

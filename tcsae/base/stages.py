@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 Seconds = dict[str, float]
 """By the name of a stage, in the order in which they came."""
@@ -42,3 +43,8 @@ def in_words(seconds: Mapping[str, float]) -> str:
         name = max(seconds, key=lambda stage: seconds[stage])
         shown = {name: f"{seconds[name]:.1g} s"}
     return ", ".join(f"{name} {text}" for name, text in shown.items())
+
+
+def account(shared: Seconds, own: Seconds, n_jobs: int) -> dict[str, Any]:
+    """`seconds` of final_info.json: what `n_jobs` went through together, and what one did alone."""
+    return {"shared_by": n_jobs, "shared": dict(shared), "own": dict(own)}

@@ -192,6 +192,10 @@ class StoreConfig(StrictModel):
     shard_contexts: Count = 128
 
 
+WANDB_REFUSES = frozenset("/\\#?%:")
+"""What W&B takes in no name of a project or an entity."""
+
+
 class TrackingConfig(StrictModel):
     """What W&B gets, beside metrics.jsonl. Lengths are W&B's own limits."""
 
@@ -209,7 +213,7 @@ class TrackingConfig(StrictModel):
     @classmethod
     def _is_a_name(cls, value: str | None) -> str | None:
         # W&B's own rule for projects; what it refuses would be refused after the training.
-        if bad := sorted(set(value or "") & set("/\\#?%:")):
+        if bad := sorted(set(value or "") & WANDB_REFUSES):
             raise ValueError(
                 f"W&B takes no {' '.join(bad)} in a name; what stands before a / of a project is "
                 "tracking.entity"

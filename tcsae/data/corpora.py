@@ -241,7 +241,8 @@ class HubCorpus:
                 return
             text = row_content(row, where, self.text_field)
             if isinstance(text, np.ndarray):
-                yield Document(content_group(text), "", content_group(text), text)
+                key = content_group(text)
+                yield Document(key, "", key, text)
             elif text.strip():
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 yield Document(key, text, content_group(text))

@@ -22,7 +22,7 @@ from tcsae.base.allocator import give_back, keep_large_blocks
 from tcsae.base.errors import Interrupted
 from tcsae.base.progress import Progress, listening
 from tcsae.base.signals import StopRequest, stop_on_signal
-from tcsae.base.stages import Seconds, stage, timing
+from tcsae.base.stages import account, stage, timing
 from tcsae.config import Config, shared_by_a_bank
 from tcsae.data.stream import Stream, open_stream
 from tcsae.jobs.job import Claimed, Job, Outcome, Scored, Trained, Training, begin, complete, keep
@@ -106,7 +106,7 @@ def _work(bank: list[Job], stop: StopRequest) -> None:
             log.info(f"-- {bank.index(job) + 1} of {len(bank)}: {job.title}")
         with listening(partial(_tell, waiting[index:])), timing() as own:
             # One at a time, and given up as it is worked on: a bank's memory goes back job by job.
-            spent = partial(_spent, shared, own, len(bank))
+            spent = partial(account, shared, own, len(bank))
             _each([measured.pop(0)], partial(complete, stream, stop, started, spent))
 
 
@@ -123,11 +123,6 @@ def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored]]:
         give_back()
         with stage("evaluate model"):
             return stream, _measure_behaviour(trained, stream, stop)
-
-
-def _spent(shared: Seconds, own: Seconds, n_jobs: int) -> dict[str, Any]:
-    """`seconds` of final_info.json."""
-    return {"shared_by": n_jobs, "shared": dict(shared), "own": dict(own)}
 
 
 def _each(phases: list[Before], step: Callable[[Before], After]) -> list[After]:

@@ -14,7 +14,7 @@ from tcsae.base.allocator import keep_large_blocks
 from tcsae.base.errors import UserError
 from tcsae.base.files import make_folder, read_json, write_json, write_text
 from tcsae.base.signals import StopRequest
-from tcsae.base.stages import stage, timing
+from tcsae.base.stages import account, stage, timing
 from tcsae.config import LoadedConfig, parse_any, run_id, run_name
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.stream import open_model, open_stream
@@ -87,7 +87,7 @@ def _measure(
         "training_steps": None,
         "source": config.source.model_dump(mode="json"),
         **measured_info(config, stream, evaluation, time.monotonic() - started),
-        "seconds": {"shared_by": 1, "shared": {}, "own": own},
+        "seconds": account({}, own, 1),
     }
     write_json(run.final_info, info)
     loaded = run.load()

@@ -16,6 +16,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.files import read_json, write_json
 from tcsae.base.run_files import RunFiles
 from tcsae.config import TrackingConfig
+from tcsae.config.run import WANDB_REFUSES
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def check_environment(tracking: TrackingConfig, name: str | None) -> None:
 
 
 def _check_name(variable: str, value: str) -> None:
-    if bad := sorted(set(value) & set("/\\#?%:")) if variable == "WANDB_ENTITY" else []:
+    if bad := sorted(set(value) & WANDB_REFUSES) if variable == "WANDB_ENTITY" else []:
         raise UserError(f"{variable} = {value}: W&B takes no {' '.join(bad)} in a name")
     if len(value) > _LIMIT:
         raise UserError(f"{variable} = {value}: W&B takes at most {_LIMIT} characters")

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tcsae.base.labels import difference_text, label, local_names, local_window, number
+from tcsae.report.controls import control_of, is_control
 
 SHOWN = 6
 """Settings with a sentence of their own; of more, those whose features last longest."""
-_CONTROL = "shuffled"
 _AFTER = ("omega_squared", "explained_variance")
 
 Row = Mapping[str, Any]
@@ -25,31 +25,14 @@ def answers(groups: Sequence[Row], metrics: Sequence[str], window: int | None) -
     lasting = f"C_{window}"
     local = [n for n in local_names(local_window(metrics, window)) if n.startswith("L_")][:1]
     names = [name for name in (lasting, *local, *_AFTER) if name in metrics]
-    compared = [group for group in groups if group["deltas"] and not _is_control(group)]
+    compared = [group for group in groups if group["deltas"] and not is_control(group)]
     rank = {group["id"]: -(_delta(group, lasting) or 0.0) for group in compared}
     chosen = {group["id"] for group in sorted(compared, key=lambda g: rank[g["id"]])[:SHOWN]}
     return [
-        _sentence(group, names, _control_of(group, groups))
+        _sentence(group, names, control_of(group, groups))
         for group in compared
         if group["id"] in chosen
     ]
-
-
-def _is_control(group: Row) -> bool:
-    return str(group["settings"].get("consistency", "")).startswith(_CONTROL)
-
-
-def _control_of(group: Row, groups: Sequence[Row]) -> Row | None:
-    """The same loss on shuffled positions."""
-    wanted = _without_form(group)
-    found = (g for g in groups if _is_control(g) and g["deltas"] and _without_form(g) == wanted)
-    return next(found, None)
-
-
-def _without_form(group: Row) -> dict[str, Any]:
-    ours = ("consistency", "consistency.form", "consistency.shuffle_positions")
-    settings = {**group["settings"], **group["differs"], "stream": group["stream"]}
-    return {key: value for key, value in settings.items() if key not in ours}
 
 
 def _delta(group: Row, name: str) -> float | None:
@@ -60,7 +43,7 @@ def _delta(group: Row, name: str) -> float | None:
 def _sentence(group: Row, names: Sequence[str], control: Row | None) -> str:
     changes = [said for name in names if (said := _change(group, name)) is not None]
     text = f"{group['label']}, against the same without the loss: {'; '.join(changes)}."
-    if control is not None and names:
+    if control is not None and control["deltas"] and names:
         text += _by_order(group, control, names)
     return text
 

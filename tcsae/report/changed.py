@@ -19,6 +19,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.labels import number
 from tcsae.measure.strips import Strip, visible
 from tcsae.report.contents import NO_ANALYSIS
+from tcsae.report.controls import control_of, is_control
 from tcsae.report.passage import NO_PASSAGE, Passage
 from tcsae.report.rows import Row, row_of
 from tcsae.runs.folder import LoadedRun, load_run
@@ -98,14 +99,10 @@ def changed_blocks(groups: Sequence[Group], content: Mapping[str, Any]) -> list[
     if window is None:
         return []
     metric = f"C_{window}"
-    with_loss = [g for g in groups if not g["is_baseline"] and not _is_control(g)]
+    with_loss = [g for g in groups if not g["is_baseline"] and not is_control(g)]
     with_loss = [g for g in with_loss if _baseline_of(g, groups, content) is not None]
     with_loss.sort(key=lambda g: -(g["metrics"].get(metric, {}).get("value") or 0.0))
     return [_block(g, groups, content, metric) for g in with_loss[:MAX_SETTINGS]]
-
-
-def _is_control(group: Group) -> bool:
-    return str(group["settings"].get("consistency")).startswith("shuffled")
 
 
 def _baseline_of(group: Group, groups: Sequence[Group], content: Mapping[str, Any]) -> Group | None:
@@ -117,18 +114,6 @@ def _baseline_of(group: Group, groups: Sequence[Group], content: Mapping[str, An
     return next((g for i in ids for g in groups if g["id"] == i and g is not group), None)
 
 
-def _control_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    def key(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in settings.items() if k != "consistency"}
-
-    form = str(group["settings"].get("consistency"))
-    controls = [
-        g for g in groups if _is_control(g) and key(g["settings"]) == key(group["settings"])
-    ]
-    same_form = [g for g in controls if str(g["settings"]["consistency"]).endswith(form)]
-    return next(iter(same_form or controls), None)
-
-
 def _folders(group: Group, content: Mapping[str, Any]) -> dict[Any, Path]:
     """Folder of the used runs of a group by seed."""
     used = [run for run in content["runs"] if run["group"] == group["id"]]
@@ -136,7 +121,7 @@ def _folders(group: Group, content: Mapping[str, Any]) -> dict[Any, Path]:
 
 
 def _block(group: Group, groups: Sequence[Group], content: Mapping[str, Any], metric: str) -> Block:
-    baseline, control = _baseline_of(group, groups, content), _control_of(group, groups)
+    baseline, control = _baseline_of(group, groups, content), control_of(group, groups)
     assert baseline is not None
     mine, theirs = _folders(group, content), _folders(baseline, content)
     seed = next((s for s in mine if s in theirs), next(iter(mine)))

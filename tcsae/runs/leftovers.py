@@ -55,25 +55,30 @@ def n_bytes(folder: Path) -> int:
     return total
 
 
-def checkpoints(folders: Sequence[Path]) -> list[Leftover]:
-    """Of the finished runs in or below the folders. Raises UserError where there are no runs."""
+Found = Sequence[tuple[str, RunFiles]]
+"""(state, files) of runs."""
+
+
+def checkpoints(runs: Found) -> list[Leftover]:
+    """Of the finished ones."""
     return [
         Leftover(files.checkpoints, n_bytes(files.checkpoints), str(files.path), files.lock)
-        for state, files in _runs(folders)
+        for state, files in runs
         if state == "done" and files.checkpoints.is_dir()
     ]
 
 
-def unfinished(folders: Sequence[Path]) -> list[Leftover]:
-    """Runs that have no result and that nothing works on. Raises UserError as `checkpoints`."""
+def unfinished(runs: Found) -> list[Leftover]:
+    """Those that have no result and that nothing works on."""
     return [
         Leftover(files.path, n_bytes(files.path), state, files.lock)
-        for state, files in _runs(folders)
+        for state, files in runs
         if state in GONE and files.path.is_dir()
     ]
 
 
-def _runs(folders: Sequence[Path]) -> list[tuple[str, RunFiles]]:
+def runs_in(folders: Sequence[Path]) -> list[tuple[str, RunFiles]]:
+    """All that are in or below the folders. Raises UserError where there are none."""
     return [
         (job.state, RunFiles(job.status.folder))
         for group in find_groups(folders)
