@@ -50,6 +50,7 @@ _COLUMNS = (
     "persistence",
     "omega_squared",
     "mutual_information_share",
+    "layout_share",
     "token_entropy",
     "amplitude_cv",
     "mean_activation",
@@ -264,6 +265,7 @@ def _column_name(name: str) -> str:
     short = {
         "mutual_information_share": "pos. info",
         "omega_squared": "omega²",
+        "layout_share": "layout",
         "token_entropy": "token entropy",
         "amplitude_cv": "amplitude CV",
         "mean_activation": "mean act.",
