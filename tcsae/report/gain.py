@@ -139,19 +139,21 @@ def _of_metric(
         "layout": None,
     }
     if layout is not None and gain.is_layout is not None:
-        means = (
-            mean_without(name, own.features, layout[0]),
-            mean_without(name, other.features, layout[1]),
-        )
+        own_mean = mean_without(name, own.features, layout[0])
+        other_mean = mean_without(name, other.features, layout[1])
         entry["layout"] = {
             "share": gain.layout_share,
             "n_shown": int(gain.is_layout[:SHOWN].sum()),
             "n_features": [int(side.sum()) for side in layout],
-            "value_without": means[0],
-            "baseline_without": means[1],
-            "change_without": None if None in means else means[0] - means[1],
+            "value_without": own_mean,
+            "baseline_without": other_mean,
+            "change_without": _difference(own_mean, other_mean),
         }
     return entry
+
+
+def _difference(own: float | None, other: float | None) -> float | None:
+    return None if own is None or other is None else own - other
 
 
 def _layout(own: Run, other: Run) -> tuple[Tensor, Tensor] | None:

@@ -169,6 +169,8 @@ def _consistency(contents: Contents) -> list[str]:
             )
         )
     lines = [*_heading("Consistency"), *_paragraph(said), "", *_columns(rows)]
+    if said := contents.layout_words():
+        lines += ["", *_paragraph(said)]
     lines += _where(contents)
     curve = summary["autocorrelation"]
     known = [k for k in _LAGS if k < len(curve["rho"]) and curve["rho"][k] is not None]
