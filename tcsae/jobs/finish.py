@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from tcsae.base.allocator import give_back
+from tcsae.base.apart import Calls, here
 from tcsae.base.json_numbers import plain
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
@@ -31,10 +32,12 @@ def measure(
     stream: Stream,
     files: RunFiles,
     stop: StopRequest,
+    calls: Calls = here,
 ) -> tuple[Evaluation, Analysis | None]:
     """Write `eval/` and, if the config asks for it, `analysis/` of the SAE that is saved there.
 
-    `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
+    `behaviour` and `sae_cfg` as of `evaluate`, `calls` as of `analyse`; in a thread beside others
+    where `stream.is_in_memory`. Raises Interrupted if a signal comes.
     """
     model, held_out = stream.model, stream.evaluation
     give_back()
@@ -45,7 +48,7 @@ def measure(
     give_back()
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
     analysis = analyse(
-        sae, config, model, held_out, per_feature, stop, max_lag, passage=stream.passage
+        sae, config, model, held_out, per_feature, stop, max_lag, stream.passage, calls
     )
     analysis.write(files.analysis.path)
     return evaluation, analysis

@@ -167,9 +167,8 @@ def _stream(c: _Counted, machine: Machine) -> tuple[Stage, Stage, float]:
     pack = Work("pack the text", host_seconds=PACKING_SECONDS * c.tokens)
     trained = config.steps * config.training.batch_contexts
     if config.store.mode == "stream":
-        # Held-out contexts are run for the metrics and again for the analysis.
-        passed = trained + (1 + config.evaluation.analysis) * c.contexts[1]
-        return (pack,), (c.to_hook.forward.times(passed),), 0.0
+        # Held-out contexts are run once, for all that is measured on them.
+        return (pack,), (c.to_hook.forward.times(trained + c.contexts[1]),), 0.0
     context_bytes = size * c.facts.d_model * c.number
     stored = float(sum(c.contexts) * context_bytes)
     harvest = (
