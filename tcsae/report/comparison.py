@@ -226,7 +226,8 @@ def compare_runs(
     local = local_window(metrics, window)
     chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *local_names(local), *_HEADLINE_MEMORY)
     headline = [name for name in chosen if name in metrics]
-    noise, stable = SeedNoise(groups, metrics), {}
+    noise = SeedNoise(groups, metrics)
+    stable: dict[str, Tensor] = {}
     for row, group in zip(rows, groups, strict=True):
         noise.mark(row)
         of = [name for name in (f"C_{window}", f"L_{local}") if name in metrics]
