@@ -24,12 +24,18 @@ from tcsae.base.stages import Seconds, in_words, stage, timing
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
-from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
+from tcsae.jobs.finish import (
+    Results,
+    measure,
+    measured_info,
+    say_finished,
+    say_results,
+    write_pages,
+)
 from tcsae.jobs.sources import Sources
 from tcsae.jobs.tracking import Tracker
 from tcsae.jobs.wandb_run import check_environment
 from tcsae.losses.laplacian import share_in_windows
-from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.products import choose, products_for
 from tcsae.report.contents import Contents
@@ -176,7 +182,7 @@ class Examined:
 
     job: Job
     trained: Trained
-    evaluation: Evaluation
+    results: Results
     analysis_headline: dict[str, Any]
     """Empty without an analysis."""
     seconds: Seconds
@@ -228,7 +234,7 @@ def examine(stream: Stream, stop: StopRequest, calls: Calls, scored: Scored) -> 
     stop.check()
     job, trained = scored.job, scored.trained
     with timing() as seconds:
-        evaluation, analysis = measure(
+        results = measure(
             trained.sae,
             trained.sae_cfg,
             scored.behaviour,
@@ -238,8 +244,9 @@ def examine(stream: Stream, stop: StopRequest, calls: Calls, scored: Scored) -> 
             stop,
             calls,
         )
-    headline = {} if analysis is None else analysis.headline
-    return Examined(job, trained, evaluation, headline, seconds)
+    headline = {} if results.analysis is None else results.analysis.headline
+    # Without the analysis itself: the jobs of a bank wait for each other with what they hold.
+    return Examined(job, trained, results._replace(analysis=None), headline, seconds)
 
 
 def finish(
@@ -250,17 +257,18 @@ def finish(
 ) -> None:
     """The last files and the pages. `spent` says where the time went until it is called."""
     job, trained, tracker = examined.job, examined.trained, examined.trained.tracker
-    evaluation = examined.evaluation
+    results = examined.results
     tracker.summary(examined.analysis_headline)
-    info = _final_info(job.config, trained, stream, evaluation, time.monotonic() - started)
+    info = _final_info(job.config, trained, stream, results, time.monotonic() - started)
     info["seconds"] = spent()
-    tracker.summary(evaluation.headline)
+    tracker.summary(results.evaluation.headline)
+    tracker.summary({f"eval/{name}": found["value"] for name, found in results.meaning.items()})
     write_json(job.files.final_info, info)
     run = job.files.load()
     with stage("pages"):
         write_pages(run)
     _send_pages(run, tracker)
-    say_results(run, evaluation)
+    say_results(run, results.evaluation)
     said = spent()
     log.info(f"where the time went: {in_words(said['shared'] | said['own'])}")
     job.let_checkpoints_go()
@@ -330,7 +338,7 @@ def _final_info(
     config: Config,
     trained: Trained,
     stream: Stream,
-    evaluation: Evaluation,
+    results: Results,
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The keys the experiment's first runs wrote, filled with what happened."""
@@ -351,7 +359,7 @@ def _final_info(
         * config.training.batch_contexts
         * config.dataset.context_size
         / trained.seconds,
-        **measured_info(config, stream, evaluation, wall_seconds),
+        **measured_info(config, stream, results, wall_seconds),
     }
 
 
