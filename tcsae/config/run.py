@@ -184,6 +184,8 @@ class EvaluationConfig(StrictModel):
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
     meaning: list[Literal["probes"]] = []
     """Instruments of tcsae/meaning, by name."""
+    label_fields: list[Annotated[str, Field(min_length=1)]] = []
+    """Of the rows of dataset=files: fields of labels that probes learn, or of [start, end, tag]."""
 
 
 class StoreConfig(StrictModel):
@@ -503,6 +505,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "compile", False),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
+        ("evaluation", "label_fields", []),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),
