@@ -6,6 +6,7 @@ speaker, the part of speech). Nothing here is kept in a store: the documents are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -127,7 +128,7 @@ def _of_rows(
         if document.group not in groups:
             continue
         row, _, part = document.id.partition("#")
-        found = {name: known[row] for name, known in values.items() if known.get(row) is not None}
+        found = {name: value for name, known in values.items() if (value := known.get(row))}
         labels = {name: value for name, value in found.items() if isinstance(value, str)}
         # Characters are counted from the start of the row's text.
         words = {n: v for n, v in found.items() if not isinstance(v, str) and not part}
@@ -163,10 +164,8 @@ def row_label(row: Any, where: str, name: str) -> str | list[Span] | None:
     for part in [name] if isinstance(row, dict) and name in row else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, str) and value.startswith("[["):
-        try:
+        with contextlib.suppress(ValueError):  # a label that begins so
             value = json.loads(value)
-        except ValueError:
-            pass  # a label that begins so
     if isinstance(value, list):
         if not all(_is_span(part) for part in value):
             raise UserError(

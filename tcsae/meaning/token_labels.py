@@ -1,4 +1,4 @@
-"""The labels of held-out tokens: documents are read again and found in the contexts by their tokens.
+"""The labels of held-out tokens: documents are read again and found in contexts by their tokens.
 
 So labels need nothing in the store, and any run, old or loaded, has them. Shapes: N contexts, T.
 """
