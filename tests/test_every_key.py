@@ -186,6 +186,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "evaluation.bootstrap": (NONE, "evaluation.bootstrap=200", ID),
     "evaluation.analysis": (NONE, "evaluation.analysis=false", ID),
     "evaluation.redundancy_max_lag": (NONE, "evaluation.redundancy_max_lag=2", ID),
+    "evaluation.label_fields": (FILES + ("evaluation.meaning=[probes]",),)
+    + ("evaluation.label_fields=[x]", ID),
     "evaluation.meaning": (NONE, "evaluation.meaning=[probes]", ID),
     "store.mode": (NONE, "store.mode=stream", STREAM),
     "store.dir": (
@@ -270,6 +272,8 @@ IDLE: list[tuple[str, str]] = [
     ("model=synthetic model.world.topics=1", "with one topic"),
     ("store=stream store.shard_contexts=8", "stores no activations"),
     ("evaluation.intervals=false evaluation.bootstrap=200", "draws nothing"),
+    ("evaluation.meaning=[probes] evaluation.label_fields=[x]", "names fields of the rows"),
+    ("dataset=files dataset.path=x evaluation.label_fields=[x]", "for evaluation.meaning"),
     ("evaluation.analysis=false evaluation.redundancy_max_lag=2", "looks for no redundancy"),
     ("training.sparsity_warmup=0.3", "no sparsity coefficient"),
     ("training.target_l0=16 sae.k=8", "give one of them"),

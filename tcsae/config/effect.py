@@ -98,6 +98,14 @@ MEASURED = (
         "evaluation.intervals=false draws nothing",
     ),
     Rule(
+        "evaluation.label_fields",
+        ([],),
+        lambda config: (
+            config.dataset.source != "files" or "probes" not in config.evaluation.meaning
+        ),
+        "it names fields of the rows of dataset=files, for evaluation.meaning=[probes]",
+    ),
+    Rule(
         "evaluation.redundancy_max_lag",
         (8,),
         lambda config: not config.evaluation.analysis,
