@@ -32,6 +32,8 @@ class EvalFiles:
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
         self.by_density = self.path / "by_density.safetensors"
+        # Of the instruments that were asked for (tcsae/meaning).
+        self.meaning = self.path / "meaning.json"
         # Of a synthetic world alone.
         self.truth = self.path / "truth.json"
         self.truth_per_feature = self.path / "truth.safetensors"
