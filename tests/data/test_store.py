@@ -317,12 +317,12 @@ def test_a_signal_stops_a_harvest_and_whole_shards_stay(
 ) -> None:
     stop = StopRequest()
     passes = count_calls(LanguageModel, "activations_at", monkeypatch)
-    inner = LanguageModel.activations
+    inner = LanguageModel.activations_at
 
-    def signalled(self: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    def signalled(self: LanguageModel, ids: torch.Tensor, places: Any) -> list[torch.Tensor | None]:
         if len(passes) == 4:
             stop.signal_name = "SIGTERM"
-        return inner(self, ids)
+        return inner(self, ids, places)
 
     monkeypatch.setattr(LanguageModel, "activations_at", signalled)
     with pytest.raises(Interrupted, match="SIGTERM"):
