@@ -198,6 +198,11 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "store.shard_contexts=8",
         "data/test_store.py::test_other_activations_go_to_another_place",
     ),
+    "store.also": (
+        NONE,
+        "store.also=[0]",
+        "data/test_store.py::test_several_layers_and_hooks_are_harvested_in_one_forward_pass",
+    ),
     "tracking.mode": (
         NONE,
         "tracking.mode=online",
@@ -269,6 +274,8 @@ IDLE: list[tuple[str, str]] = [
     ("model=synthetic evaluation.model_contexts=8", "has no language model"),
     ("model=synthetic model.world.topics=1", "with one topic"),
     ("store=stream store.shard_contexts=8", "stores no activations"),
+    ("store=stream store.also=[0]", "stores no activations"),
+    ("model=synthetic store.also=[0]", "has no language model"),
     ("evaluation.intervals=false evaluation.bootstrap=200", "draws nothing"),
     ("evaluation.analysis=false evaluation.redundancy_max_lag=2", "looks for no redundancy"),
     ("training.sparsity_warmup=0.3", "no sparsity coefficient"),
