@@ -200,6 +200,11 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "store.shard_contexts=8",
         "data/test_store.py::test_other_activations_go_to_another_place",
     ),
+    "store.also": (
+        NONE,
+        "store.also=[0]",
+        "data/test_store.py::test_several_layers_and_hooks_are_harvested_in_one_forward_pass",
+    ),
     "tracking.mode": (
         NONE,
         "tracking.mode=online",
@@ -271,6 +276,8 @@ IDLE: list[tuple[str, str]] = [
     ("model=synthetic evaluation.model_contexts=8", "has no language model"),
     ("model=synthetic model.world.topics=1", "with one topic"),
     ("store=stream store.shard_contexts=8", "stores no activations"),
+    ("store=stream store.also=[0]", "stores no activations"),
+    ("model=synthetic store.also=[0]", "has no language model"),
     ("evaluation.intervals=false evaluation.bootstrap=200", "draws nothing"),
     ("evaluation.meaning=[probes] evaluation.label_fields=[x]", "names fields of the rows"),
     ("dataset=files dataset.path=x evaluation.label_fields=[x]", "for evaluation.meaning"),

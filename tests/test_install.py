@@ -36,3 +36,5 @@ def test_an_installed_package_finds_its_configuration_and_templates(tmp_path: Pa
     assert {f.relative_to(installed) for f in installed.rglob("*.yaml")} == shipped
     templates = [f.name for f in (tmp_path / "site" / "tcsae" / "report" / "templates").iterdir()]
     assert "run.html.j2" in templates and "page.js" in templates
+    assets = {f.name for f in (tmp_path / "site" / "tcsae" / "live" / "assets").iterdir()}
+    assert assets == {"index.html", "live.css", "live.js"}

@@ -92,6 +92,13 @@ MEASURED = (
         "store=stream stores no activations",
     ),
     Rule(
+        "store.also",
+        ([],),
+        lambda config: config.store.mode == "stream",
+        "store=stream stores no activations",
+    ),
+    Rule("store.also", ([],), _is_a_world, _NO_MODEL),
+    Rule(
         "evaluation.bootstrap",
         (1000,),
         lambda config: not config.evaluation.intervals,
