@@ -52,6 +52,8 @@ def test_a_wheel_has_its_version_and_every_file_of_the_configuration(wheel: Path
     code = {str(f.relative_to(REPOSITORY)) for f in (REPOSITORY / "tcsae").rglob("*.py")}
     assert code <= files
     assert {"tcsae/report/templates/run.html.j2", "tcsae/report/templates/page.js"} <= files
+    assets = {f"tcsae/live/assets/{name}" for name in ("index.html", "live.css", "live.js")}
+    assert {f for f in files if f.startswith("tcsae/live/assets/")} == assets
 
 
 def test_it_composes_its_own_configuration(site: Path, tmp_path: Path) -> None:
