@@ -338,6 +338,12 @@ def test_a_key_that_would_do_nothing_is_refused_in_one_line(overrides: str, word
         assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("evaluation", ["quick", "default", "full"])
+@pytest.mark.parametrize("rest", ["model=synthetic", "evaluation.analysis=false", "store=stream"])
+def test_a_preset_is_no_choice_of_what_it_sets_in_vain(evaluation: str, rest: str) -> None:
+    assert config_of(f"evaluation={evaluation}", rest).evaluation.bootstrap == 1000
+
+
 def test_every_key_of_conf_is_in_the_schema() -> None:
     shown = set()
     for option in sorted((conf_folder() / "sae").glob("*.yaml")):

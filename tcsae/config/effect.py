@@ -72,7 +72,7 @@ MEASURED = (
     Rule("model.dtype", ("auto", "float32"), _is_a_world, _NO_MODEL),
     Rule("model.extra_masked_ids", ([],), _is_a_world, _NO_MODEL),
     Rule("model.bos_id", (None,), _is_a_world, _NO_MODEL),
-    Rule("evaluation.model_contexts", (64,), _is_a_world, _NO_MODEL),
+    Rule("evaluation.model_contexts", (64, 16, 256), _is_a_world, _NO_MODEL),
     Rule(
         "model.world.correlation",
         (0.0,),
@@ -114,7 +114,7 @@ MEASURED = (
     ),
     Rule(
         "evaluation.redundancy_max_lag",
-        (8,),
+        (8, 32),
         lambda config: not config.evaluation.analysis,
         "evaluation.analysis=false looks for no redundancy",
     ),
