@@ -1,11 +1,11 @@
 """What packing a grid saves, everything in: 16 points on one stream against 16 lone trainings.
 
-    python scripts/bench_pack.py                              measures, and writes docs/performance.md
+    python scripts/bench_pack.py                              measures, writes docs/performance.md
     python scripts/bench_pack.py --points 4 --tokens 50000 [key=value ...]   a trial: prints only
     python scripts/bench_pack.py --page                       writes the page from docs/pack.json
 
-The real command on the embedded model and text: the grid (window x lambda) with evaluation=quick and
-with evaluation=default, each on an empty store: harvest, training, evaluation, pages, comparison.
+The real command on the embedded model and text: the grid (window x lambda) with evaluation=quick
+and with evaluation=default, each on an empty store: harvest, training, evaluation, all pages.
 Beside them one of its points alone, three times, on the store that the first left. The ratio is
 
     time of the grid's command / (its harvest + points x training of the lone run)

@@ -5,10 +5,10 @@
 
 Starts a one-node Slurm (scripts/start-slurm.sh) with pretended CPUs and a small MaxArraySize, and
 sends that many tiny jobs of a synthetic world (`seed` x `lambda`) to its preemptible partition.
-While they go on: a file lies where a run wants its folder, twice (two failures); a job of the other
-partition takes the node from all that train, until three are preempted; and the node is set down and
-up again. Then the obstacles are removed, and the same command does what is left. 200 jobs take about
-half an hour on two cores that do nothing else: most of it is Python starting for each pack.
+While they go on: a file lies where a run wants its folder, twice (two failures); a job of the
+other partition takes the node from all that train, until three are preempted; and the node is set
+down and up again. Then the obstacles are removed, and the same command does what is left. 200 jobs
+take about half an hour on two cores that do nothing else: most of it is Python starting.
 """
 
 from __future__ import annotations

@@ -123,11 +123,12 @@ def _in_thread(stream: Stream, stop: StopRequest, apart: Calls, phase: Scored) -
 
 
 def _examined(stream: Stream, stop: StopRequest, calls: Calls, phase: Scored) -> Examined | None:
-    job = phase.job
-    with job.guarded():
-        return examine(stream, stop, calls, phase)
-    job.close()
-    return None
+    examined = None
+    with phase.job.guarded():
+        examined = examine(stream, stop, calls, phase)
+    if examined is None:
+        phase.job.close()
+    return examined
 
 
 def tell(jobs: Sequence[Job], progress: Progress) -> None:
