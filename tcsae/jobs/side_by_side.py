@@ -123,12 +123,12 @@ def _in_thread(stream: Stream, stop: StopRequest, apart: Calls, phase: Scored) -
 
 
 def _examined(stream: Stream, stop: StopRequest, calls: Calls, phase: Scored) -> Examined | None:
-    examined = None
     with phase.job.guarded():
-        examined = examine(stream, stop, calls, phase)
-    if examined is None:
-        phase.job.close()
-    return examined
+        found = examine(stream, stop, calls, phase)
+    if phase.job.outcome is None:
+        return found
+    phase.job.close()
+    return None
 
 
 def tell(jobs: Sequence[Job], progress: Progress) -> None:
