@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import run_here, small_job, write_texts
+from browser import Tags
+from helpers import run_here, small_config, small_job, write_texts
 
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import stop_on_signal
@@ -18,13 +20,15 @@ from tcsae.config.sae import config_class
 from tcsae.data.batches import ActivationBatches, Calibration
 from tcsae.data.contexts import Contexts, SpecialIds, segments_of, valid_of
 from tcsae.data.store import StreamSource
+from tcsae.data.stream import open_model
 from tcsae.meaning.__main__ import main
 from tcsae.meaning.again import Run
 from tcsae.meaning.held_text import Findings, HeldText
-from tcsae.meaning.lengths import of_block
+from tcsae.meaning.lengths import _long, of_block
 from tcsae.meaning.shift import shift
 from tcsae.metrics.position import position_dependence
 from tcsae.metrics.units import Units
+from tcsae.report.comparison import compare_runs
 from tcsae.sae.registry import sae_class
 
 T, D, F, VOCABULARY, N = 64, 16, 48, 50, 20
@@ -121,7 +125,7 @@ def test_a_block_of_positions_has_the_evaluations_own_numbers() -> None:
     kept = valid[:, here]
     error = (x_hat - x[:, here])[kept].square().sum()
     about = (x[:, here][kept] - x[:, here][kept].mean(0)).square().sum()
-    assert float(found["explained_variance"][0]) == pytest.approx(float(1 - error / about))
+    assert float(found["explained_variance"][0]) == pytest.approx(1 - error.item() / about.item())
     assert float(found["l0"][0]) == pytest.approx(float((f > 0).sum(-1)[kept].double().mean()))
     of = position_dependence(f.detach(), valid=kept, units=units)
     values = torch.where(kept[..., None], f.detach(), 0.0).double()
@@ -171,6 +175,38 @@ def test_a_run_is_measured_at_shifts_and_lengths(finished: Path) -> None:
     info = json.loads(RunFiles(finished).final_info.read_text())
     assert {"shift_cosine", "lengths_explained_variance_2x"} <= set(info["meaning"])
     assert any("In longer contexts" in sentence for sentence in found["lengths"]["said"])
+
+
+def test_page_notes_and_comparison_show_them_beside_omega(finished: Path, tmp_path: Path) -> None:
+    files = RunFiles(finished)
+    page = files.report.read_text(encoding="utf-8")
+    notes = " ".join(files.notes.read_text(encoding="utf-8").split())
+    for text in (Tags(page).text, notes):
+        assert "What the features mean" in text and "later a token keeps" in text
+        assert "Shift: cosine of activations" in text and "Length 4 x: L0" in text
+    found = json.loads(files.eval.meaning.read_text())["shift"]["headline"]["shift_cosine"]
+    comparison = compare_runs([finished])
+    entry = comparison.groups[0]["metrics"]["shift_cosine"]
+    assert entry["value"] == found["value"]
+    assert [entry["low"], entry["high"]] == pytest.approx(found["interval"])
+    wanted = {"omega_squared", "shift_cosine", "lengths_explained_variance_4x"}
+    assert wanted <= set(comparison.headline)
+    assert "shift_cosine_low" in comparison.csv().splitlines()[0]
+    # A copy with another seed in its config: the replicates give the difference an interval.
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"lambda": 0.0}))
+    pair = compare_runs([finished, other])
+    delta = next(g["deltas"] for g in pair.groups if g["deltas"])["shift_cosine"]
+    assert delta["value"] == 0 and delta["low"] == pytest.approx(0) == delta["high"]
+
+
+def test_contexts_are_no_longer_than_the_models_positions(tiny_gpt2: Path, texts: Path) -> None:
+    for size, said in (("128", "has 128 positions, no more than"), ("100", "has 128 positions")):
+        config = small_config(tiny_gpt2, texts, dataset__context_size=size)
+        text: Any = SimpleNamespace(model=open_model(config))
+        assert said in str(_long(text, config))
 
 
 def test_a_synthetic_world_is_refused_before_anything_is_loaded() -> None:
