@@ -506,6 +506,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
+        ("sae", "selection", "batch"),
     ):
         if part in content and content[part].get(key, ...) == unused:
             del content[part][key]

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu, tanh": {**WIDE, "penalty": "tanh", "preact_coefficient": 1e-6},
     "gated": {},
     "matryoshka": {"k": 4},
+    "matryoshka, token": {"k": 4, "selection": "token"},
     "tsae": {"k": 4},
     "tsae, inner product": {"k": 4, "pair_loss": "inner_product", "pairs": "earlier"},
     "persistent": {"k": 4},
