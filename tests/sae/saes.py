@@ -62,7 +62,8 @@ def disturb(sae: SparseAutoencoder, size: float, seed: int = 0) -> SparseAutoenc
         if name != "W_dec":
             parameter += size * torch.randn(parameter.shape, generator=generator)
     sae.constrain()
-    if "threshold" in dict(sae.named_buffers()):
+    selects_by_token = getattr(sae.cfg, "selection", "batch") == "token"
+    if "threshold" in dict(sae.named_buffers()) and not selects_by_token:
         sae.threshold.fill_(size)
     return sae
 
