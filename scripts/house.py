@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("products",),
     ("losses", "sae", "metrics", "data"),
     ("training", "measure"),
+    ("meaning",),
     ("runs",),
     ("report",),
     ("jobs",),
@@ -65,6 +66,8 @@ class Arrow(NamedTuple):
 
 def room(module: str) -> str:
     """The package of "tcsae.x.y"; the doors are one room, and consistency is one of the losses."""
+    if module.endswith(".__main__"):
+        return "doors"  # python -m tcsae.PACKAGE
     first = module.split(".")[1] if "." in module else "__init__"
     if first == "consistency":
         return "losses"

@@ -186,6 +186,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "evaluation.bootstrap": (NONE, "evaluation.bootstrap=200", ID),
     "evaluation.analysis": (NONE, "evaluation.analysis=false", ID),
     "evaluation.redundancy_max_lag": (NONE, "evaluation.redundancy_max_lag=2", ID),
+    "evaluation.meaning": (NONE, "evaluation.meaning=[probes]", ID),
     "store.mode": (NONE, "store.mode=stream", STREAM),
     "store.dir": (
         NONE,

@@ -182,6 +182,8 @@ class EvaluationConfig(StrictModel):
     analysis: bool = True
     """Redundancy, clusters and top contexts, and their part of the report."""
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
+    meaning: list[Literal["probes"]] = []
+    """Instruments of tcsae/meaning, by name."""
 
 
 class StoreConfig(StrictModel):
@@ -500,6 +502,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "target_l0", None),
         ("training", "compile", False),
         ("evaluation", "intervals", True),
+        ("evaluation", "meaning", []),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),

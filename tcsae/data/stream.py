@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tcsae.base.files import tensors_digest
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
-from tcsae.data.batches import ActivationBatches, calibrate
+from tcsae.data.batches import ActivationBatches, Calibration, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
@@ -32,6 +35,8 @@ class Stream:
     evaluation: ActivationBatches
     text: str | None
     """Of local files, by their content."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What the first run measured here has made for all of a bank, by whoever made it."""
 
     @cached_property
     def passage(self) -> ActivationBatches | None:
@@ -85,6 +90,24 @@ def open_stream(
     )
     train, evaluation = (ActivationBatches(s, calibration, model.device) for s in sources)
     return Stream(model, train, evaluation, text_identity(config.dataset))
+
+
+def open_held_out(
+    config: Measured, norm_limit: float, stop: StopRequest
+) -> tuple[ActivationModel, ActivationBatches]:
+    """The held-out side alone, for a finished run: nothing of the training side is harvested.
+
+    norm_limit: that of the run, beyond which a token is massive.
+    """
+    model = open_model(config)
+    root = Path(config.store.dir).expanduser()
+    _, contexts = _contexts(config, model, root, stop)
+    source: Any = StreamSource(model, contexts)
+    if config.store.mode == "disk":
+        source = ActivationStore(root, model, contexts, config.store.shard_contexts)
+        source.harvest(stop, "harvest (held-out)")
+    unknown = Calibration(math.nan, norm_limit, math.nan, torch.empty(0, model.d_in))
+    return model, ActivationBatches(source, unknown, model.device)
 
 
 def _contexts(

@@ -23,12 +23,18 @@ from tcsae.base.stages import in_words, stage
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
-from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
+from tcsae.jobs.finish import (
+    Results,
+    measure,
+    measured_info,
+    say_finished,
+    say_results,
+    write_pages,
+)
 from tcsae.jobs.sources import Sources
 from tcsae.jobs.tracking import Tracker
 from tcsae.jobs.wandb_run import check_environment
 from tcsae.losses.laplacian import share_in_windows
-from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.products import choose, products_for
 from tcsae.report.contents import Contents
@@ -219,20 +225,21 @@ def complete(
     """From the trained SAE to the pages. `spent` says where the time went until it is called."""
     stop.check()
     job, trained, tracker = scored.job, scored.trained, scored.trained.tracker
-    evaluation, analysis = measure(
+    results = measure(
         trained.sae, trained.sae_cfg, scored.behaviour, job.config, stream, job.files, stop
     )
-    if analysis is not None:
-        tracker.summary(analysis.headline)
-    info = _final_info(job.config, trained, stream, evaluation, time.monotonic() - started)
+    if results.analysis is not None:
+        tracker.summary(results.analysis.headline)
+    info = _final_info(job.config, trained, stream, results, time.monotonic() - started)
     info["seconds"] = spent()
-    tracker.summary(evaluation.headline)
+    tracker.summary(results.evaluation.headline)
+    tracker.summary({f"eval/{name}": found["value"] for name, found in results.meaning.items()})
     write_json(job.files.final_info, info)
     run = job.files.load()
     with stage("pages"):
         write_pages(run)
     _send_pages(run, tracker)
-    say_results(run, evaluation)
+    say_results(run, results.evaluation)
     said = spent()
     log.info(f"where the time went: {in_words(said['shared'] | said['own'])}")
     job.let_checkpoints_go()
@@ -302,7 +309,7 @@ def _final_info(
     config: Config,
     trained: Trained,
     stream: Stream,
-    evaluation: Evaluation,
+    results: Results,
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The keys the experiment's first runs wrote, filled with what happened."""
@@ -323,7 +330,7 @@ def _final_info(
         * config.training.batch_contexts
         * config.dataset.context_size
         / trained.seconds,
-        **measured_info(config, stream, evaluation, wall_seconds),
+        **measured_info(config, stream, results, wall_seconds),
     }
 
 

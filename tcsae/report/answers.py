@@ -7,6 +7,7 @@ from typing import Any
 
 from tcsae.base.labels import difference_text, label, local_names, local_window, number
 from tcsae.report.controls import control_of, is_control
+from tcsae.report.seed_noise import seed_mark
 
 SHOWN = 6
 """Settings with a sentence of their own; of more, those whose features last longest."""
@@ -55,6 +56,8 @@ def _change(group: Row, name: str) -> str | None:
         return None
     change = difference_text(entry["value"], entry["low"], entry["high"])
     noise = ", within noise" if entry["within_noise"] else ""
+    if mark := seed_mark(entry):
+        noise += f", {mark}"
     before = value - entry["value"]
     return f"{label(name).name} {number(before)} -> {number(value)} ({change}{noise})"
 

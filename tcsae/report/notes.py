@@ -29,6 +29,13 @@ from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
+from tcsae.report.seed_noise import (
+    SEED_NOISE_HEADER,
+    SEED_NOISE_LEAD,
+    seed_noise_row,
+    seed_noise_words,
+)
+from tcsae.report.stability import stability_words
 from tcsae.runs.folder import LoadedRun
 
 _WIDTH = 96
@@ -296,6 +303,7 @@ def comparison_notes(comparison: Comparison) -> str:
         lines += _heading("Against the baseline at the same L0")
         lines += [p for group in own for p in _group_verdict(group, content)]
         lines += _at_equal_density(own)
+        lines += _of_seeds(own, content)
     return "\n".join(lines) + "\n"
 
 
@@ -365,7 +373,8 @@ def _group_verdict(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iter
         return
     yield ""
     yield from _paragraph(f"{group['label']} ({group['match']['words']})")
-    for sentence in verdicts(group, content["metrics"]):
+    of_seeds = seed_noise_words(content["seed_noise"], group)
+    for sentence in [*verdicts(group, content["metrics"]), *of_seeds]:
         yield from _paragraph(sentence, "- ")
 
 
@@ -441,3 +450,14 @@ def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         "Intervals are over features, documents and, where both sides have the same, seeds."
     )
     return [*_heading("The same at equal density"), *_paragraph(said), *lines]
+
+
+def _of_seeds(groups: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> list[str]:
+    """What training again changes: the features, and every headline metric."""
+    lines = _heading("Seeds: the same features?")
+    lines += [p for g in groups for text in stability_words(g) for p in _paragraph(text, "- ")]
+    own = [row for row in content["seed_noise"] if row["stream"] == groups[0]["stream"]]
+    if not own:
+        return lines
+    lines += ["", *_paragraph(SEED_NOISE_LEAD), ""]
+    return [*lines, *_columns([SEED_NOISE_HEADER, *map(seed_noise_row, own)])]

@@ -74,7 +74,8 @@ class Run:
     """Why `draws` lacks a metric."""
     medians: dict[str, float | None]
     features: dict[str, Tensor]
-    """[F] each: density, c0, rho_1, omega_squared and every C_W; profile_rate [T, F]."""
+    """[F] each: density, contexts_on, c0, rho_1, omega_squared, every C_W and L_W; profile_rate
+    [T, F]."""
     top: dict[str, float | None] = field(default_factory=dict)
     """The 99th percentile over features of consistency metrics."""
     energy_by_position: list[float | None] = field(default_factory=list)
@@ -238,8 +239,8 @@ def _intervals(loaded: LoadedRun) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _features(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = ("density", "c0", "rho_1", "omega_squared", "profile_rate")
-    kept = [name for name in columns if name in plain or name.startswith("C_")]
+    plain = ("density", "contexts_on", "c0", "rho_1", "omega_squared", "profile_rate")
+    kept = [name for name in columns if name in plain or name.startswith(("C_", "L_"))]
     return {name: columns[name].double() for name in kept}
 
 

@@ -177,6 +177,13 @@ class LoadedRun:
         return load_tensors(path, _ADVICE)[0] if path.is_file() else {}
 
     @cached_property
+    def meaning(self) -> dict[str, Any]:
+        """What the instruments of tcsae/meaning found, by their names: {headline: {name: {value,
+        interval}}, said, ...} each. {} where none was asked for (`python -m tcsae.meaning`)."""
+        path = RunFiles(self.folder).eval.meaning
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
     def analysis(self) -> Analysis | None:
         """None where it was not asked for."""
         files = RunFiles(self.folder).analysis
