@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runs",),
     ("report",),
     ("jobs",),
-    ("launch",),
+    ("launch", "live"),
     ("doors",),
 )
 """From the ground up: a package imports from floors below its own, and from itself."""
@@ -40,6 +40,7 @@ DOORS = (
     "evaluate",
     "compare",
     "look",
+    "serve",
     "steer",
     "status",
     "export",

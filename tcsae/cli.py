@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "lay runs and sweeps side by side",
     "meaning": "what the features mean: probes",
     "look": "the features of a text, as a page of strips",
+    "serve": "a local page: text in, features out, steering",
     "status": "what the jobs of sweeps and runs are doing",
     "steer": "continue a text with a feature set",
     "export": "share a finished run's SAE",

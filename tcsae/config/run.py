@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from tcsae.config.synthetic import WorldConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
 
 class ModelConfig(StrictModel):
@@ -37,7 +38,7 @@ class ModelConfig(StrictModel):
     n_layers: Count | None = None
     """Number of blocks, if known before loading; ignored with `path`."""
     default_layer: Annotated[int, Field(ge=0)] | None = None
-    hook: Literal["resid_pre", "resid_post", "mlp_out", "attn_out"] = "resid_post"
+    hook: Hook = "resid_post"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     forward_contexts: Count = 16
@@ -185,6 +186,8 @@ class EvaluationConfig(StrictModel):
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
     meaning: list[Literal["probes", "shift", "lengths"]] = []
     """Instruments of tcsae/meaning, by name."""
+    label_fields: list[Annotated[str, Field(min_length=1)]] = []
+    """Of the rows of dataset=files: fields of labels that probes learn, or of [start, end, tag]."""
 
 
 class StoreConfig(StrictModel):
@@ -193,6 +196,22 @@ class StoreConfig(StrictModel):
     mode: Literal["disk", "stream"] = "disk"
     dir: str
     shard_contexts: Count = 128
+    also: list[int | str] = []
+    """Further places of the same model, "LAYER" or "LAYER.HOOK", harvested in the same forward
+    pass, for the runs that read them. A sweep over layers sets it by itself."""
+
+    @field_validator("also")
+    @classmethod
+    def _are_places(cls, value: list[int | str]) -> list[int | str]:
+        for place in value:
+            layer, hook = place_of(place)
+            resolve_layer(layer, 10_000)
+            if hook is not None and hook not in get_args(Hook):
+                raise ValueError(
+                    f"{place}: a place is LAYER or LAYER.HOOK, the hook one of "
+                    f"{', '.join(get_args(Hook))}"
+                )
+        return value
 
 
 WANDB_REFUSES = frozenset("/\\#?%:")
@@ -425,6 +444,12 @@ def shared_by_a_bank(config: Config) -> dict[str, Any]:
     return shared | {f"training.{key}": value for key, value in training.items()}
 
 
+def place_of(place: int | str) -> tuple[int | str, str | None]:
+    """The layer and the hook (None: the run's own) of an entry of `store.also`."""
+    layer, _, hook = str(place).partition(".")
+    return int(layer) if layer.isdigit() else layer, hook or None
+
+
 def resolve_layer(layer: int | str | None, n_layers: int) -> int:
     """The block number that `layer` names in a model of `n_layers` blocks.
 
@@ -520,12 +545,14 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "compile", False),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
+        ("evaluation", "label_fields", []),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
+        ("sae", "selection", "batch"),
     ):
         if part in content and content[part].get(key, ...) == unused:
             del content[part][key]

@@ -60,8 +60,10 @@ class Stream:
 
 def open_model(config: Measured) -> ActivationModel:
     """The language model of the config, or the world in its place; UserError if there is none."""
-    kind = LanguageModel if config.model.world is None else SyntheticModel
-    return kind(config.model, config.layer)
+    if config.model.world is not None:
+        return SyntheticModel(config.model, config.layer)
+    also = config.store.also if config.store.mode == "disk" else ()
+    return LanguageModel(config.model, config.layer, also)
 
 
 def open_stream(
