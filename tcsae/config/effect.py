@@ -105,6 +105,14 @@ MEASURED = (
         "evaluation.intervals=false draws nothing",
     ),
     Rule(
+        "evaluation.label_fields",
+        ([],),
+        lambda config: (
+            config.dataset.source != "files" or "probes" not in config.evaluation.meaning
+        ),
+        "it names fields of the rows of dataset=files, for evaluation.meaning=[probes]",
+    ),
+    Rule(
         "evaluation.redundancy_max_lag",
         (8, 32),
         lambda config: not config.evaluation.analysis,
@@ -118,6 +126,12 @@ TRAINED = (
         (0.1,),
         _has_no_coefficient,
         "the architecture has k features a token, and no sparsity coefficient that could rise",
+    ),
+    Rule(
+        "sae.threshold_rate",
+        (0.1,),
+        lambda config: getattr(config.sae, "selection", "batch") == "token",
+        "sae.selection=token estimates no threshold",
     ),
     Rule("sae.k_aux", (None,), _has_no_auxk, "it is for sae.revival=auxk"),
     Rule("sae.auxk_coefficient", (1 / 32,), _has_no_auxk, "it is for sae.revival=auxk"),

@@ -185,6 +185,8 @@ class EvaluationConfig(StrictModel):
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
     meaning: list[Literal["probes"]] = []
     """Instruments of tcsae/meaning, by name."""
+    label_fields: list[Annotated[str, Field(min_length=1)]] = []
+    """Of the rows of dataset=files: fields of labels that probes learn, or of [start, end, tag]."""
 
 
 class StoreConfig(StrictModel):
@@ -526,12 +528,14 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "compile", False),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
+        ("evaluation", "label_fields", []),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
+        ("sae", "selection", "batch"),
     ):
         if part in content and content[part].get(key, ...) == unused:
             del content[part][key]
