@@ -122,6 +122,11 @@ _HEADLINE_TRUTH = (
 )
 """Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
+_HEADLINE_POSITION = (
+    *("shift_cosine", "shift_moved"),
+    *("lengths_explained_variance_4x", "lengths_omega_squared_4x"),
+)
+"""Of instruments, beside omega^2; where they were asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,6 +230,7 @@ def compare_runs(
     rows = [entries.group(group) for group in groups]
     local = local_window(metrics, window)
     chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *local_names(local), *_HEADLINE_MEMORY)
+    chosen += _HEADLINE_POSITION
     headline = [name for name in chosen if name in metrics]
     noise = SeedNoise(groups, metrics)
     stable: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ from tcsae.base.labels import (
     spread_text,
     window_part,
 )
-from tcsae.report import norm_limits, truth
+from tcsae.report import meaning, norm_limits, truth
 from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.memory_figures import SHARES
@@ -81,7 +81,7 @@ def run_notes(run: LoadedRun) -> str:
     name = run.folder.resolve().name
     lines = [f"Notes on the run {name}", "=" * (len(name) + 17)]
     lines += [*_what_was_run(contents), *_core_results(contents), *_truth(contents)]
-    lines += _consistency(contents)
+    lines += [*_consistency(contents), *_meaning(contents)]
     lines += [*_analysis_lines(contents), *_missing(contents), *_reading(contents)]
     return "\n".join(lines) + "\n"
 
@@ -128,6 +128,15 @@ def _core_results(contents: Contents) -> list[str]:
         *_columns([("metric", "value", "interval", "meaning"), *rows]),
         *_by_norm_limit(contents),
     ]
+
+
+def _meaning(contents: Contents) -> list[str]:
+    found = contents.run.meaning
+    if not found:
+        return []
+    said = [line for text in meaning.words(found) for line in _paragraph(text, "- ")]
+    table = _columns([meaning.HEAD, *meaning.table(found)])
+    return [*_heading("What the features mean"), *said, "", *table]
 
 
 def _by_norm_limit(contents: Contents) -> list[str]:
