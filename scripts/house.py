@@ -27,10 +27,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("products",),
     ("losses", "sae", "metrics", "data"),
     ("training", "measure"),
+    ("meaning",),
     ("runs",),
     ("report",),
     ("jobs",),
-    ("launch",),
+    ("launch", "live"),
     ("doors",),
 )
 """From the ground up: a package imports from floors below its own, and from itself."""
@@ -39,6 +40,7 @@ DOORS = (
     "evaluate",
     "compare",
     "look",
+    "serve",
     "steer",
     "status",
     "export",
@@ -65,6 +67,8 @@ class Arrow(NamedTuple):
 
 def room(module: str) -> str:
     """The package of "tcsae.x.y"; the doors are one room, and consistency is one of the losses."""
+    if module.endswith(".__main__"):
+        return "doors"  # python -m tcsae.PACKAGE
     first = module.split(".")[1] if "." in module else "__init__"
     if first == "consistency":
         return "losses"

@@ -21,7 +21,9 @@ COMMANDS = {
     "train": "train and measure one SAE, or a sweep of them",
     "evaluate": "measure an SAE from anywhere as a run's is",
     "compare": "lay runs and sweeps side by side",
+    "meaning": "what the features mean: probes",
     "look": "the features of a text, as a page of strips",
+    "serve": "a local page: text in, features out, steering",
     "status": "what the jobs of sweeps and runs are doing",
     "steer": "continue a text with a feature set",
     "export": "share a finished run's SAE",
@@ -105,7 +107,10 @@ def main() -> None:
         print(f"tcsae {__version__}")
     elif name in COMMANDS:
         del sys.argv[1]
-        import_module(f"tcsae.{name}").main()
+        module = import_module(f"tcsae.{name}")
+        # A package that is a command too has it where python -m looks.
+        is_package = hasattr(module, "__path__")
+        (import_module(f"tcsae.{name}.__main__") if is_package else module).main()
     else:
         say(f"{name}: no such command; one of {', '.join(COMMANDS)}")
         sys.exit(USER_ERROR_EXIT_CODE)

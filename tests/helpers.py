@@ -311,7 +311,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def harvest_together(
-    weights: str, texts: str, roots: list[str], barrier: Any, answers: Any
+    weights: str, texts: str, roots: list[str], barrier: Any, answers: Any, layer: str, also: str
 ) -> None:
     """Opens the stream of one job in every root, at the same moment as another process.
 
@@ -328,10 +328,11 @@ def harvest_together(
     from tcsae.data.stream import open_stream
 
     with pytest.MonkeyPatch.context() as patch:
-        passes = count_calls(LanguageModel, "activations", patch)
+        passes = count_calls(LanguageModel, "activations_at", patch)
         packings = count_calls(context_cache, "_build_contexts", patch)
         for root in roots:
-            config = small_config(Path(weights), Path(texts), store__dir=root, layer="1")
+            place = {"layer": layer, "store__also": also}
+            config = small_config(Path(weights), Path(texts), store__dir=root, **place)
             passes.clear()
             packings.clear()
             barrier.wait(timeout=120)

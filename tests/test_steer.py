@@ -11,6 +11,7 @@ from helpers import run_here, small_job
 
 import tcsae
 from tcsae.base.errors import UserError
+from tcsae.measure.steering import _with_features, continuation
 from tcsae.runs.folder import LoadedRun
 from tcsae.steer import main
 
@@ -87,14 +88,25 @@ def test_a_feature_held_where_it_is_changes_nothing(run: LoadedRun, feature: int
     text = run.features(PROMPT)
     assert float(text.values[text.valid, silent].abs().max()) == 0.0
     reader = run.reader
-    from tcsae.measure.steering import _with_feature
-
     ids = text.ids[None]
     x = reader.model.activations(ids.int()).float()
-    assert torch.equal(_with_feature(reader, silent, 0.0)(ids)(x), x)
-    moved = _with_feature(reader, silent, 2.0)(ids)(x) - x
+    assert torch.equal(_with_features(reader, {silent: 0.0})(ids)(x), x)
+    moved = _with_features(reader, {silent: 2.0})(ids)(x) - x
     assert torch.equal(moved[0, 0], torch.zeros_like(moved[0, 0]))  # BOS
     torch.testing.assert_close(moved[0, 1:], 2.0 * run.sae.W_dec[silent].expand_as(moved[0, 1:]))
+
+
+def test_two_features_at_once_change_what_each_of_them_changes(run: LoadedRun) -> None:
+    reader, ids = run.reader, run.features(PROMPT).ids[None]
+    x = reader.model.activations(ids.int()).float()
+    first, second = (f.feature for f in run.features(PROMPT).top(2))
+
+    def moved(values: dict[int, float]) -> torch.Tensor:
+        return _with_features(reader, values)(ids)(x) - x
+
+    both = moved({first: 3.0, second: 0.0})
+    torch.testing.assert_close(both, moved({first: 3.0}) + moved({second: 0.0}))
+    assert continuation(reader, PROMPT, {}, tokens=8) == run.steer(PROMPT, first, tokens=8).plain
 
 
 def test_what_is_drawn_is_drawn_alike(run: LoadedRun, feature: int) -> None:

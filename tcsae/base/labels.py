@@ -105,6 +105,28 @@ LABELS: dict[str, Label] = {
     ),
 }
 
+_POSITION = {
+    "shift_jaccard": Label(
+        "Shift: Jaccard", "active features that a token keeps in later contexts"
+    ),
+    "shift_cosine": Label("Shift: cosine", "of a token's codes in contexts that start later"),
+    "shift_correlation": Label("Shift: correlation", "of a feature with itself, the same tokens"),
+    "shift_input_cosine": Label("Shift: cosine of activations", "what the model itself keeps"),
+    "shift_moved": Label(
+        "Shift: moved", "1 - cosine of codes over that of activations; above 1: codes move more"
+    ),
+}
+_LENGTHS = {
+    "explained_variance": ("explained variance", "over that within the training length"),
+    "l0": ("L0", "over that within the training length"),
+    "omega_squared": ("omega²", "variance between the positions of that block"),
+}
+LABELS |= _POSITION | {
+    f"lengths_{name}_{n}x": Label(f"Length {n} x: {said}", meaning)
+    for name, (said, meaning) in _LENGTHS.items()
+    for n in (2, 4)
+}
+
 _TRUTH = {
     "mcc": Label("Truth: MCC", "mean cosine of the true directions with their matches"),
     "cosine": Label("Truth: cosine", "of the true direction with its match"),

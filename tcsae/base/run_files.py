@@ -14,6 +14,8 @@ SWEEP_FILE = "sweep.json"
 REPORT = "report.html"
 """The page of a run, and of a comparison."""
 NOTES = "notes.txt"
+STABILITY = "stability.safetensors"
+"""Of a comparison."""
 """The words of a run, and of a comparison."""
 OVERRIDES = "overrides.yaml"
 ACTIVATIONS = "activations"
@@ -32,6 +34,8 @@ class EvalFiles:
         self.per_context = self.path / "per_context.safetensors"
         self.draws = self.path / "draws.safetensors"
         self.by_density = self.path / "by_density.safetensors"
+        # Of the instruments that were asked for (tcsae/meaning).
+        self.meaning = self.path / "meaning.json"
         # Of a synthetic world alone.
         self.truth = self.path / "truth.json"
         self.truth_per_feature = self.path / "truth.safetensors"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -20,6 +21,7 @@ from tcsae.config.synthetic import WorldConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
 
 class ModelConfig(StrictModel):
@@ -36,7 +38,7 @@ class ModelConfig(StrictModel):
     n_layers: Count | None = None
     """Number of blocks, if known before loading; ignored with `path`."""
     default_layer: Annotated[int, Field(ge=0)] | None = None
-    hook: Literal["resid_pre", "resid_post", "mlp_out", "attn_out"] = "resid_post"
+    hook: Hook = "resid_post"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     forward_contexts: Count = 16
@@ -185,6 +187,10 @@ class EvaluationConfig(StrictModel):
     analysis: bool = True
     """Redundancy, clusters and top contexts, and their part of the report."""
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
+    meaning: list[Literal["probes", "shift", "lengths"]] = []
+    """Instruments of tcsae/meaning, by name."""
+    label_fields: list[Annotated[str, Field(min_length=1)]] = []
+    """Of the rows of dataset=files: fields of labels that probes learn, or of [start, end, tag]."""
 
 
 class StoreConfig(StrictModel):
@@ -193,6 +199,22 @@ class StoreConfig(StrictModel):
     mode: Literal["disk", "stream"] = "disk"
     dir: str
     shard_contexts: Count = 128
+    also: list[int | str] = []
+    """Further places of the same model, "LAYER" or "LAYER.HOOK", harvested in the same forward
+    pass, for the runs that read them. A sweep over layers sets it by itself."""
+
+    @field_validator("also")
+    @classmethod
+    def _are_places(cls, value: list[int | str]) -> list[int | str]:
+        for place in value:
+            layer, hook = place_of(place)
+            resolve_layer(layer, 10_000)
+            if hook is not None and hook not in get_args(Hook):
+                raise ValueError(
+                    f"{place}: a place is LAYER or LAYER.HOOK, the hook one of "
+                    f"{', '.join(get_args(Hook))}"
+                )
+        return value
 
 
 WANDB_REFUSES = frozenset("/\\#?%:")
@@ -222,6 +244,10 @@ class TrackingConfig(StrictModel):
                 "tracking.entity"
             )
         return value
+
+
+NEED_A_LANGUAGE_MODEL = ("shift", "lengths")
+"""Instruments of tcsae/meaning that run text through the model again."""
 
 
 class Measured(StrictModel):
@@ -267,10 +293,22 @@ class Measured(StrictModel):
             )
         if self.model.world is not None:
             self.model.world.check_contexts(size)
+        if unfit := self.unfit_instruments(self.evaluation.meaning):
+            raise ValueError(unfit)
         # The highest number that could be right, where the model's own is not known yet.
         known = self.model.path is None and self.model.n_layers
         resolve_layer(self.layer, known or 10_000)
         return self
+
+    def unfit_instruments(self, names: Sequence[str]) -> str | None:
+        """Why the model of this run allows some instruments of `evaluation.meaning` no answer."""
+        again = [name for name in names if name in NEED_A_LANGUAGE_MODEL]
+        if not again or self.model.world is None:
+            return None
+        return (
+            f"evaluation.meaning = [{','.join(again)}]: text goes through a language model again "
+            "there, and model=synthetic has none: leave it out, or choose a language model"
+        )
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON-ready dict with the keys of conf/."""
@@ -409,6 +447,12 @@ def shared_by_a_bank(config: Config) -> dict[str, Any]:
     return shared | {f"training.{key}": value for key, value in training.items()}
 
 
+def place_of(place: int | str) -> tuple[int | str, str | None]:
+    """The layer and the hook (None: the run's own) of an entry of `store.also`."""
+    layer, _, hook = str(place).partition(".")
+    return int(layer) if layer.isdigit() else layer, hook or None
+
+
 def resolve_layer(layer: int | str | None, n_layers: int) -> int:
     """The block number that `layer` names in a model of `n_layers` blocks.
 
@@ -503,12 +547,15 @@ def identity(config: Measured) -> dict[str, Any]:
         ("training", "target_l0", None),
         ("training", "compile", False),
         ("evaluation", "intervals", True),
+        ("evaluation", "meaning", []),
+        ("evaluation", "label_fields", []),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
+        ("sae", "selection", "batch"),
     ):
         if part in content and content[part].get(key, ...) == unused:
             del content[part][key]

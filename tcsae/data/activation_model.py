@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +40,18 @@ class ActivationModel(Protocol):
     def vocabulary(self) -> int:
         """Number of what `shown` gives."""
 
+    @property
+    def beside(self) -> Sequence[ActivationModel]:
+        """The same model read at further places (`store.also`)."""
+
     def activations(self, ids_BT: Tensor) -> Tensor:
         """[B, T, d_in] of whole contexts of ids."""
+
+    def activations_at(
+        self, ids_BT: Tensor, places: Sequence[ActivationModel]
+    ) -> list[Tensor | None]:
+        """The same at each of these places, out of itself and `beside`, by one forward pass.
+        None: there is nothing of this form at that place."""
 
     def shown(self, ids_BT: Tensor) -> Tensor:
         """[B, T] int64 below `vocabulary`: what stands for each token where tokens are counted."""

@@ -7,6 +7,8 @@ Activations, and the logits with something in their place, come from one network
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError, first_line
-from tcsae.config import ModelConfig, resolve_layer
+from tcsae.config import ModelConfig, place_of, resolve_layer
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import SpecialIds
-from tcsae.data.loading import HOOKS, load_model, quiet, with_place
+from tcsae.data.loading import HOOKS, load_model, quiet, with_places
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
-from tcsae.data.network import Network, Replace
+from tcsae.data.network import Logits, Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
 from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
@@ -59,12 +62,15 @@ class LanguageModel:
     Args:
         cfg: the model's config.
         layer: the block, as the config names it.
+        also: further places that a forward pass can be read at, as `store.also` names them.
 
     Raises:
         UserError: no such weights, no such layer, a folder that does not load.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int | str | None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layer: int | str | None, also: Sequence[int | str] = ()
+    ) -> None:
         self.cfg = cfg
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
@@ -78,6 +84,20 @@ class LanguageModel:
         self.hook_name = f"blocks.{self.layer}.{HOOKS[cfg.hook]}"
         self.checks: dict[str, Any] | None = None
         """What was found when it was loaded; None: it was not."""
+        self.beside = self._others(also)
+        """The same model at the other places; none of them is ever loaded itself."""
+
+    def _others(self, also: Sequence[int | str]) -> list[LanguageModel]:
+        found = {self.hook_name: self}
+        for layer, hook in map(place_of, also):
+            cfg = self.cfg.model_copy(update={"hook": hook or self.cfg.hook})
+            try:
+                other = LanguageModel(cfg, layer)
+            except UserError as error:  # the run that reads it says so, and this one is another
+                log.warning(f"store.also: {error}: left out")
+                continue
+            found.setdefault(other.hook_name, other)
+        return list(found.values())[1:]
 
     def check_length(self, context_size: int) -> None:
         """Raises UserError for contexts longer than the model's table of positions, and warns of
@@ -176,9 +196,15 @@ class LanguageModel:
                 f"{first_line(error)}"
             ) from error
         with quiet():
-            network, bridge = with_place(model, folder, self.tokenizer, self.layer, self.cfg.hook)
+            also = [(place.layer, place.cfg.hook) for place in self.beside]
+            network, bridge = with_places(
+                model, folder, self.tokenizer, self.layer, self.cfg.hook, also
+            )
         ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
-        self.checks = try_model(network, bridge, ids_BT.to(self.device), self._hook_point)
+        ids_BT = ids_BT.to(self.device)
+        self.checks = try_model(network, bridge, ids_BT, self._hook_point)
+        with torch.inference_mode():
+            network.check_repeated(ids_BT)
         return network
 
     @property
@@ -188,11 +214,31 @@ class LanguageModel:
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor) -> Tensor:
         """[B, T, d_in] at the hook point, in the model's dtype; the forward pass ends there."""
-        x_BTD = self._network.activations(ids_BT.to(self.device, torch.long))
-        assert x_BTD is not None, f"the forward pass does not come by {self.hook_name}"
+        (x_BTD,) = self.activations_at(ids_BT, [self])
+        assert x_BTD is not None
         return x_BTD
+
+    @torch.inference_mode()
+    def activations_at(
+        self, ids_BT: Tensor, places: Sequence[ActivationModel]
+    ) -> list[Tensor | None]:
+        """[B, T, d_in] at each place, out of this one and `beside`, of one forward pass.
+
+        None for one beside it where something else is than a vector for each token.
+        """
+        known = [place.hook_name for place in (self, *self.beside)]
+        numbers = [known.index(place.hook_name) for place in places]
+        found = self._network.activations(ids_BT.to(self.device, torch.long), numbers)
+        assert 0 in found or 0 not in numbers, f"the model does not come by {self.hook_name}"
+        fits = (*ids_BT.shape, self.d_in)
+        return [x if (x := found.get(n)) is not None and x.shape == fits else None for n in numbers]
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
         """[B, T, vocab]; `replace` maps the hook's activations [B, T, d_in] to their stand-in."""
         return self._network.logits(ids_BT.to(self.device, torch.long), replace)
+
+    def repeated(self, ids_BT: Tensor) -> AbstractContextManager[Logits]:
+        """Within it, `logits` of these ids with one stand-in after the other: what comes before the
+        hook point is run once."""
+        return self._network.repeated(ids_BT.to(self.device, torch.long))

@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,16 @@ def _untrained(folder: Path, dtype: torch.dtype) -> Any:
         return model.to(dtype)
 
 
-def with_place(
-    model: Any, folder: Path, tokenizer: Any, layer: int, hook: str
+def with_places(
+    model: Any,
+    folder: Path,
+    tokenizer: Any,
+    layer: int,
+    hook: str,
+    also: Sequence[tuple[int, str]],
 ) -> tuple[Network, Any]:
-    """The network with its place for `hook`, and TransformerLens' bridge on the same tensors.
+    """The network with its place for `hook` and those of `also` (layer, hook), None where there is
+    no such part; and TransformerLens' bridge on the same tensors.
 
     Raises UserError where TransformerLens does not know the family, or the block has no such part.
     """
@@ -136,15 +142,15 @@ def with_place(
             f"({first_line(error).split('. ')[0][:200]}): give a model of another family"
         ) from error
     bridge = bridge.eval().requires_grad_(False)
-    places = {name: find_place(bridge, paths, layer, point) for name, point in HOOKS.items()}
-    place = places[hook]
-    if place is None:
-        there = [name for name, found in places.items() if found is not None]
+    there = {name: find_place(bridge, paths, layer, point) for name, point in HOOKS.items()}
+    if there[hook] is None:
+        known = [name for name, place in there.items() if place is not None]
         raise UserError(
             f"model.hook = {hook}: block {layer} of {family} has no such part; it has "
-            f"{', '.join(there) or 'none of the hooks'}"
+            f"{', '.join(known) or 'none of the hooks'}"
         )
-    return Network(own, place), bridge
+    others = [find_place(bridge, paths, block, HOOKS[name]) for block, name in also]
+    return Network(own, [there[hook], *others]), bridge
 
 
 @contextlib.contextmanager

@@ -7,21 +7,23 @@ and what a reconstruction stands in for are the same tensor to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 Replace = Callable[[Tensor], Tensor]
+Logits = Callable[..., Tensor]
+"""Of the same ids every time: called with nothing, or with what replaces the activations."""
 
 
 class _Reached(Exception):
-    """The forward pass has come to the activations that were wanted."""
-
-    def __init__(self, activation: Tensor) -> None:
-        self.activation = activation
+    """The forward pass has come by all the activations that were wanted."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +65,44 @@ def _scaled_place(block: Any, paths: dict[int, str], hook: str) -> Place | None:
 
 
 class Network:
-    """A causal model of transformers, with one place in it that is read or replaced."""
+    """A causal model of transformers, with places in it that are read, the first one replaced."""
 
-    def __init__(self, model: Any, place: Place) -> None:
-        self.model, self.place = model, place
-        self._module = model.get_submodule(place.module)
+    def __init__(self, model: Any, places: Sequence[Place | None]) -> None:
+        self.model, self.places = model, places
+        self._before = [] if places[0] is None else _blocks_before(model, places[0])
 
-    def activations(self, ids_BT: Tensor) -> Tensor | None:
-        """[B, T, d] at the place; the forward pass ends there. None: it does not come by it, or
-        what comes by has another form."""
+    def activations(self, ids_BT: Tensor, numbers: Sequence[int] = (0,)) -> dict[int, Tensor]:
+        """[B, T, d] at these places, by their numbers; the forward pass ends at the last of them.
+        Those that it does not come by, or where something of another form does, are not in it."""
+        found: dict[int, Tensor] = {}
 
-        def stop(x_BTD: Tensor) -> Tensor:
-            raise _Reached(x_BTD)
+        def keep(number: int, x_BTD: Tensor) -> Tensor:
+            # Some families add to it in place, on the way to the next one.
+            found[number] = x_BTD if len(numbers) == 1 else x_BTD.clone()
+            if len(found) == len(numbers):
+                raise _Reached
+            return x_BTD
 
-        try:
-            self.logits(ids_BT, stop)
-        except _Reached as reached:
-            return reached.activation
-        return None
+        with contextlib.suppress(_Reached), contextlib.ExitStack() as hooks:
+            for number in numbers:
+                if (place := self.places[number]) is not None:
+                    hooks.enter_context(self._changed(place, ids_BT, partial(keep, number)))
+            self._forward(ids_BT)
+        return found
 
     def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
-        """[B, T, vocab]; `replace` is called with the place's activations [B, T, d]."""
+        """[B, T, vocab]; `replace` is called with the first place's activations [B, T, d]."""
         if replace is None:
             return self._forward(ids_BT)
+        first = self.places[0]
+        assert first is not None
+        with self._changed(first, ids_BT, replace):
+            return self._forward(ids_BT)
+
+    def _changed(self, place: Place, ids_BT: Tensor, replace: Replace) -> Any:
+        """A context in which `replace` has the last word on the activations at the place."""
         shape = tuple(ids_BT.shape)
-        factor = self.place.factor
+        factor = place.factor
 
         def change(tensor: Any) -> Any:
             flat = isinstance(tensor, Tensor) and tensor.ndim == 2  # OPT: tokens in one row
@@ -108,16 +123,74 @@ class Network:
                 return type(out)((change(out[0]), *out[1:]))
             return change(out)
 
-        if self.place.is_input:
-            handle = self._module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = self._module.register_forward_hook(after)
-        with handle:
-            return self._forward(ids_BT)
+        module = self.model.get_submodule(place.module)
+        if place.is_input:
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
+
+    @contextlib.contextmanager
+    def repeated(self, ids_BT: Tensor) -> Iterator[Logits]:
+        """`logits` of the same ids, as often as wanted: the blocks before the place, from which
+        the same comes out every time, are run by the first call alone."""
+        with contextlib.ExitStack() as skipped:
+            kept: list[Any] = []
+
+            def logits(replace: Replace | None = None) -> Tensor:
+                if not self._before or kept:
+                    return self.logits(ids_BT, replace)
+                with self._before[-1].register_forward_hook(lambda *a: kept.append(_copy(a[-1]))):
+                    found = self.logits(ids_BT, replace)
+                for block in self._before:
+                    skipped.enter_context(_stood_in_for(block, kept[0]))
+                return found
+
+            yield logits
+
+    def check_repeated(self, ids_BT: Tensor) -> bool:
+        """Whether `repeated` gives what the whole passes give, to the last bit, for this model;
+        if not (a later block asks an early one for more than its output), it skips nothing."""
+        if not self._before:
+            return False
+        wanted = [self.logits(ids_BT, replace) for replace in (None, torch.zeros_like, None)]
+        try:
+            with self.repeated(ids_BT) as logits:
+                found = [logits(replace) for replace in (None, torch.zeros_like, None)]
+        # Each family has code of its own, which raises whatever does not fit.
+        except Exception:
+            found = []
+        if len(found) != 3 or not all(map(torch.equal, found, wanted)):
+            self._before = []
+        return bool(self._before)
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
         logits: Tensor = self.model(ids_BT, use_cache=False).logits
         return logits
+
+
+def _blocks_before(model: nn.Module, place: Place) -> list[nn.Module]:
+    """The blocks that a pass has left when it comes to the place; none where it has no list."""
+    names = place.module.split(".")
+    for depth, name in enumerate(names):
+        blocks = model.get_submodule(".".join(names[:depth]))
+        if isinstance(blocks, nn.ModuleList) and name.isdigit():
+            is_whole = depth == len(names) - 1 and not place.is_input
+            return list(blocks[: int(name) + is_whole])
+    return []
+
+
+def _copy(output: Any) -> Any:
+    """A block's output, safe from later parts that add to it in place."""
+    return tree_map_only(Tensor, torch.clone, output)
+
+
+@contextlib.contextmanager
+def _stood_in_for(block: nn.Module, output: Any) -> Iterator[None]:
+    """The block computes nothing, and gives this output."""
+    block.forward = lambda *args, **named: _copy(output)
+    try:
+        yield
+    finally:
+        del block.forward
 
 
 @torch.inference_mode()

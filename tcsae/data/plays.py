@@ -116,6 +116,11 @@ class PlaysCorpus:
     def documents(self) -> Iterator[Document]:
         return iter(self._documents)
 
+    def names(self, play: str) -> frozenset[str]:
+        """The speakers of a play (a group's name), as lines of its documents have them."""
+        markdown = (self.folder / f"{play}.md").read_text(encoding="utf-8")
+        return frozenset(_plain(name) for name in re.findall(r"\*\*(.+?)\*\*", markdown))
+
     def fingerprint(self) -> str:
         # The cleaned text, not the files: a change to the cleaning is a change of content.
         texts = (part for d in self.documents() for part in (d.id, d.text))

@@ -88,6 +88,24 @@ class KeptSource(StreamSource):
         return self._kept[indices]
 
 
+class ReadSource:
+    """All of another source's activations, read (or computed) once and kept in memory: several
+    passes, and several threads, go over them."""
+
+    is_read = True
+
+    def __init__(self, source: ActivationSource, at_once: int, stop: StopRequest) -> None:
+        self.contexts = source.contexts
+        parts = []
+        for indices in torch.arange(len(self.contexts)).split(at_once):
+            stop.check()
+            parts.append(source.activations(indices).cpu())
+        self._kept = torch.cat(parts)
+
+    def activations(self, indices: Tensor) -> Tensor:
+        return self._kept[indices]
+
+
 class ActivationStore:
     """The shards of one set of contexts at one hook point of one model.
 
@@ -113,6 +131,10 @@ class ActivationStore:
         self.folder = root / ACTIVATIONS / content_key(self.identity)
         self.n_shards = -(-len(contexts.ids) // shard_contexts)
         self._open: dict[int, Tensor] = {}
+        self.beside = [
+            ActivationStore(root, other, contexts, shard_contexts) for other in model.beside
+        ]
+        """Stores of the same contexts at other places: their shards are made along with its own."""
 
     def shard_path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.safetensors"
@@ -137,8 +159,9 @@ class ActivationStore:
             with contextlib.suppress(OSError):  # of somebody else's store
                 (self.folder / IDENTITY).touch()  # `tcsae.clean` goes by when it was last used
             return 0
-        make_folder(self.folder / "locks")
-        write_json(self.folder / IDENTITY, self.identity)
+        for store in (self, *self.beside):
+            make_folder(store.folder / "locks")
+            write_json(store.folder / IDENTITY, store.identity)
         per_context = self.contexts.ids.shape[1]
         total = len(self.contexts.ids) * per_context
         done = total - sum((r.stop - r.start) * per_context for r in map(self._rows, missing))
@@ -152,20 +175,43 @@ class ActivationStore:
         return made
 
     def _harvest_shard(self, shard: int, wait: bool, progress: Progress, stop: StopRequest) -> int:
-        path = self.shard_path(shard)
-        lock_path = self.folder / "locks" / f"{shard:05d}.lock"
-        with locked(lock_path, stop.check if wait else None) as lock:
-            if lock is Lock.BUSY or path.is_file():
+        """Make one shard here and, by the same forward passes, those beside it that are missing.
+
+        Jobs at several places of a model come here at once. Each asks for the locks in one order,
+        so that one has all of them, and the others leave the shard to it.
+        """
+        stores = [s for s in (self, *self.beside) if not s.shard_path(shard).is_file()]
+        with contextlib.ExitStack() as held:
+            mine: list[ActivationStore] = []
+            for store in sorted(stores, key=lambda store: store.folder.name):
+                lock_path = store.folder / "locks" / f"{shard:05d}.lock"
+                waiting = stop.check if wait and store is self else None
+                lock = held.enter_context(locked(lock_path, waiting))
+                if lock is Lock.BUSY and (store is self or not wait):
+                    return 0
+                if lock is not Lock.BUSY and not store.shard_path(shard).is_file():
+                    mine.append(store)
+                    if lock is Lock.HELD:
+                        remove_temporaries(store.folder, store.shard_path(shard).name)
+            if self not in mine:
                 return 0
-            if lock is Lock.HELD:
-                remove_temporaries(self.folder, path.name)
-            rows = []
-            for ids in self.contexts.ids[self._rows(shard)].split(self.model.cfg.forward_contexts):
-                stop.check()
-                rows.append(self.model.activations(ids).cpu())
-                progress.update(ids.numel())
-            save_tensors(path, {"activations": torch.cat(rows)}, {"shard": str(shard)})
+            self._make(shard, mine, progress, stop)
         return 1
+
+    def _make(
+        self, shard: int, stores: list[ActivationStore], progress: Progress, stop: StopRequest
+    ) -> None:
+        rows: list[list[Tensor]] = [[] for _ in stores]
+        places = [store.model for store in stores]
+        for ids in self.contexts.ids[self._rows(shard)].split(self.model.cfg.forward_contexts):
+            stop.check()
+            for kept, x_BTD in zip(rows, self.model.activations_at(ids, places), strict=True):
+                kept += [] if x_BTD is None else [x_BTD.cpu()]
+            progress.update(ids.numel())
+        for store, kept in zip(stores, rows, strict=True):
+            if kept:  # else there is no such place, which the run that wants it will say
+                path = store.shard_path(shard)
+                save_tensors(path, {"activations": torch.cat(kept)}, {"shard": str(shard)})
 
     def _shard(self, shard: int) -> Tensor:
         if shard not in self._open:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+import threading
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tcsae.base.files import tensors_digest
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
-from tcsae.data.batches import ActivationBatches, calibrate
+from tcsae.data.batches import ActivationBatches, Calibration, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationStore, KeptSource, StreamSource
+from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
 
 log = logging.getLogger(__name__)
+
+MOST_KEPT_BYTES = 2**30
+"""Largest held-out activations that are kept in memory for all that is measured on them."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class Stream:
     evaluation: ActivationBatches
     text: str | None
     """Of local files, by their content."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What the first run measured here has made for all of a bank, by whoever made it."""
+    one_by_one: threading.RLock = field(default_factory=threading.RLock)
+    """For `kept`, and for whatever runs the model: several runs may be measured at a time."""
 
     @cached_property
     def passage(self) -> ActivationBatches | None:
@@ -42,6 +53,27 @@ class Stream:
             return None
         source = KeptSource(self.model, contexts_of(ids, self.model.special_ids))
         return ActivationBatches(source, self.train.calibration, self.model.device)
+
+    def read_once(self, stop: StopRequest, *, for_threads: bool = False) -> Stream:
+        """The same with the held-out activations in memory, if they are not too many: read, or
+        computed, once for all passes over them, which may then be in several threads."""
+        batches, source = self.evaluation, self.evaluation.source
+        if source.is_read and not for_threads:
+            return self
+        if source.contexts.ids.numel() * self.model.d_in * 4 > MOST_KEPT_BYTES:
+            return self
+        kept = ReadSource(source, self.model.cfg.forward_contexts, stop)
+        evaluation = ActivationBatches(kept, batches.calibration, batches.device)
+        made = replace(self, evaluation=evaluation)
+        # Of the model, which one thread alone may run.
+        if for_threads and made.passage is not None:
+            made.passage.source.activations(torch.arange(1))
+        return made
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether several threads may read the held-out activations."""
+        return isinstance(self.evaluation.source, ReadSource)
 
     @cached_property
     def content(self) -> dict[str, str]:
@@ -55,8 +87,10 @@ class Stream:
 
 def open_model(config: Measured) -> ActivationModel:
     """The language model of the config, or the world in its place; UserError if there is none."""
-    kind = LanguageModel if config.model.world is None else SyntheticModel
-    return kind(config.model, config.layer)
+    if config.model.world is not None:
+        return SyntheticModel(config.model, config.layer)
+    also = config.store.also if config.store.mode == "disk" else ()
+    return LanguageModel(config.model, config.layer, also)
 
 
 def open_stream(
@@ -85,6 +119,24 @@ def open_stream(
     )
     train, evaluation = (ActivationBatches(s, calibration, model.device) for s in sources)
     return Stream(model, train, evaluation, text_identity(config.dataset))
+
+
+def open_held_out(
+    config: Measured, norm_limit: float, stop: StopRequest
+) -> tuple[ActivationModel, ActivationBatches]:
+    """The held-out side alone, for a finished run: nothing of the training side is harvested.
+
+    norm_limit: that of the run, beyond which a token is massive.
+    """
+    model = open_model(config)
+    root = Path(config.store.dir).expanduser()
+    _, contexts = _contexts(config, model, root, stop)
+    source: Any = StreamSource(model, contexts)
+    if config.store.mode == "disk":
+        source = ActivationStore(root, model, contexts, config.store.shard_contexts)
+        source.harvest(stop, "harvest (held-out)")
+    unknown = Calibration(math.nan, norm_limit, math.nan, torch.empty(0, model.d_in))
+    return model, ActivationBatches(source, unknown, model.device)
 
 
 def _contexts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.config import DatasetConfig, ModelConfig, resolve_layer
+from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import Contexts, SpecialIds, segments_of, valid_of
 from tcsae.data.language_model import choose_device
 from tcsae.data.synthetic import (
@@ -71,8 +73,15 @@ class SyntheticModel:
     def identity(self) -> dict[str, Any]:
         return {"weights": self.content, "hook": self.hook_name, "dtype": "float32"}
 
+    beside: Sequence[ActivationModel] = ()
+
     def activations(self, ids_BT: Tensor) -> Tensor:
         return self.world.activations(ids_BT.cpu()).to(self.device)
+
+    def activations_at(
+        self, ids_BT: Tensor, places: Sequence[ActivationModel]
+    ) -> list[Tensor | None]:
+        return [self.activations(ids_BT) for _ in places]
 
     def shown(self, ids_BT: Tensor) -> Tensor:
         value_BT, feature_BT = self.world.codes(ids_BT.cpu()).max(-1)

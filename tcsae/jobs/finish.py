@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcsae.base.allocator import give_back
+from tcsae.base.apart import Calls, here
 from tcsae.base.json_numbers import plain
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import Config, LoadedConfig, Measured, run_id
 from tcsae.data.stream import Stream
+from tcsae.meaning.held_text import HeldText
+from tcsae.meaning.measured import headlines, measure_meaning, write_meaning
 from tcsae.measure.analysis import Analysis, analyse
 from tcsae.measure.evaluation import Evaluation, evaluate
 from tcsae.metrics.reconstruction import ModelMetrics
@@ -23,6 +26,15 @@ from tcsae.sae.base import SparseAutoencoder
 log = logging.getLogger(__name__)
 
 
+class Results(NamedTuple):
+    """What `measure` wrote."""
+
+    evaluation: Evaluation
+    analysis: Analysis | None
+    meaning: dict[str, Any]
+    """{name: {value, interval}} of the instruments' headlines; empty without any."""
+
+
 def measure(
     sae: SparseAutoencoder,
     sae_cfg: dict[str, Any],
@@ -31,30 +43,47 @@ def measure(
     stream: Stream,
     files: RunFiles,
     stop: StopRequest,
-) -> tuple[Evaluation, Analysis | None]:
+    calls: Calls = here,
+) -> Results:
     """Write `eval/` and, if the config asks for it, `analysis/` of the SAE that is saved there.
 
-    `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
+    `behaviour` and `sae_cfg` as of `evaluate`, `calls` as of `analyse`; in a thread beside others
+    where `stream.is_in_memory`. Raises Interrupted if a signal comes.
     """
     model, held_out = stream.model, stream.evaluation
     give_back()
     evaluation = evaluate(sae, config, model, held_out, stop, sae_cfg, behaviour)
     evaluation.write(files.eval.path)
+    meaning = _meaning(sae, config, stream, files, stop)
     if not config.evaluation.analysis:
-        return evaluation, None
+        return Results(evaluation, None, meaning)
     give_back()
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
     analysis = analyse(
-        sae, config, model, held_out, per_feature, stop, max_lag, passage=stream.passage
+        sae, config, model, held_out, per_feature, stop, max_lag, stream.passage, calls
     )
     analysis.write(files.analysis.path)
-    return evaluation, analysis
+    return Results(evaluation, analysis, meaning)
+
+
+def _meaning(
+    sae: SparseAutoencoder, config: Measured, stream: Stream, files: RunFiles, stop: StopRequest
+) -> dict[str, Any]:
+    # What an earlier attempt at the run found is of other weights.
+    files.eval.meaning.unlink(missing_ok=True)
+    if not config.evaluation.meaning:
+        return {}
+    give_back()
+    with stream.one_by_one:  # the runs of a bank share what is of the text alone
+        text = stream.kept.setdefault("meaning", HeldText(stream.model, stream.evaluation, stop))
+        return headlines(write_meaning(files.eval.path, measure_meaning(sae, text, config)))
 
 
 def measured_info(
-    config: Config | LoadedConfig, stream: Stream, evaluation: Evaluation, wall_seconds: float
+    config: Config | LoadedConfig, stream: Stream, results: Results, wall_seconds: float
 ) -> dict[str, Any]:
     """The part of final_info.json that does not depend on where the SAE comes from."""
+    evaluation = results.evaluation
     extras = evaluation.core["eval_result_unstructured"]
     return {
         "layer": stream.model.layer,
@@ -71,6 +100,7 @@ def measured_info(
         "metrics": evaluation.core["eval_result_metrics"],
         "consistency": evaluation.consistency["summary"],
         **({} if evaluation.truth is None else {"truth": evaluation.truth.summary}),
+        **({"meaning": results.meaning} if results.meaning else {}),
     }
 
 

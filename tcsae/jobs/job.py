@@ -14,21 +14,28 @@ from typing import Any
 
 import torch
 
+from tcsae.base.apart import Calls
 from tcsae.base.errors import Interrupted, UserError, first_line
 from tcsae.base.files import read_json, write_json
 from tcsae.base.log import speaking_of
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
-from tcsae.base.stages import in_words, stage
+from tcsae.base.stages import Seconds, in_words, stage, timing
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
-from tcsae.jobs.finish import measure, measured_info, say_finished, say_results, write_pages
+from tcsae.jobs.finish import (
+    Results,
+    measure,
+    measured_info,
+    say_finished,
+    say_results,
+    write_pages,
+)
 from tcsae.jobs.sources import Sources
 from tcsae.jobs.tracking import Tracker
 from tcsae.jobs.wandb_run import check_environment
 from tcsae.losses.laplacian import share_in_windows
-from tcsae.measure.evaluation import Evaluation
 from tcsae.metrics.reconstruction import ModelMetrics
 from tcsae.products import choose, products_for
 from tcsae.report.contents import Contents
@@ -130,7 +137,7 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------- phases
-# Claimed -> Training -> Trained -> Scored. Each holds what the next step needs, and no more.
+# Claimed -> Training -> Trained -> Scored -> Examined. Each holds what the next needs, no more.
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,19 @@ class Scored:
     trained: Trained
     behaviour: ModelMetrics
     """What the language model does with the SAE in it."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """All is measured, and written but for final_info.json."""
+
+    job: Job
+    trained: Trained
+    results: Results
+    analysis_headline: dict[str, Any]
+    """Empty without an analysis."""
+    seconds: Seconds
+    """By stage."""
 
 
 def begin(stream: Stream, claimed: Claimed) -> Training:
@@ -209,30 +229,46 @@ def keep(stream: Stream, training: Training) -> Trained:
     )
 
 
-def complete(
+def examine(stream: Stream, stop: StopRequest, calls: Calls, scored: Scored) -> Examined:
+    """What one job measures for itself; in a thread beside others where `stream.is_in_memory`."""
+    stop.check()
+    job, trained = scored.job, scored.trained
+    with timing() as seconds:
+        results = measure(
+            trained.sae,
+            trained.sae_cfg,
+            scored.behaviour,
+            job.config,
+            stream,
+            job.files,
+            stop,
+            calls,
+        )
+    headline = {} if results.analysis is None else results.analysis.headline
+    # Without the analysis itself: the jobs of a bank wait for each other with what they hold.
+    return Examined(job, trained, results._replace(analysis=None), headline, seconds)
+
+
+def finish(
     stream: Stream,
-    stop: StopRequest,
     started: float,
     spent: Callable[[], dict[str, Any]],
-    scored: Scored,
+    examined: Examined,
 ) -> None:
-    """From the trained SAE to the pages. `spent` says where the time went until it is called."""
-    stop.check()
-    job, trained, tracker = scored.job, scored.trained, scored.trained.tracker
-    evaluation, analysis = measure(
-        trained.sae, trained.sae_cfg, scored.behaviour, job.config, stream, job.files, stop
-    )
-    if analysis is not None:
-        tracker.summary(analysis.headline)
-    info = _final_info(job.config, trained, stream, evaluation, time.monotonic() - started)
+    """The last files and the pages. `spent` says where the time went until it is called."""
+    job, trained, tracker = examined.job, examined.trained, examined.trained.tracker
+    results = examined.results
+    tracker.summary(examined.analysis_headline)
+    info = _final_info(job.config, trained, stream, results, time.monotonic() - started)
     info["seconds"] = spent()
-    tracker.summary(evaluation.headline)
+    tracker.summary(results.evaluation.headline)
+    tracker.summary({f"eval/{name}": found["value"] for name, found in results.meaning.items()})
     write_json(job.files.final_info, info)
     run = job.files.load()
     with stage("pages"):
         write_pages(run)
     _send_pages(run, tracker)
-    say_results(run, evaluation)
+    say_results(run, results.evaluation)
     said = spent()
     log.info(f"where the time went: {in_words(said['shared'] | said['own'])}")
     job.let_checkpoints_go()
@@ -302,7 +338,7 @@ def _final_info(
     config: Config,
     trained: Trained,
     stream: Stream,
-    evaluation: Evaluation,
+    results: Results,
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The keys the experiment's first runs wrote, filled with what happened."""
@@ -323,7 +359,7 @@ def _final_info(
         * config.training.batch_contexts
         * config.dataset.context_size
         / trained.seconds,
-        **measured_info(config, stream, evaluation, wall_seconds),
+        **measured_info(config, stream, results, wall_seconds),
     }
 
 

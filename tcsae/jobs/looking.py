@@ -122,10 +122,10 @@ def look(
         )
     found = opened.features(text, parted=parted)
     chosen = list(dict.fromkeys(features)) or [f.feature for f in found.top(top)]
-    seen = _seen(opened, found)
+    seen = seen_of(opened, found)
     if other is None:
         return Look(seen, chosen, None, _page(opened, text))
-    beside = _seen(other, other.features(text, parted=parted))
+    beside = seen_of(other, other.features(text, parted=parted))
     if len(beside.found) != len(found):
         raise UserError(
             f"{baseline} has contexts of {other.config.dataset.context_size} tokens and {folder} "
@@ -134,7 +134,7 @@ def look(
     return Look(seen, chosen, beside, _page(opened, text))
 
 
-def _seen(opened: LoadedRun | OpenedSAE, found: TextFeatures) -> Seen:
+def seen_of(opened: LoadedRun | OpenedSAE, found: TextFeatures) -> Seen:
     run = opened if isinstance(opened, LoadedRun) else None
     return Seen(
         name=opened.folder.resolve().name,

@@ -77,22 +77,23 @@ def _measure(
     stop: StopRequest,
     started: float,
 ) -> None:
+    stream = stream.read_once(stop)
     save_saelens(run.sae, found.sae, found.metadata(config))
     sae, sae_cfg = load_saelens(run.sae)
     with timing() as own:
         with stage("evaluate model"):
             (behaviour,) = on_the_model([sae], config, stream.model, stream.evaluation, stop)
-        evaluation, _ = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
+        results = measure(sae, sae_cfg, behaviour, config, stream, run, stop)
     info = {
         "training_steps": None,
         "source": config.source.model_dump(mode="json"),
-        **measured_info(config, stream, evaluation, time.monotonic() - started),
+        **measured_info(config, stream, results, time.monotonic() - started),
         "seconds": account({}, own, 1),
     }
     write_json(run.final_info, info)
     loaded = run.load()
     write_pages(loaded)
-    say_results(loaded, evaluation)
+    say_results(loaded, results.evaluation)
 
 
 def _check_width(found: ForeignSAE, config: LoadedConfig, model: ActivationModel) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from tcsae.base.files import disk_errors, write_text
 from tcsae.base.labels import window_part
-from tcsae.base.run_files import NOTES, REPORT, RunFiles
+from tcsae.base.run_files import NOTES, REPORT, STABILITY, RunFiles
 from tcsae.config import Config, TrackingConfig, run_id, run_name
 from tcsae.jobs.wandb_run import WandbRun
 from tcsae.report.compare_page import heat_map, stream_figures
 from tcsae.report.comparison import Comparison
+from tcsae.report.stability import stability_columns
 
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
@@ -25,7 +26,7 @@ _REPORT_FILES = tuple(
     path.as_posix()
     for path in (_RUN.report, _RUN.notes, _RUN.config, _RUN.final_info, _RUN.eval.path / "*.json")
 )
-_COMPARISON_FILES = ("comparison.*", REPORT, NOTES)
+_COMPARISON_FILES = ("comparison.*", REPORT, NOTES, STABILITY)
 
 
 class JsonLines:
@@ -182,6 +183,11 @@ def comparison_columns(comparison: Comparison) -> dict[str, list[Any]]:
     for name in comparison.headline:
         differences = [group["deltas"].get(name, {}).get("value") for group in groups]
         columns[f"delta_{name}"] = differences
+        for mark in ("seed_smallest", "within_seed_noise"):
+            columns[f"delta_{name}_{mark}"] = [g["deltas"].get(name, {}).get(mark) for g in groups]
+    stable = [stability_columns(group) for group in groups]
+    for name in dict.fromkeys(name for row in stable for name in row):
+        columns[name] = [row.get(name) for row in stable]
     return columns
 
 

@@ -6,6 +6,7 @@ Loads torch. No line here knows an architecture: a step is `Member.train_step`, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -181,6 +182,9 @@ class _Model:
         if replace is not None:
             replace(torch.empty(*ids_BT.shape, self.d_in, dtype=self.dtype))
         return torch.empty(*ids_BT.shape, self.vocabulary, dtype=self.dtype)
+
+    def repeated(self, ids_BT: Tensor) -> Any:
+        return contextlib.nullcontext(functools.partial(self.logits, ids_BT))
 
 
 def evaluation_of(config: Config, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluation:

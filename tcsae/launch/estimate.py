@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tcsae.base.labels import size
 from tcsae.config import Config, resolve_layer
@@ -148,7 +148,7 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
         stream=stream,
         train=_train(c, machine),
         evaluate=_evaluate(c),
-        reference=_on_model(c, 2, c.measured.reference),
+        reference=_on_model(c, c.whole.forward.plus(_from_hook(c)), c.measured.reference),
         harvest_tokens=0 if config.store.mode == "stream" else c.tokens,
         store_bytes=CONTEXT_BYTES * c.tokens + store_bytes,
         run_bytes=_run_bytes(c) + _checkpoint_bytes(c),
@@ -167,9 +167,8 @@ def _stream(c: _Counted, machine: Machine) -> tuple[Stage, Stage, float]:
     pack = Work("pack the text", host_seconds=PACKING_SECONDS * c.tokens)
     trained = config.steps * config.training.batch_contexts
     if config.store.mode == "stream":
-        # Held-out contexts are run for the metrics and again for the analysis.
-        passed = trained + (1 + config.evaluation.analysis) * c.contexts[1]
-        return (pack,), (c.to_hook.forward.times(passed),), 0.0
+        # Held-out contexts are run once, for all that is measured on them.
+        return (pack,), (c.to_hook.forward.times(trained + c.contexts[1]),), 0.0
     context_bytes = size * c.facts.d_model * c.number
     stored = float(sum(c.contexts) * context_bytes)
     harvest = (
@@ -198,17 +197,22 @@ def _train(c: _Counted, machine: Machine) -> Stage:
     )
 
 
-def _on_model(c: _Counted, n: int, scores: Work) -> Stage:
-    """`n` passes over the contexts that are run through the whole model, and their scores."""
+def _on_model(c: _Counted, forward: Work, scores: Work) -> Stage:
+    """What goes through the model of the contexts that are run to its logits, and the scores."""
     contexts = min(c.config.evaluation.model_contexts, c.contexts[1])
-    return c.whole.forward.times(n * contexts), scores.times(contexts)
+    return forward.times(contexts), scores.times(contexts)
+
+
+def _from_hook(c: _Counted) -> Work:
+    """A pass from the hook to the logits: what comes before is run once for all stand-ins."""
+    return c.whole.forward.plus(c.to_hook.forward, -1)
 
 
 def _evaluate(c: _Counted) -> Stage:
     stage = (
         c.measured.features.times(c.contexts[1]),
         c.measured.draws,
-        *_on_model(c, 1, c.measured.scores),
+        *_on_model(c, _from_hook(c), c.measured.scores),
     )
     return (*stage, _analysis(c)) if c.config.evaluation.analysis else stage
 
@@ -255,17 +259,29 @@ def _layer(config: Config, facts: ModelFacts) -> int:
 
 def harvest_key(config: Config) -> str:
     """Equal for jobs that read the same store: what addresses it, as far as a config says."""
+    return _digest([*_passes_of(config), _place_of(config)])
+
+
+def _place_of(config: Config) -> list[Any]:
+    facts = model_facts(config.model)
+    return [config.layer if facts is None else _layer(config, facts), config.model.hook]
+
+
+def _passes_of(config: Config) -> list[Any]:
+    """Equal for jobs whose stores one forward pass of the model fills, whatever their layers."""
     dataset = config.dataset.model_dump(mode="json", exclude={"name", "norm_filter"})
     model = config.model.model_dump(
-        mode="json", exclude={"n_layers", "default_layer", "forward_contexts", "extra_masked_ids"}
+        mode="json",
+        exclude={"n_layers", "default_layer", "forward_contexts", "extra_masked_ids", "hook"},
     )
     if model["path"] is not None or model["package"] is not None:
         del model["name"]
     if model["dtype"] != "auto":
         del model["device"]
-    facts = model_facts(config.model)
-    layer = config.layer if facts is None else _layer(config, facts)
-    identity = [model, layer, dataset, config.store.model_dump(mode="json")]
+    return [model, dataset, config.store.model_dump(mode="json", exclude={"also"})]
+
+
+def _digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -424,15 +440,25 @@ def sweep_cost(
     """
     costs = [job_cost(config, machine) for config in configs]
     new: dict[str, Cost] = {}
+    passes: dict[str, set[str]] = {}
     for config, cost in zip(configs, costs, strict=True):
         if cost is not None and not (harvested and harvested(config)):
-            new.setdefault(harvest_key(config), cost)
+            key = harvest_key(config)
+            new.setdefault(key, cost)
+            if config.store.mode == "disk":
+                passes.setdefault(_digest(_passes_of(config)), set()).add(key)
     processes = []
     for pack in packs:
         members = [(harvest_key(configs[i]), cost) for i in pack if (cost := costs[i])]
         if members:
             harvest = new[members[0][0]].harvest if members[0][0] in new else ()
             processes.append(_Process([cost for _, cost in members], harvest))
+    for together in passes.values():
+        # The deepest layer's pass fills the stores of all, each process waits for it, and what the
+        # others add is what they write.
+        for key in sorted(together, key=lambda key: _most(new[key].harvest))[:-1]:
+            cost = new[key]
+            new[key] = replace(cost, harvest=cost.harvest[-1:], harvest_tokens=0)
     jobs = [cost for process in processes for cost in process.members]
 
     def total(*stages: Stage) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,38 @@ def make_packs(
         bounds = [len(together) * i // n for i in range(n + 1)]
         packs += [together[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     return packs
+
+
+def reading_once(packs: Sequence[Sequence[GridJob]]) -> list[list[GridJob]]:
+    """The packs, those of one model and text told of each other's layers and hooks, so that
+    whichever harvests a shard makes it for all of them, by one forward pass."""
+    places: dict[str, dict[str, None]] = {}
+    for pack in packs:
+        for job in pack:
+            places.setdefault(_text_key(job.config), {})[_place(job.config)] = None
+
+    def told(job: GridJob) -> GridJob:
+        config = job.config
+        if config.store.mode == "stream" or config.model.world is not None:
+            return job
+        others = [*config.store.also, *places[_text_key(config)]]
+        also = [place for place in dict.fromkeys(map(str, others)) if place != _place(config)]
+        store = config.store.model_copy(update={"also": also})
+        return replace(job, config=config.model_copy(update={"store": store}))
+
+    return [[told(job) for job in pack] for pack in packs]
+
+
+def _text_key(config: Config) -> str:
+    """Equal for jobs that harvest the same contexts of the same model."""
+    model = config.model.model_dump(mode="json", exclude={"hook"})
+    dataset = config.dataset.model_dump(mode="json", exclude={"name", "norm_filter"})
+    return json.dumps([model, dataset, config.store.model_dump(mode="json")], sort_keys=True)
+
+
+def _place(config: Config) -> str:
+    layer = "middle" if config.layer is None else config.layer
+    return f"{layer}.{config.model.hook}"
 
 
 def write_pack(path: Path, pack: Sequence[GridJob], sweep: Path) -> None:

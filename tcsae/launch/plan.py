@@ -9,7 +9,7 @@ from dataclasses import replace
 from tcsae.config import Config
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
 from tcsae.launch.estimate import members_that_fit, sweep_cost
-from tcsae.launch.jobs import GridJob, make_packs, stream_key
+from tcsae.launch.jobs import GridJob, make_packs, reading_once, stream_key
 from tcsae.launch.machine import Machine
 from tcsae.launch.sweep_folder import SweepFolder
 
@@ -30,7 +30,7 @@ def packed(
         fit = min(members_that_fit(job.config, memory, machine) for job in together)
         return min(LARGEST_AUTO_PACK, spread, fit)
 
-    return make_packs(jobs, size)
+    return reading_once(make_packs(jobs, size))
 
 
 def _machine(options: Options, device: str) -> Machine:

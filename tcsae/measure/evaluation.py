@@ -345,7 +345,8 @@ def on_the_model(
 ) -> list[ModelMetrics]:
     """Cross-entropy and KL with each SAE spliced in, and with the hook's tensor set to zero.
 
-    The model as it is, and with zeros, is run once for all SAEs; of `config` only
+    The model as it is, and with zeros, is run once for all SAEs, and what comes before the hook
+    once for all of that; of `config` only
     evaluation.model_contexts and the size of a context matter. A synthetic world has no
     language model: no token is counted, and all is NaN. Raises Interrupted if a signal comes.
     """
@@ -362,15 +363,16 @@ def on_the_model(
         for batch in batches.in_order(at_once, indices=chosen):
             stop.check()
             ids, keep = batch.ids, batch.valid
-            clean = language_model.logits(ids)
-            ce = next_token_ce(clean, ids, keep)
-            ablated = score_forward(clean, language_model.logits(ids, torch.zeros_like), ids, keep)
-            progress.update(2 * ids.numel())
-            for sae, metric in zip(saes, metrics, strict=True):
-                stop.check()
-                logits = language_model.logits(ids, _splice(sae, batch))
-                metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
-                progress.update(ids.numel())
+            with language_model.repeated(ids) as logits:
+                clean = logits()
+                ce = next_token_ce(clean, ids, keep)
+                ablated = score_forward(clean, logits(torch.zeros_like), ids, keep)
+                progress.update(2 * ids.numel())
+                for sae, metric in zip(saes, metrics, strict=True):
+                    stop.check()
+                    changed = score_forward(clean, logits(_splice(sae, batch)), ids, keep)
+                    metric.add(ce, changed, ablated, keep=keep)
+                    progress.update(ids.numel())
     return metrics
 
 

@@ -1,14 +1,14 @@
-"""A feature set to a value at every token, and how the language model goes on then.
+"""Features set to values at every token, and how the language model goes on then.
 
-What the SAE does not reconstruct stays as it was: only the feature's own part of the activation
-changes, so that a value that the feature has anyway changes nothing.
+What the SAE does not reconstruct stays as it was: only the features' own parts of the activation
+change, so that a value that a feature has anyway changes nothing.
 
 Shapes: B = 1, T tokens, D = d_in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +64,36 @@ def steer(
         UserError: no such feature, an empty prompt, more tokens than the model has positions, a
             number out of range.
     """
-    check_feature(feature, reader.sae.d_sae)
+    given = {feature: value}
+    plain, steered = (
+        continuation(reader, prompt, values, tokens=tokens, temperature=temperature, seed=seed)
+        for values in ({}, given)
+    )
+    return Steered(prompt, feature, value, plain, steered)
+
+
+@torch.no_grad()
+def continuation(
+    reader: TextReader,
+    prompt: str,
+    values: Mapping[int, float],
+    *,
+    tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """How `prompt` goes on with each feature of `values` at its value; {}: as the model does.
+
+    Args and errors as of `steer`.
+    """
+    for feature, value in values.items():
+        check_feature(feature, reader.sae.d_sae)
+        if not -float("inf") < value < float("inf"):
+            raise UserError(f"value {value:g}: a finite number")
     if not 1 <= tokens <= MOST_TOKENS:
         raise UserError(f"{tokens} tokens: 1 to {MOST_TOKENS} can be added")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature:g}: 0 or more")
-    if not -float("inf") < value < float("inf"):
-        raise UserError(f"value {value:g}: a finite number")
     ids = reader.ids(prompt)
     positions = reader.model.positions
     if positions is not None and len(ids) + tokens > positions:
@@ -78,18 +101,17 @@ def steer(
             f"the prompt has {len(ids)} tokens and {tokens} are to be added: the model has "
             f"{positions} positions"
         )
-    replace = _with_feature(reader, feature, value)
-    plain, steered = (
-        _continued(reader, ids, tokens, temperature, seed, change) for change in (None, replace)
-    )
-    return Steered(prompt, feature, value, plain, steered)
+    replace = _with_features(reader, values) if values else None
+    return _continued(reader, ids, tokens, temperature, seed, replace)
 
 
-def _with_feature(
-    reader: TextReader, feature: int, value: float
+def _with_features(
+    reader: TextReader, values: Mapping[int, float]
 ) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     """For ids [1, T]: what stands in for the hook's activations [1, T, D]."""
     sae = reader.sae
+    features = torch.tensor(list(values), device=sae.device)
+    wanted = torch.tensor(list(values.values()), dtype=torch.float32, device=sae.device)
 
     def of(ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
         contexts = contexts_of(ids_BT.int(), reader.model.special_ids)
@@ -99,7 +121,7 @@ def _with_feature(
             # Special tokens and massive ones are no tokens that the SAE was trained on.
             counted = contexts.valid.to(x.device) & (x.norm(dim=-1) <= reader.norm_limit)
             codes = sae.encode(x, segments=contexts.segments.to(x.device), valid=counted)
-            change = (value - codes[..., feature, None]) * sae.W_dec[feature]
+            change = (wanted - codes[..., features]) @ sae.W_dec[features]
             return torch.where(counted[..., None], x + change, x).to(x_BTD.dtype)
 
         return replace

@@ -64,6 +64,11 @@ CENSORED = {
 }
 
 
+def seen_contexts(n_contexts: int) -> int:
+    """In how many of so many contexts a feature must be on to count as seen often enough."""
+    return min(SEEN_CONTEXTS, max(1, math.ceil(n_contexts / 2)))
+
+
 class SuiteRows:
     """The sums of `ConsistencySuite`, and everything that is worked out from them.
 
@@ -304,7 +309,7 @@ class SuiteRows:
     # ------------------------------------------------------------------ what could be measured
 
     def _seen_contexts(self) -> int:
-        return min(SEEN_CONTEXTS, max(1, math.ceil(self.n_contexts / 2)))
+        return seen_contexts(self.n_contexts)
 
     def _seen(self, contexts_on_F: Tensor) -> Tensor:
         return contexts_on_F >= self._seen_contexts()

@@ -21,12 +21,15 @@ OF_RUNS = ("pieces", "broken", "missed", "delay", "lag")
 _SUMS = ("on", "fired", "both", "runs", "hit", "pieces", "broken", "delay", "ends", "lag")
 
 
-def match_features(W_dec: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
+def match_features(
+    W_dec: Tensor, decoder: Tensor, *, unsigned: bool = False
+) -> tuple[Tensor, Tensor]:
     """One feature of the SAE for every true one, by the largest sum of decoder cosines (Hungarian).
 
     Args:
         W_dec: [N, d_in], of any norm; a zero row has cosine 0 with everything.
         decoder: [F, d_in].
+        unsigned: by the size of the cosine, whatever its sign.
 
     Returns:
         [F] int64, the matched feature, -1 where the SAE has fewer features than there are; and
@@ -36,6 +39,8 @@ def match_features(W_dec: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
 
     learnt_ND, true_FD = (functional.normalize(w.double().cpu(), dim=-1) for w in (W_dec, decoder))
     cosine_FN = true_FD @ learnt_ND.T
+    if unsigned:
+        cosine_FN = cosine_FN.abs()
     rows, columns = linear_sum_assignment(cosine_FN.numpy(), maximize=True)
     match_F = torch.full((len(decoder),), -1)
     match_F[torch.from_numpy(rows)] = torch.from_numpy(columns)

@@ -8,6 +8,7 @@ from typing import Any
 from tcsae.base.labels import difference_text, label, number
 from tcsae.report.controls import control_of, is_control
 from tcsae.report.gain import gain_metrics, gain_words
+from tcsae.report.seed_noise import seed_mark
 
 SHOWN = 6
 """Settings with a sentence of their own; of more, those whose features last longest."""
@@ -58,6 +59,8 @@ def _change(group: Row, name: str) -> str | None:
         return None
     change = difference_text(entry["value"], entry["low"], entry["high"])
     noise = ", within noise" if entry["within_noise"] else ""
+    if mark := seed_mark(entry):
+        noise += f", {mark}"
     before = value - entry["value"]
     middle = group.get("medians", {}).get(name), group.get("baseline_medians", {}).get(name)
     median = f"; median {number(middle[1])} -> {number(middle[0])}" if None not in middle else ""

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tcsae.base.files import make_folder, write_json, write_text
-from tcsae.base.run_files import NOTES, REPORT, RunFiles
+from tcsae.base.files import make_folder, save_tensors, write_json, write_text
+from tcsae.base.run_files import NOTES, REPORT, STABILITY, RunFiles
 from tcsae.report.compare_page import write_compare_report
 from tcsae.report.comparison import Comparison
 from tcsae.report.notes import comparison_notes
@@ -24,10 +24,14 @@ def default_output(folders: Sequence[Path]) -> Path:
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """All five files; the path of the page. Raises UserError where `folder` cannot be written."""
+    """All files; the path of the page. Raises UserError where `folder` cannot be written."""
     make_folder(folder)
     write_json(folder / "comparison.json", comparison.to_json())
     write_text(folder / "comparison.csv", comparison.csv())
     write_text(folder / "comparison.md", comparison.markdown())
     write_text(folder / NOTES, comparison_notes(comparison))
+    if comparison.stable:
+        save_tensors(folder / STABILITY, comparison.stable, {})
+    else:
+        (folder / STABILITY).unlink(missing_ok=True)
     return write_compare_report(comparison, folder / REPORT)

@@ -20,6 +20,14 @@ from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
 from tcsae.report.page import write_page
 from tcsae.report.plots import Curve, Point
+from tcsae.report.seed_noise import (
+    SEED_NOISE_HEADER,
+    SEED_NOISE_LEAD,
+    seed_mark,
+    seed_noise_row,
+    seed_noise_words,
+)
+from tcsae.report.stability import stability_words
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -147,6 +155,7 @@ def _curves(groups: Sequence[Group], content: Mapping[str, Any]) -> dict[str, Fi
     rate = [Curve(g["label"], p["positions"], p["rate"]) for g in few if (p := g["profile"])]
     if rate:
         figures["profile"] = plots.lines(rate, "position", "firing rate / its mean", height=360)
+    figures |= _stability_curves(few, _window_metric(content))
     edges = np.array(few[0]["density"]["edges"])
     middle = ((edges[:-1] + edges[1:]) / 2).tolist()
     used = [i for i in range(len(middle)) if any(g["density"]["share"][i] for g in few)]
@@ -199,6 +208,27 @@ def _gains(groups: Sequence[Group]) -> list[dict[str, Any]]:
         for g in groups
         if g["gain"]
     ]
+
+
+def _stability_curves(few: Sequence[Group], window: str | None) -> dict[str, Figure]:
+    """How stable the features are, and how consistent those of one stability."""
+    bins = [(g["label"], g["stability"]["by_stability"]) for g in few if _is_stable(g)]
+    if not bins:
+        return {}
+    edges = np.array(bins[0][1]["edges"])
+    middle = ((edges[:-1] + edges[1:]) / 2).tolist()
+    title = "cosine with the match in other seeds"
+    share = [Curve(name, middle, entry["share"]) for name, entry in bins]
+    figures = {"stability": plots.lines(share, title, "share of live features")}
+    if window and any(v is not None for _, entry in bins for v in entry["C"]):
+        C = [Curve(name, middle, entry["C"]) for name, entry in bins]
+        y = f"median {label(window).name}"
+        figures["by-stability"] = plots.lines(C, title, y, markers=True)
+    return figures
+
+
+def _is_stable(group: Group) -> bool:
+    return group["stability"]["reason"] is None
 
 
 def _forest(groups: Sequence[Group], name: str) -> Figure | None:
@@ -284,6 +314,13 @@ def _stream_context(
             for name, entry in g["density_matched"].items()
         ],
         "verdicts": [{"group": g, "sentences": _sentences(g, content)} for g in variants],
+        "stability": [sentence for g in groups for sentence in stability_words(g)],
+        "stable": [g for g in groups if _is_stable(g)],
+        "seed_noise": [
+            seed_noise_row(row) for row in content["seed_noise"] if row["stream"] == stream["id"]
+        ],
+        "seed_noise_header": SEED_NOISE_HEADER,
+        "seed_noise_lead": SEED_NOISE_LEAD,
         "delta_metrics": _headline(content),
         "grids": grids,
         "curves_left_out": max(0, len(groups) - MAX_CURVES),
@@ -293,7 +330,8 @@ def _stream_context(
 def _sentences(group: Group, content: Mapping[str, Any]) -> list[str]:
     window = _window_metric(content)
     at_density = density_verdict(group, window) if window else ""
-    return [*verdicts(group, content["headline"]), *filter(None, [at_density])]
+    of_seeds = seed_noise_words(content["seed_noise"], group)
+    return [*verdicts(group, content["headline"]), *of_seeds, *filter(None, [at_density])]
 
 
 def _value(group: Group, name: str) -> dict[str, str]:
@@ -322,6 +360,8 @@ def _cell(entry: Mapping[str, Any] | None, key: str) -> dict[str, str]:
     kind, word = kinds[entry["within_noise"]]
     if entry["smallest"]:
         word = f"{word or 'different'}; {number(entry['smallest'])} would show"
+    if mark := seed_mark(entry):
+        word = f"{word}; {mark}" if word else mark
     text = difference_text(entry[key], entry["low"], entry["high"])
     value, _, band = text.partition(" ")
     return {"value": value, "interval": band, "kind": kind, "word": word}

@@ -41,11 +41,14 @@ groups    [{
     match {kind, groups [ids], weights [..], l0, words}: what it is compared with at its own L0;
         kind "single", "interpolated", "none" (words say why, with the nearest), "self" (baseline)
     deltas {name: {value, baseline, low, high, within_noise, smallest, family_low, family_high,
-        reason}}: value minus that of the baseline at matched L0, with its own paired interval; {}
+        seed_smallest, within_seed_noise, reason}}: value minus that of the baseline at matched L0,
+        with its own paired interval; {}
         if kind is none or self; within_noise: false if it is a difference beside all others of
         this group (`family`), null if there is no interval (reason says why); smallest: the
         smallest difference that would have been one; family_low, family_high: value less and
-        plus that
+        plus that; seed_smallest: the smallest difference that is more than training again makes,
+        within_seed_noise: whether this one is below (`tcsae.report.seed_noise`); null without
+        several seeds
     density_matched {name: {value, baseline, delta, low, high, within_noise, smallest, family_low,
         family_high, overlap, reason}}: the same after weighting both arms to one distribution of
         density (see `matching`), for C_W, rho_1, omega_squared; {} like deltas, and where no
@@ -61,16 +64,25 @@ groups    [{
     profile {positions, rate}: firing rate by position over its mean, mean over live features
     density {edges, share, C}: log10 density bins: edges [n + 1], share of live features [n],
         energy-weighted C_{headline_window} in the bin [n], null where empty
+    stability {reason, seeds, mcc, random, ...}: whether its seeds found the same features
+        (`tcsae.report.stability`); with a reason and nothing else where it was not measured
   }]
 arms      [{id, stream, label, is_baseline, baseline (arm id or null), groups [ids by L0],
           front [ids: no other group of the arm has less L0 and more explained variance]}]
 grids     [{stream, label, windows [..], lambdas [..], groups [[id or null]], metrics {name:
           [[value or null]]}, deltas {name: [[value or null]]}}], rows windows, columns lambdas;
           lambda 0 is the baseline in every row; only if two windows or two lambdas were run
+seed_noise [{stream, metric, sd, sd_low, sd_high, df, n_settings, smallest {seeds: difference}}]:
+          for the headline, the spread between seeds pooled over settings, that of the steadiest and
+          the least steady of them, and the smallest difference between two settings of so many
+          seeds that counts; empty with one seed a setting
 notices   [text]: what a reader must know: left-out runs, streams that are not compared, one seed,
           what is called a difference
 answers   [text]: what the loss changed, a sentence a setting (`tcsae.report.answers`)
 level     0.95
+
+Beside the JSON, stability.safetensors has the stability of every feature, NaN where dead, by
+"group<id>.seed<seed>"; it is there if a setting has several seeds.
 """
 
 from __future__ import annotations
@@ -80,9 +92,11 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.base.frames import data_frame
@@ -98,10 +112,12 @@ from tcsae.base.labels import (
 )
 from tcsae.base.run_files import RunFiles
 from tcsae.report.answers import answers
-from tcsae.report.gain import gain_metrics, gains, not_measured
+from tcsae.report.gain import gain_columns, gain_metrics, gains, not_measured
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
+from tcsae.report.seed_noise import SeedNoise
+from tcsae.report.stability import stability_columns, stability_notice, stability_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -115,6 +131,11 @@ _HEADLINE_TRUTH = (
 )
 """Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
+_HEADLINE_POSITION = (
+    *("shift_cosine", "shift_moved"),
+    *("lengths_explained_variance_4x", "lengths_omega_squared_4x"),
+)
+"""Of instruments, beside omega^2; where they were asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,10 +152,15 @@ class Comparison:
     grids: list[dict[str, Any]]
     notices: list[str]
     answers: list[str]
+    seed_noise: list[dict[str, Any]] = field(default_factory=list)
     level: float = LEVEL
+    stable: dict[str, Tensor] = field(default_factory=dict)
+    """[F] stability of the features of each seed; not in the JSON."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(replace(self, stable={}))
+        del content["stable"]
+        return content
 
     def markdown(self) -> str:
         """In a sentence; two tables, what was measured and what differs from the baseline; and the
@@ -211,21 +237,32 @@ def compare_runs(
     metrics = _metrics(used)
     entries = Entries(groups, metrics, window)
     rows = [entries.group(group) for group in groups]
+    local = local_window(metrics, window)
+    chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *local_names(local), *_HEADLINE_MEMORY)
+    chosen += _HEADLINE_POSITION
+    headline = [name for name in chosen if name in metrics]
     for row, gain in zip(rows, gains(groups, rows, gain_metrics(metrics, window)), strict=True):
         row["gain"] = gain
-    beside = local_names(local_window(metrics, window))
-    chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *beside, *_HEADLINE_MEMORY)
+    noise = SeedNoise(groups, metrics)
+    stable: dict[str, Tensor] = {}
+    for row, group in zip(rows, groups, strict=True):
+        noise.mark(row)
+        of = [name for name in (f"C_{window}", f"L_{local}") if name in metrics]
+        row["stability"], features = stability_of(group, of)
+        stable |= features
     return Comparison(
         runs=records,
         streams=[{"id": i, **stream[0].place} for i, stream in enumerate(streams)],
         metrics=metrics,
-        headline=[name for name in chosen if name in metrics],
+        headline=headline,
         headline_window=window,
         groups=rows,
         arms=entries.arms(),
         grids=entries.grids(rows),
         notices=_notices(records, streams, groups, rows),
         answers=answers(rows, metrics, window),
+        seed_noise=noise.rows(headline),
+        stable=stable,
     )
 
 
@@ -305,6 +342,7 @@ def _notices(
             f"one seed: {which}. The interval is about these SAEs on other contexts; how much "
             "training again would change is not known"
         )
+    notices += stability_notice(rows)
     n = sum(e["within_noise"] is not None for row in rows for e in row["deltas"].values())
     if n:
         notices.append(
@@ -421,13 +459,7 @@ def _csv_row(comparison: Comparison, group: dict[str, Any]) -> dict[str, Any]:
                 f"{column}_within_noise": entry["within_noise"],
                 f"{column}_smallest": entry["smallest"],
             }
-    for name, gain in group["gain"].get("metrics", {}).items():
-        layout = gain["layout"] or {}
-        row |= {
-            f"{name}_baseline_median": group["baseline_medians"].get(name),
-            f"{name}_gain_half": gain["half"],
-            f"{name}_gain_share_of_{gain['shown']}": gain["share"],
-            f"{name}_gain_layout_share": layout.get("share"),
-            f"{name}_delta_without_layout": layout.get("change_without"),
-        }
-    return row
+            if kind == "deltas":
+                marks = ("seed_smallest", "within_seed_noise")
+                row |= {f"{column}_{mark}": entry[mark] for mark in marks}
+    return row | stability_columns(group) | gain_columns(group)

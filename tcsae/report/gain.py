@@ -203,8 +203,7 @@ def gain_words(row: Mapping[str, Any], name: str) -> str:
     entry = row.get("gain", {}).get("metrics", {}).get(name)
     if entry is None or entry["share"] is None:
         return ""
-    noise = row["deltas"].get(name, {}).get("within_noise")
-    if noise:
+    if row["deltas"].get(name, {}).get("within_noise"):
         return f"The change in {label(name).name} is within noise: there is nothing to share out."
     shown, total = entry["shown"], entry["n_features"]
     text = f"{shown} of {total:,} features make {_percent(entry['share'])} of the change in "
@@ -220,6 +219,21 @@ def gain_words(row: Mapping[str, Any], name: str) -> str:
             f"{number(layout['value_without'])} ({layout['change_without']:+.3f})"
         )
     return f"{text}."
+
+
+def gain_columns(group: Mapping[str, Any]) -> Row:
+    """What the table of a comparison has of it."""
+    columns: Row = {}
+    for name, entry in group["gain"].get("metrics", {}).items():
+        layout = entry["layout"] or {}
+        columns |= {
+            f"{name}_baseline_median": group["baseline_medians"].get(name),
+            f"{name}_gain_half": entry["half"],
+            f"{name}_gain_share_of_{entry['shown']}": entry["share"],
+            f"{name}_gain_layout_share": layout.get("share"),
+            f"{name}_delta_without_layout": layout.get("change_without"),
+        }
+    return columns
 
 
 def not_measured(rows: Sequence[Mapping[str, Any]]) -> str:

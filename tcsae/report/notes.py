@@ -24,7 +24,7 @@ from tcsae.base.labels import (
     spread_text,
     window_part,
 )
-from tcsae.report import norm_limits, truth
+from tcsae.report import meaning, norm_limits, truth
 from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
 from tcsae.report.gain import CAPTION as GAIN_CAPTION
@@ -32,6 +32,13 @@ from tcsae.report.gain import HEAD as GAIN_HEAD
 from tcsae.report.gain import gain_table, gain_words
 from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
+from tcsae.report.seed_noise import (
+    SEED_NOISE_HEADER,
+    SEED_NOISE_LEAD,
+    seed_noise_row,
+    seed_noise_words,
+)
+from tcsae.report.stability import stability_words
 from tcsae.runs.folder import LoadedRun
 
 _WIDTH = 96
@@ -77,7 +84,7 @@ def run_notes(run: LoadedRun) -> str:
     name = run.folder.resolve().name
     lines = [f"Notes on the run {name}", "=" * (len(name) + 17)]
     lines += [*_what_was_run(contents), *_core_results(contents), *_truth(contents)]
-    lines += _consistency(contents)
+    lines += [*_consistency(contents), *_meaning(contents)]
     lines += [*_analysis_lines(contents), *_missing(contents), *_reading(contents)]
     return "\n".join(lines) + "\n"
 
@@ -124,6 +131,15 @@ def _core_results(contents: Contents) -> list[str]:
         *_columns([("metric", "value", "interval", "meaning"), *rows]),
         *_by_norm_limit(contents),
     ]
+
+
+def _meaning(contents: Contents) -> list[str]:
+    found = contents.run.meaning
+    if not found:
+        return []
+    said = [line for text in meaning.words(found) for line in _paragraph(text, "- ")]
+    table = _columns([meaning.HEAD, *meaning.table(found)])
+    return [*_heading("What the features mean"), *said, "", *table]
 
 
 def _by_norm_limit(contents: Contents) -> list[str]:
@@ -302,6 +318,7 @@ def comparison_notes(comparison: Comparison) -> str:
         lines += [p for group in own for p in _group_verdict(group, content)]
         lines += _where_gained(own)
         lines += _at_equal_density(own)
+        lines += _of_seeds(own, content)
     return "\n".join(lines) + "\n"
 
 
@@ -371,7 +388,8 @@ def _group_verdict(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iter
         return
     yield ""
     yield from _paragraph(f"{group['label']} ({group['match']['words']})")
-    for sentence in verdicts(group, content["metrics"]):
+    of_seeds = seed_noise_words(content["seed_noise"], group)
+    for sentence in [*verdicts(group, content["metrics"]), *of_seeds]:
         yield from _paragraph(sentence, "- ")
 
 
@@ -475,3 +493,14 @@ def _at_equal_density(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         "Intervals are over features, documents and, where both sides have the same, seeds."
     )
     return [*_heading("The same at equal density"), *_paragraph(said), *lines]
+
+
+def _of_seeds(groups: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> list[str]:
+    """What training again changes: the features, and every headline metric."""
+    lines = _heading("Seeds: the same features?")
+    lines += [p for g in groups for text in stability_words(g) for p in _paragraph(text, "- ")]
+    own = [row for row in content["seed_noise"] if row["stream"] == groups[0]["stream"]]
+    if not own:
+        return lines
+    lines += ["", *_paragraph(SEED_NOISE_LEAD), ""]
+    return [*lines, *_columns([SEED_NOISE_HEADER, *map(seed_noise_row, own)])]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _TEMPLATES = Path(__file__).parent / "templates"
+STYLE_SHEET = _TEMPLATES / "page.css"
 
 
 def packed(values: np.ndarray) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def render(
         title=title,
         drawn=frozenset(figures),
         plotly_js=Markup(get_plotlyjs()) if figures or data else "",
-        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        style=Markup(STYLE_SHEET.read_text(encoding="utf-8")),
         script=Markup((_TEMPLATES / "page.js").read_text(encoding="utf-8")),
         page_content=Markup(script_json(content)),
     )

@@ -84,7 +84,9 @@ class LoadedRun:
         Args:
             strength: in units of the feature's mean activation where it is on.
             value: in place of it, on the scale of the activations.
-            tokens, temperature, seed: as of `steer`.
+            tokens: new ones.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the draws.
 
         Raises:
             UserError: as `features` and `steer`; a strength for a feature that never fired.
@@ -175,6 +177,13 @@ class LoadedRun:
         """Sums over features of alike density; {} in a run of a version that kept none."""
         path = RunFiles(self.folder).eval.by_density
         return load_tensors(path, _ADVICE)[0] if path.is_file() else {}
+
+    @cached_property
+    def meaning(self) -> dict[str, Any]:
+        """What the instruments of tcsae/meaning found, by their names: {headline: {name: {value,
+        interval}}, said, ...} each. {} where none was asked for (`python -m tcsae.meaning`)."""
+        path = RunFiles(self.folder).eval.meaning
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def analysis(self) -> Analysis | None:

@@ -24,6 +24,7 @@ from tcsae.base.files import Lock, atomic, load_tensors, locked, save_tensors, w
 from tcsae.base.signals import StopRequest
 from tcsae.data.batches import Calibration, calibrate, shuffled_indices
 from tcsae.data.language_model import LanguageModel
+from tcsae.data.network import Network
 from tcsae.data.store import StreamSource
 from tcsae.data.stream import Stream, open_stream
 
@@ -92,7 +93,7 @@ def test_jobs_that_need_the_same_activations_harvest_them_once(
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passes = count_calls(LanguageModel, "activations", monkeypatch)
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
     opened(tiny_gpt2, texts, store, **changes)
     assert len(shards(store)) == SHARDS
     assert passes == []
@@ -117,10 +118,54 @@ def test_other_activations_go_to_another_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = shards(store)
-    passes = count_calls(LanguageModel, "activations", monkeypatch)
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
     opened(tiny_gpt2, texts, store, **changes)
     assert len(passes) > 0
     assert set(before) < set(shards(store))
+
+
+ALSO = ["0", "1.mlp_out", "0.attn_out"]
+
+
+def test_several_layers_and_hooks_are_harvested_in_one_forward_pass(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as one by one, and the text is read once."""
+    forwards = count_calls(Network, "_forward", monkeypatch)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    opened(tiny_gpt2, texts, together, store__also=f"[{','.join(ALSO)}]")
+    once = len(forwards)
+    for layer, hook in (("0", "resid_post"), ("1", "mlp_out"), ("0", "attn_out")):
+        forwards.clear()
+        found = opened(tiny_gpt2, texts, together, layer=layer, model__hook=hook)
+        assert forwards == []
+        wanted = opened(tiny_gpt2, texts, alone, layer=layer, model__hook=hook)
+        assert len(forwards) == once  # of loading's own checks, too
+        assert_same(everything(found), everything(wanted))
+
+
+def test_what_the_store_has_of_a_place_is_left_alone(
+    tiny_gpt2: Path, texts: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {shard: shard.stat().st_mtime_ns for shard in shards(store)}
+    opened(tiny_gpt2, texts, store, layer="0", store__also="[1]")
+    assert len(shards(store)) == 2 * SHARDS
+    assert {shard: shard.stat().st_mtime_ns for shard in before} == before
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
+    opened(tiny_gpt2, texts, store, store__also="[0, middle]")
+    assert passes == []
+
+
+def test_a_place_that_is_not_there_is_left_out(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(tiny_gpt2, texts, tmp_path, store__also="[99]")
+    assert len(shards(tmp_path)) == SHARDS
+    assert "store.also: layer = 99: must be 0 to" in caplog.text
+    with pytest.raises(
+        UserError, match=r"store\.also.*0\.resid_mid: a place is LAYER or LAYER\.HOOK"
+    ):
+        opened(tiny_gpt2, texts, tmp_path, store__also="[0.resid_mid]")
 
 
 def test_other_weights_in_the_same_folder_are_other_activations(
@@ -247,16 +292,16 @@ def test_a_harvest_that_died_goes_on_at_the_first_missing_shard(
     tiny_gpt2: Path, texts: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = {shard.name: shard.read_bytes() for shard in shards(store)[:6]}
-    passes = count_calls(LanguageModel, "activations", monkeypatch)
-    inner = LanguageModel.activations
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
+    inner = LanguageModel.activations_at
 
-    def dies(self: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    def dies(self: LanguageModel, ids: torch.Tensor, places: Any) -> list[torch.Tensor | None]:
         if len(passes) == 7:
             raise MemoryError
-        return inner(self, ids)
+        return inner(self, ids, places)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "activations", dies)
+        patch.setattr(LanguageModel, "activations_at", dies)
         with pytest.raises(MemoryError):
             opened(tiny_gpt2, texts, tmp_path / "other")
     assert len(shards(tmp_path / "other")) == 3
@@ -271,15 +316,15 @@ def test_a_signal_stops_a_harvest_and_whole_shards_stay(
     tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = StopRequest()
-    passes = count_calls(LanguageModel, "activations", monkeypatch)
-    inner = LanguageModel.activations
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
+    inner = LanguageModel.activations_at
 
-    def signalled(self: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    def signalled(self: LanguageModel, ids: torch.Tensor, places: Any) -> list[torch.Tensor | None]:
         if len(passes) == 4:
             stop.signal_name = "SIGTERM"
-        return inner(self, ids)
+        return inner(self, ids, places)
 
-    monkeypatch.setattr(LanguageModel, "activations", signalled)
+    monkeypatch.setattr(LanguageModel, "activations_at", signalled)
     with pytest.raises(Interrupted, match="SIGTERM"):
         opened(tiny_gpt2, texts, tmp_path, stop)
     assert len(shards(tmp_path)) == 2
@@ -333,21 +378,24 @@ def test_a_signal_ends_the_wait_for_another_process(
 # ------------------------------------------------------------------------------- two writers
 
 
-def two_at_once(weights: Path, texts: Path, root: Path, times: int) -> None:
-    """This process and another open the same stream in an empty store at the same moment."""
+def two_at_once(weights: Path, texts: Path, root: Path, times: int, layer: str = "1") -> None:
+    """This process and another open the same stream in an empty store at the same moment; or, with
+    another `layer`, this one that of layer 1, and the other that one's, each told of the other."""
     roots = [str(root / str(i)) for i in range(times)]
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(2), context.Queue()
     arguments = (str(weights), str(texts), roots, barrier, answers)
-    other = context.Process(target=harvest_together, args=arguments)
+    also = f"[1,{layer}]"
+    other = context.Process(target=harvest_together, args=(*arguments, layer, also))
     other.start()
-    harvest_together(*arguments)
+    harvest_together(*arguments, "1", also)
     said = [answers.get(timeout=60) for _ in range(2 * times)]
     other.join(timeout=60)
     assert other.exitcode == 0
-    opened(weights, texts, root / "alone")
+    for place in {"1", layer}:
+        opened(weights, texts, root / "alone", layer=place)
     alone = [shard.read_bytes() for shard in shards(root / "alone")]
-    assert len({digest for *_, digest in said}) == 1
+    assert len({digest for *_, digest in said}) == len({"1", layer})
     for store in roots:
         packings, passes, _ = zip(*(rest for where, *rest in said if where == store), strict=True)
         assert len(passes) == 2
@@ -358,6 +406,12 @@ def two_at_once(weights: Path, texts: Path, root: Path, times: int) -> None:
 
 def test_two_processes_make_one_good_store(tiny_gpt2: Path, texts: Path, tmp_path: Path) -> None:
     two_at_once(tiny_gpt2, texts, tmp_path, times=5)
+
+
+def test_processes_at_two_layers_read_the_text_once(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    two_at_once(tiny_gpt2, texts, tmp_path, times=5, layer="0")
 
 
 @pytest.mark.slow

@@ -256,6 +256,20 @@ def test_what_is_in_the_store_costs_nothing(grid: list[Config]) -> None:
     assert sweep.pack_hours[4] < min(sweep.pack_hours[:4])
 
 
+def test_a_grid_over_layers_reads_the_text_once(grid: list[Config]) -> None:
+    layers = [grid[0].model_copy(update={"layer": layer}) for layer in (9, 19, 14)]
+    shallow, deepest, middle = (cost_of(config) for config in layers)
+    sweep = sweep_cost(layers, alone(3), A100)
+    assert sweep.n_harvests == 1 and sweep.harvest_tokens == deepest.harvest_tokens
+    written = sum(hours(cost.harvest[-1:], A100) for cost in (shallow, middle))
+    assert sweep.harvest_hours == pytest.approx(hours(deepest.harvest, A100) + written)
+    assert sweep.store_bytes == sum(cost.store_bytes for cost in (shallow, deepest, middle))
+    other_text = layers[0].model_copy(
+        update={"dataset": layers[0].dataset.model_copy(update={"n_contexts": 7})}
+    )
+    assert sweep_cost([layers[1], other_text], alone(2), A100).n_harvests == 2
+
+
 def test_unknown_jobs_are_named_and_left_out(
     grid: list[Config], job: Callable[..., Config]
 ) -> None:

@@ -16,10 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tcsae.base.errors import SweepFailed, UserError
-from tcsae.config import number_options
+from tcsae.config import number_options, run_id
 from tcsae.config.compose import conf_folder
 from tcsae.config.launcher import Options, SlurmOptions, checked
-from tcsae.launch.jobs import GridJob, make_packs, names_of, read_pack, stream_key, write_pack
+from tcsae.launch.jobs import (
+    GridJob,
+    make_packs,
+    names_of,
+    read_pack,
+    reading_once,
+    stream_key,
+    write_pack,
+)
 from tcsae.launch.launcher import _Numbers
 from tcsae.launch.plan import packed
 from tcsae.launch.sweep_folder import SweepFolder
@@ -160,6 +168,16 @@ def test_automatic_packs_are_spread_over_the_processes(packable: GridJob) -> Non
     assert max(len(p) for p in packed(jobs, auto, 1, "cpu")) <= 16
     assert [len(p) for p in packed(jobs, checked(Options, {"pack": 8}), None, "cpu")] == [6, 7, 7]
     assert len(packed(jobs, checked(Options, {"pack": 1}), None, "cpu")) == 20
+
+
+def test_packs_of_one_text_know_of_each_others_places(job: Callable[..., GridJob]) -> None:
+    first, second = job(0, layer="0"), job(1, layer="1", model__hook="mlp_out")
+    other_text, streamed = job(2, dataset__seed="1"), job(3, store="stream")
+    asked = job(4, layer="1", store__also="[2]", dataset__seed="5")
+    packs = reading_once([[first], [second], [other_text], [streamed], [asked]])
+    also = [pack[0].config.store.also for pack in packs]
+    assert also == [["1.mlp_out"], ["0.resid_post"], [], [], ["2"]]
+    assert run_id(packs[0][0].config) == run_id(first.config)
 
 
 def test_a_pack_comes_back_from_its_file_as_it_was(

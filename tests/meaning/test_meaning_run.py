@@ -1,0 +1,83 @@
+"""evaluation.meaning in a run, and the door that measures runs that have finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import run_here, small_job, write_texts
+
+import tcsae
+from tcsae.base.run_files import RunFiles
+from tcsae.meaning.__main__ import main
+from tcsae.meaning.measured import INSTRUMENTS
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("meaning")
+    texts = write_texts(root / "texts", documents=60)
+    job = small_job(
+        tiny_gpt2,
+        texts,
+        root / "run",
+        dataset__n_eval_contexts="20",
+        evaluation__windows="[2,4]",
+        evaluation__meaning="[probes]",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCSAE_STORE", str(root / "store"))
+        done = run_here(*job)
+    assert done.code == 0, done.stderr
+    return root / "run"
+
+
+def test_the_names_that_the_config_takes_are_those_of_the_instruments() -> None:
+    from typing import get_args
+
+    from tcsae.config import EvaluationConfig
+
+    (names,) = get_args(EvaluationConfig.model_fields["meaning"].annotation)
+    assert set(get_args(names)) == set(INSTRUMENTS)
+
+
+def test_a_run_keeps_what_its_instruments_found(finished: Path) -> None:
+    files = RunFiles(finished)
+    found = json.loads(files.eval.meaning.read_text())
+    assert set(found) == {"probes"} and set(found["probes"]) >= {"headline", "said"}
+    assert tcsae.load_run(finished).meaning == found
+    info = json.loads(files.final_info.read_text())
+    for name, number in found["probes"]["headline"].items():
+        assert info["meaning"][name] == {k: number[k] for k in ("value", "interval")}
+
+
+def test_the_door_finds_what_the_run_found(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(finished, tmp_path / name)
+    RunFiles(tmp_path / "a").eval.meaning.unlink()
+    main([str(tmp_path), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    before = json.loads(RunFiles(finished).eval.meaning.read_text())
+    assert printed == {str(tmp_path / name): before for name in ("a", "b")}
+    assert json.loads(RunFiles(tmp_path / "a").eval.meaning.read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{run}", "--instruments", "tea"], "tea: no such instrument; there is"),
+        (["{run}/eval"], "has no finished run: train one first"),
+        (["{run}/nowhere"], "is not a folder"),
+    ],
+)
+def test_a_mistake_at_the_door_is_one_line(
+    finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([part.format(run=finished) for part in arguments])
+    line = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and said in line and "\n" not in line
