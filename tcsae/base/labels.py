@@ -85,6 +85,9 @@ LABELS: dict[str, Label] = {
     "edge_energy": Label(
         "Edge energy", "activity squared at positions 1 to 7 over that of the rest; 1: alike"
     ),
+    "layout_share": Label(
+        "Layout share", "of a feature's activation: on line ends, punctuation, headings, names"
+    ),
     "token_entropy": Label("Token entropy", "of the tokens a feature fires on, nats"),
     "log_density": Label("log10 density", "share of tokens on which a feature is on"),
     "c0": Label("Energy", "variance of a feature about its position means"),

@@ -86,8 +86,11 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
-        if self.source == "wheel" and self.subset is not None:
-            raise ValueError("subset is for datasets of the hub and folders; leave it out here")
+        if self.source == "wheel" and self.subset not in (None, "speech"):
+            raise ValueError(
+                f"subset={self.subset}: of the plays there is subset=speech (no names, headings, "
+                "directions and line ends), or leave it out"
+            )
         if self.source != "hub" and self.revision is not None:
             raise ValueError("revision is for datasets of the hub; leave it out here")
         if self.source != "files" and self.separator != "auto":

@@ -236,7 +236,7 @@ def _sums(
     with on_meta() as counting, torch.no_grad(), silenced():
         sae: Any = _Features(d_in, [d_sae // 2] * 2 if is_grouped else [d_sae])
         batches: Any = _Batches(counting, size, d_in, MAX_BLOCKS - evaluation.ENCODE_CONTEXTS)
-        _, suite, _ = evaluation.on_activations(sae, config, batches, units, StopRequest())
+        _, suite, *_ = evaluation.on_activations(sae, config, batches, units, StopRequest())
         features = counting.work("features").times(1 / batches.contexts)
         in_passing, counting.most = counting.most, 0
         counting.restart()

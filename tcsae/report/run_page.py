@@ -251,6 +251,7 @@ def _context(contents: Contents) -> dict[str, Any]:
         "consistency_rows": _consistency_rows(contents),
         "window_metric": contents.window_metric,
         "distributions": _distributions(contents),
+        "layout_words": contents.layout_words(),
         "single_rows": _single_rows(contents),
         "shares_window": contents.summary.get("shares_window"),
         "training": ["loss", *_TRAINING],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
-from tcsae.base.labels import HEADLINE, SINGLES
+from tcsae.base.labels import HEADLINE, SINGLES, window_part
 from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
 from tcsae.config import Config, LoadedConfig, identity
 from tcsae.metrics.truth import flat_truth
@@ -74,8 +74,8 @@ class Run:
     """Why `draws` lacks a metric."""
     medians: dict[str, float | None]
     features: dict[str, Tensor]
-    """[F] each: density, contexts_on, c0, rho_1, omega_squared, every C_W and L_W; profile_rate
-    [T, F]."""
+    """[F] each: density, contexts_on, c0, rho_1, omega_squared, every C_W, D_W and L_W, and, where
+    it was measured, layout_share; profile_rate [T, F]."""
     top: dict[str, float | None] = field(default_factory=dict)
     """The 99th percentile over features of consistency metrics."""
     energy_by_position: list[float | None] = field(default_factory=list)
@@ -262,7 +262,8 @@ def _intervals(loaded: LoadedRun) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _features(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = ("density", "contexts_on", "c0", "rho_1", "omega_squared", "profile_rate")
-    kept = [name for name in columns if name in plain or name.startswith(("C_", "L_"))]
+    wanted = (*plain, "layout_share")
+    kept = [name for name in columns if name in wanted or window_part(name)]
     return {name: columns[name].double() for name in kept}
 
 
