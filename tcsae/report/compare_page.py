@@ -52,8 +52,8 @@ def write_compare_report(comparison: Comparison, path: Path) -> Path:
         figures |= {f"s{stream['id']}-{name}": figure for name, figure in drawn.items()}
         streams.append(_stream_context(stream, groups, grids, content))
     pages = [link(RunFiles(run["folder"]).report, path.parent) for run in content["runs"]]
-    context = {"content": content, "streams": streams, "command": _command(content)}
-    context["pages"] = pages
+    context: dict[str, Any] = {"content": content, "streams": streams, "pages": pages}
+    context["command"] = _command(content)
     n_used = sum(run["status"] == "used" for run in content["runs"])
     title = f"{n_used} runs compared"
     return write_page(path, "compare.html.j2", title, context, figures, {})
