@@ -256,7 +256,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 IDLE: list[tuple[str, str]] = [
     ("dataset.split=test", "this text has no splits"),
     ("dataset.text_field=content", "this text has no fields"),
-    ("dataset.subset=de", "leave it out"),
+    ("dataset.subset=de", "subset=speech"),
     ("dataset.revision=main", "leave it out"),
     ("dataset.separator=null", "leave it out"),
     ("dataset=openwebtext dataset.separator=null", "leave it out"),
