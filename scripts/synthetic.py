@@ -148,7 +148,7 @@ def _study(name: str, study: Mapping[str, Any]) -> str:
     minus = [
         [f"minus {arm}", *(_cell(study["loss_minus"][arm][m], signed=True) for m in CONTRASTS)]
         for arm in arms
-        if arm in study["loss_minus"]
+        if arm in study["loss_minus"] and (arm == f"{loss}, control" or not _LOSS.fullmatch(arm))
     ]
     said = [
         f"**{name}**; {' to '.join(map(str, (seeds[0], seeds[-1])[: len(seeds)]))} seeds a row; "
