@@ -145,13 +145,14 @@ def _study(name: str, study: Mapping[str, Any]) -> str:
     arms, loss = sorted(study["values"], key=order), study["loss"]
     rows = [[arm, *(_cell(study["values"][arm][m]) for m in METRICS)] for arm in arms]
     seeds = sorted({len(seeds) for seeds in study["seeds"].values()})
+    many = " to ".join(map(str, (seeds[0], seeds[-1])[: len(seeds)]))
     minus = [
         [f"minus {arm}", *(_cell(study["loss_minus"][arm][m], signed=True) for m in CONTRASTS)]
         for arm in arms
         if arm in study["loss_minus"] and (arm == f"{loss}, control" or not _LOSS.fullmatch(arm))
     ]
     said = [
-        f"**{name}**; {' to '.join(map(str, (seeds[0], seeds[-1])[: len(seeds)]))} seeds a row; "
+        f"**{name}**; {many} seed{'s' * (seeds[-1] > 1)} a row; "
         f"groups select by {study['selection']}; on {study['on']}.",
         markdown_table(["", *METRICS.values()], rows),
         f"{loss[0].upper()}{loss[1:]}, less each of the others:",
