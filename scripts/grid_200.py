@@ -125,9 +125,11 @@ def take_the_node(cpus: int) -> None:
 
 
 def node_failure(node: str) -> None:
-    """Its jobs are lost, and Slurm queues them again. It comes back as soon as it is asked."""
+    """Its jobs are lost, and Slurm queues them again. It comes back when their processes have
+    ended: a node that did fail has none, and Slurm drains one that still has."""
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=pretended")
-    time.sleep(2)
+    while subprocess.run(["pgrep", "-x", "slurmstepd"], capture_output=True).returncode == 0:
+        time.sleep(0.2)
     # Refused where it has come back by itself.
     subprocess.run(
         ["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, check=False
