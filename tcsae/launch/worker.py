@@ -41,8 +41,8 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
             if job.hydra_files:
                 _write_hydra_files(job)
             ready.append(job)
-        except (OSError, UserError) as error:  # of its folder: the others have theirs
-            errors[job.number] = error
+        except (OSError, UserError) as failed:  # of its folder: the others have theirs
+            errors[job.number] = failed
     with run_logs([job.folder for job in ready]):
         outcomes = run_bank([(job.config, job.folder) for job in ready], stop) if ready else []
     errors |= {
