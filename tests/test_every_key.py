@@ -186,6 +186,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "evaluation.bootstrap": (NONE, "evaluation.bootstrap=200", ID),
     "evaluation.analysis": (NONE, "evaluation.analysis=false", ID),
     "evaluation.redundancy_max_lag": (NONE, "evaluation.redundancy_max_lag=2", ID),
+    "evaluation.label_fields": (FILES + ("evaluation.meaning=[probes]",),)
+    + ("evaluation.label_fields=[x]", ID),
     "evaluation.meaning": (NONE, "evaluation.meaning=[probes]", ID),
     "store.mode": (NONE, "store.mode=stream", STREAM),
     "store.dir": (
@@ -237,6 +239,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "sae.tanh_scale": (("sae=jumprelu_tanh",), "sae.tanh_scale=7", ID),
     "sae.preact_coefficient": (("sae=jumprelu_tanh",), "sae.preact_coefficient=0.5", ID),
     "sae.group_fractions": (("sae=matryoshka",), "sae.group_fractions=[0.5,0.5]", ID),
+    "sae.selection": (("sae=matryoshka",), "sae.selection=token", ID),
     "sae.pair_loss": (("sae=tsae",), "sae.pair_loss=inner_product", ID),
     "sae.pairs": (("sae=tsae",), "sae.pairs=earlier", ID),
     "sae.pair_coefficient": (("sae=tsae",), "sae.pair_coefficient=0.5", ID),
@@ -253,7 +256,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 IDLE: list[tuple[str, str]] = [
     ("dataset.split=test", "this text has no splits"),
     ("dataset.text_field=content", "this text has no fields"),
-    ("dataset.subset=de", "leave it out"),
+    ("dataset.subset=de", "subset=speech"),
     ("dataset.revision=main", "leave it out"),
     ("dataset.separator=null", "leave it out"),
     ("dataset=openwebtext dataset.separator=null", "leave it out"),
@@ -277,11 +280,14 @@ IDLE: list[tuple[str, str]] = [
     ("store=stream store.also=[0]", "stores no activations"),
     ("model=synthetic store.also=[0]", "has no language model"),
     ("evaluation.intervals=false evaluation.bootstrap=200", "draws nothing"),
+    ("evaluation.meaning=[probes] evaluation.label_fields=[x]", "names fields of the rows"),
+    ("dataset=files dataset.path=x evaluation.label_fields=[x]", "for evaluation.meaning"),
     ("evaluation.analysis=false evaluation.redundancy_max_lag=2", "looks for no redundancy"),
     ("training.sparsity_warmup=0.3", "no sparsity coefficient"),
     ("training.target_l0=16 sae.k=8", "give one of them"),
     ("sae.revival=none +sae.k_aux=7", "for sae.revival=auxk"),
     ("sae.revival=resample +sae.auxk_coefficient=0.5", "for sae.revival=auxk"),
+    ("sae=tsae sae.selection=token sae.threshold_rate=0.5", "estimates no threshold"),
     ("sae=jumprelu +sae.tanh_scale=7", "for sae.penalty=tanh"),
     ("sae=tsae sae.pair_coefficient=0 sae.pairs=earlier", "leaves the pairs out"),
     ("sae=tsae sae.pair_coefficient=0 sae.pair_loss=inner_product", "leaves the pairs out"),
@@ -332,6 +338,12 @@ def test_a_key_that_would_do_nothing_is_refused_in_one_line(overrides: str, word
     assert words in str(refused.value)
     if isinstance(refused.value, UserError):
         assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("evaluation", ["quick", "default", "full"])
+@pytest.mark.parametrize("rest", ["model=synthetic", "evaluation.analysis=false", "store=stream"])
+def test_a_preset_is_no_choice_of_what_it_sets_in_vain(evaluation: str, rest: str) -> None:
+    assert config_of(f"evaluation={evaluation}", rest).evaluation.bootstrap == 1000
 
 
 def test_every_key_of_conf_is_in_the_schema() -> None:

@@ -99,3 +99,19 @@ def test_the_protocol_is_older_than_the_results() -> None:
 def test_brown_text_is_prose_again() -> None:
     tagged = "\n\n\tThe/at jury/nn said/vbd ,/, ``/`` No/rb evidence/nn ''/'' (/( ok/uh )/) ./.\n"
     assert study_text.brown_text(tagged) == 'The jury said, "No evidence" (ok).\n'
+
+
+def test_tags_of_the_brown_corpus_lie_on_their_words() -> None:
+    tagged = "The/at jury/nn said/vbd ,/, ``/`` No/at evidence/nn-hl ''/'' (/( ok/uh )/) ./."
+    text, spans = study_text.brown_tagged(tagged + "\n\nIt's/pps+bez 5/cd :/:")
+    assert text == 'The jury said, "No evidence" (ok).\n\nIt\'s 5:\n'
+    assert [(text[start:end], tag) for start, end, tag in spans] == [
+        ("The", "DET"),
+        ("jury", "NOUN"),
+        ("said", "VERB"),
+        ("No", "DET"),
+        ("evidence", "NOUN"),
+        ("ok", "X"),
+        ("It's", "PRON"),
+        ("5", "NUM"),
+    ]

@@ -72,7 +72,7 @@ MEASURED = (
     Rule("model.dtype", ("auto", "float32"), _is_a_world, _NO_MODEL),
     Rule("model.extra_masked_ids", ([],), _is_a_world, _NO_MODEL),
     Rule("model.bos_id", (None,), _is_a_world, _NO_MODEL),
-    Rule("evaluation.model_contexts", (64,), _is_a_world, _NO_MODEL),
+    Rule("evaluation.model_contexts", (64, 16, 256), _is_a_world, _NO_MODEL),
     Rule(
         "model.world.correlation",
         (0.0,),
@@ -105,8 +105,16 @@ MEASURED = (
         "evaluation.intervals=false draws nothing",
     ),
     Rule(
+        "evaluation.label_fields",
+        ([],),
+        lambda config: (
+            config.dataset.source != "files" or "probes" not in config.evaluation.meaning
+        ),
+        "it names fields of the rows of dataset=files, for evaluation.meaning=[probes]",
+    ),
+    Rule(
         "evaluation.redundancy_max_lag",
-        (8,),
+        (8, 32),
         lambda config: not config.evaluation.analysis,
         "evaluation.analysis=false looks for no redundancy",
     ),
@@ -118,6 +126,12 @@ TRAINED = (
         (0.1,),
         _has_no_coefficient,
         "the architecture has k features a token, and no sparsity coefficient that could rise",
+    ),
+    Rule(
+        "sae.threshold_rate",
+        (0.1,),
+        lambda config: getattr(config.sae, "selection", "batch") == "token",
+        "sae.selection=token estimates no threshold",
     ),
     Rule("sae.k_aux", (None,), _has_no_auxk, "it is for sae.revival=auxk"),
     Rule("sae.auxk_coefficient", (1 / 32,), _has_no_auxk, "it is for sae.revival=auxk"),

@@ -27,8 +27,10 @@ from tcsae.base.errors import UserError, first_line
 
 Content = str | np.ndarray
 """A document: its text, or its tokens int32 [tokens]."""
-Reader = Callable[[Path, str], Iterator[Content]]
-"""(file, field of the text in a row) -> the documents in it, blank ones included."""
+Reader = Callable[..., Iterator[Any]]
+"""(file, field of the text in a row) -> the documents in it, Content each, blank ones included.
+Of rows also (file, field, take): `take(row, where, field)` of each, in place of `row_content`."""
+Take = Callable[[Any, str, str], Any]
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def _whole(read: Reader) -> Reader:
     """`read`, with what libraries say of a broken file turned into one line."""
 
     @functools.wraps(read)
-    def wrapped(path: Path, field: str) -> Iterator[Content]:
+    def wrapped(path: Path, field: str, *take: Take) -> Iterator[Any]:
         import pyarrow as pa
 
         broken = (
@@ -83,7 +85,7 @@ def _whole(read: Reader) -> Reader:
             *(lzma.LZMAError, gzip.BadGzipFile),
         )
         try:
-            yield from read(path, field)
+            yield from read(path, field, *take)
         except UserError:
             raise
         except Exception as error:
@@ -177,7 +179,7 @@ def _read_text(path: Path, field: str) -> Iterator[Content]:
 
 
 @_whole
-def _read_jsonl(path: Path, field: str) -> Iterator[Content]:
+def _read_jsonl(path: Path, field: str, take: Take = row_content) -> Iterator[Any]:
     """One text a line."""
     offset = 0
     with _open(path) as lines:
@@ -197,7 +199,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Content]:
                 raise UserError(f"{where} is nested too deep to be read: leave it out") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object: one object a line")
-            yield row_content(row, where, field)
+            yield take(row, where, field)
 
 
 def _reason(error: ValueError) -> str:
@@ -206,7 +208,7 @@ def _reason(error: ValueError) -> str:
 
 
 @_whole
-def _read_parquet(path: Path, field: str) -> Iterator[Content]:
+def _read_parquet(path: Path, field: str, take: Take = row_content) -> Iterator[Any]:
     """One text a row."""
     import pyarrow.parquet as pq
 
@@ -214,11 +216,11 @@ def _read_parquet(path: Path, field: str) -> Iterator[Content]:
         column = _column(str(path), field, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
-                yield row_content({column: value}, str(path), field)
+                yield take({column: value}, str(path), field)
 
 
 @_whole
-def _read_arrow(path: Path, field: str) -> Iterator[Content]:
+def _read_arrow(path: Path, field: str, take: Take = row_content) -> Iterator[Any]:
     """One text a row, from either form of Arrow IPC: `datasets` writes the streaming one."""
     import pyarrow as pa
 
@@ -231,7 +233,7 @@ def _read_arrow(path: Path, field: str) -> Iterator[Content]:
         batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
         for batch in batches:
             for value in batch.column(column).to_pylist():
-                yield row_content({column: value}, str(path), field)
+                yield take({column: value}, str(path), field)
 
 
 def _column(where: str, field: str, names: list[str]) -> str:
@@ -242,7 +244,7 @@ def _column(where: str, field: str, names: list[str]) -> str:
 
 
 @_whole
-def _read_table(path: Path, field: str) -> Iterator[Content]:
+def _read_table(path: Path, field: str, take: Take = row_content) -> Iterator[Any]:
     """One text a row, of values that commas (csv) or tabs (tsv) are between."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     separator = "\t" if kind_of(path) == ".tsv" else ","
@@ -252,11 +254,11 @@ def _read_table(path: Path, field: str) -> Iterator[Content]:
         if rows.fieldnames is None or field not in rows.fieldnames:
             raise missing(str(path), field, rows.fieldnames or [])
         for row in rows:
-            yield row_content(row, f"{path} line {rows.line_num}", field)
+            yield take(row, f"{path} line {rows.line_num}", field)
 
 
 @_whole
-def _read_json(path: Path, field: str) -> Iterator[Content]:
+def _read_json(path: Path, field: str, take: Take = row_content) -> Iterator[Any]:
     """One text an entry of a list (of texts or objects), which may be the one list of an object."""
     try:
         with _open(path) as file:
@@ -272,7 +274,7 @@ def _read_json(path: Path, field: str) -> Iterator[Content]:
         raise UserError(f"{path} is no list of texts or of objects")
     for number, row in enumerate(content):
         where = f"{path} entry {number}"
-        yield row_content({field: row} if isinstance(row, str) else row, where, field)
+        yield take({field: row} if isinstance(row, str) else row, where, field)
 
 
 ALONE = {".json": _read_json, ".csv": _read_table, ".tsv": _read_table}

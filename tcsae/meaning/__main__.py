@@ -41,6 +41,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="A,B",
         help="which ones (default: probes)",
     )
+    parser.add_argument(
+        "--labels",
+        type=_names,
+        metavar="FIELD,FIELD",
+        help="fields of the text's rows that probes learn (default: the run's "
+        "evaluation.label_fields)",
+    )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     return parser.parse_args(arguments)
 
@@ -63,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tcsae.jobs.meaning import measure_finished
 
     with command(), tcsae_console(), stop_on_signal() as stop:
-        found = measure_finished(given.runs, given.instruments, {}, stop)
+        settings = {} if given.labels is None else {"label_fields": given.labels}
+        found = measure_finished(given.runs, given.instruments, settings, stop)
     if given.json:
         show(json.dumps(found, indent=1))
         return

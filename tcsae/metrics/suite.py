@@ -62,7 +62,7 @@ class ConsistencySuite(SuiteRows):
         units: which contexts, in the order in which they will come, are from one document. None:
             every context is a document of its own.
 
-    Example:
+    Examples:
         >>> suite = ConsistencySuite(n_features=16, n_positions=128)
         >>> suite.update(torch.rand(64, 128, 16))
         >>> suite.summary()["metrics"]["C_8"]["median"]
