@@ -141,6 +141,15 @@ class Page:
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=code)
 
+    def part(self, selector: str, path: Path) -> None:
+        """A PNG of the first element."""
+        clip = self.run(
+            "(b => ({x: b.x + scrollX, y: b.y + scrollY, width: b.width, height: b.height, "
+            f"scale: 1}}))(document.querySelector('{selector}').getBoundingClientRect())"
+        )
+        shot = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
     def picture(self, path: Path, height: int | None = None) -> None:
         """A PNG of the page from its top, all of it unless `height` says."""
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
