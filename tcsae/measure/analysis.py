@@ -55,7 +55,9 @@ correlation.safetensors:
     with itself left out (NaN in a cell of one feature with itself); cell_cluster [M] int64;
     pairs [P, 2] int64 with pair_correlation, pair_cosine [P] float32, pair_lag [P] int16 (the
     second lags the first); twins [Q, 2] int64 with twin_correlation, twin_cosine [Q];
-    position_features [J] int64; position_correlation [J, T, T] float32, NaN where undefined
+    position_features [J] int64; position_correlation [J, T, T] float32, NaN where undefined;
+    together_feature [S] int64, together [S, k] int64 the features that each fires with, most
+    correlated first, -1: none, together_correlation [S, k] float32 (older files have none)
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
 from tcsae.data.token_text import TokenTexts
-from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
+from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture, together
 from tcsae.measure.evaluation import held_out_units
 from tcsae.measure.text_features import coded
 from tcsae.metrics.correlation import FeatureCorrelation
@@ -232,7 +234,7 @@ def analyse(
             **text.files(sorted(ids)),
             "features_reason": seen.left_out,
         },
-        correlation=correlated | picture(seen, found.labels),
+        correlation=correlated | picture(seen, found.labels) | together(seen),
         document=document,
     )
 

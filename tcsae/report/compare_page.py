@@ -337,12 +337,13 @@ def _sentences(group: Group, content: Mapping[str, Any]) -> list[str]:
 def _value(group: Group, name: str) -> dict[str, str]:
     entry = group["metrics"].get(name)
     if entry is None or entry["value"] is None:
-        return {"value": "n/a", "interval": "", "reason": (entry or {}).get("reason") or ""}
+        reason = (entry or {}).get("reason") or ""
+        return {"value": "n/a", "interval": "", "median": "", "reason": reason}
     band = interval_text((entry["low"], entry["high"]))
     middle = group.get("medians", {}).get(name) if window_part(name) else None
-    if middle is not None:
-        band = f"{band} median {number(middle)}".strip()
-    return {"value": number(entry["value"]), "interval": band, "reason": entry["reason"] or ""}
+    median = "" if middle is None else f"median {number(middle)}"
+    reason = entry["reason"] or ""
+    return {"value": number(entry["value"]), "interval": band, "median": median, "reason": reason}
 
 
 def _spread(group: Group, name: str) -> list[str]:

@@ -22,6 +22,7 @@ from tcsae.config.compose import override_value
 from tcsae.data.token_text import pieces
 from tcsae.measure.analysis import Analysis
 from tcsae.metrics.layout import LAYOUT_SHARE
+from tcsae.report.neighbours import neighbours
 from tcsae.report.page import packed
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
@@ -283,6 +284,7 @@ def feature_data(contents: Contents) -> dict[str, Any]:
         "cluster_names": [c["name"] for c in clusters],
         "curves": _curves(contents, ids),
         "pairs": _pairs(contents.analysis),
+        "neighbours": neighbours(contents.run.sae.W_dec, ids, contents.analysis),
         **_top(contents.analysis, ids),
     }
 
