@@ -50,6 +50,8 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Runtime", "Log", "Page"):
             self.send(f"{domain}.enable")
+        # A picture beyond the window has none, and would be laid out anew without.
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
 
     def send(self, method: str, **params: Any) -> Any:
         """A command's result, as Chromium's protocol has it. RuntimeError where it has none."""
