@@ -114,7 +114,7 @@ def evaluation_steps() -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def suite() -> None:
-        _, measured, _ = on_activations(
+        _, measured, *_ = on_activations(
             sae, config, batches, held_out_units(batches), StopRequest()
         )
         measured.summary()

@@ -6,6 +6,7 @@
 #                must be able to enter it, so not below root's home)
 #   ACCT         dbd = mariadb+slurmdbd, sacct works    (default) | none = sacct does not work
 #   FAKE_CPUS    CPUs the node claims to have           (default nproc)
+#   MAX_ARRAY    MaxArraySize                           (default 10001)
 #   FAKE_GPUS    GPUs the node claims to have           (default 2; 0 = none); nothing computes there
 # scripts/stop-slurm.sh stops it.
 set -euo pipefail
@@ -79,7 +80,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5,sched_min
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=256
-MaxArraySize=10001
+MaxArraySize=${MAX_ARRAY:-10001}
 ReturnToService=2
 SlurmdParameters=config_overrides
 # requeue / timeout / preemption

@@ -211,7 +211,8 @@ def scale_free_window_variance(
         variance_over: "positions" takes v_j over all valid positions alike, as the first version
             did: it can be lowered by moving a feature's energy to the edges of contexts.
         position_weight: beta.
-        Others as of `window_variance`.
+
+    The others are as of `window_variance`.
 
     Raises:
         ValueError: a position term of a single context.

@@ -14,6 +14,7 @@ from tcsae.base.files import write_json
 from tcsae.base.json_numbers import plain
 from tcsae.config import parse
 from tcsae.measure.evaluation import Evaluation, _per_context
+from tcsae.metrics.layout import LayoutShare
 from tcsae.metrics.reconstruction import ForwardScore, ModelMetrics, ReconstructionMetrics
 from tcsae.metrics.saebench_json import (
     Provenance,
@@ -84,8 +85,10 @@ def write_run(
     ce: float = 3.5,
     x: Tensor | None = None,
     finished: bool = True,
+    layout: Tensor | None = None,
 ) -> Path:
-    """A finished run whose SAE gave `features`, and x_hat = x + error * noise."""
+    """A finished run whose SAE gave `features`, and x_hat = x + error * noise; `layout` [N, T] says
+    which tokens are layout (None: not measured)."""
     cfg = parse(config or CONFIG)
     x = inputs() if x is None else x
     features = codes(n_contexts=len(x)) if features is None else features
@@ -130,6 +133,10 @@ def write_run(
         intervals=reconstruction.compute_intervals() | model.compute_intervals(),
     )
     values = suite.per_feature()
+    if layout is not None:
+        shares = LayoutShare(n_features)
+        shares.update(features, layout, valid)
+        values["layout_share"] = shares.compute()
     scalars = {name: plain(v, 6) for name, v in values.items() if v.ndim == 1}
     folder.mkdir(parents=True)
     write_json(folder / "config.json", cfg.dump())

@@ -124,6 +124,20 @@ def test_a_delayed_copy_is_the_one_redundant_pair(case: Case) -> None:
     assert tensors["pairs"].tolist() == [[0, 1]] and tensors["pair_lag"].tolist() == [2]
 
 
+def test_companions_are_those_that_correlate_most_without_a_lag(case: Case) -> None:
+    tensors = case.analysis.correlation
+    rows, values = tensors["together"], tensors["together_correlation"]
+    assert rows.shape == values.shape == (len(tensors["together_feature"]), 5)
+    R = torch.corrcoef(case.features[case.valid].T.double()).nan_to_num().fill_diagonal_(-1.0)
+    known = rows[:, 0] >= 0
+    assert known.sum() > 10
+    first = R[tensors["together_feature"][known], rows[known, 0]]
+    # The suite's coefficients are centred by position: near those over all tokens.
+    assert torch.allclose(first, values[known, 0].double(), atol=0.1)
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    assert not (rows == tensors["together_feature"][:, None]).any()
+
+
 def test_early_and_late_forms_of_one_direction_are_twins(case: Case) -> None:
     twins = case.analysis.redundancy["twins"]
     assert [e["features"] for e in twins["examples"]] == [[2, 3]]

@@ -28,14 +28,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tcsae
+from tcsae.base.apart import Apart
 from tcsae.base.errors import Interrupted, UserError
 from tcsae.base.files import locked
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import stop_on_signal
 from tcsae.config import Config
 from tcsae.data.language_model import LanguageModel
+from tcsae.jobs import side_by_side
 from tcsae.jobs.bank import run, run_bank
 from tcsae.jobs.tracking import JsonLines
+from tcsae.measure import evaluation
 from tcsae.measure.evaluation import ENCODE_CONTEXTS
 from tcsae.report.contents import Contents
 from tcsae.report.run_page import run_figures
@@ -461,27 +464,90 @@ def test_a_signal_before_the_first_step_is_obeyed_after_it(
 # ---------------------------------------------------------------------------- a bank's measures
 
 
+def analysed(config: Config, *weights: float) -> list[Config]:
+    evaluation = config.evaluation.model_copy(update={"analysis": True})
+    changes = [{"lambda_": weight, "evaluation": evaluation} for weight in weights]
+    return [config.model_copy(update=change) for change in changes]
+
+
 def test_a_bank_measures_each_as_alone_and_the_model_itself_once(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank = [config.model_copy(update={"lambda_": weight}) for weight in (0.0, 0.1, 1.0)]
+    bank = analysed(config, 0.0, 1.0)
     for i, member in enumerate(bank):
         run(member, tmp_path / f"alone{i}")
-    calls = count_calls(LanguageModel, "logits", monkeypatch)
+    monkeypatch.setattr(side_by_side, "cores", lambda: 2)
+    monkeypatch.setattr("tcsae.measure.analysis.WORTH_A_PROCESS", 0)
+    scores = count_calls(evaluation, "score_forward", monkeypatch)
+    apart = count_calls(Apart, "__call__", monkeypatch)
     jobs = [(member, tmp_path / f"bank{i}") for i, member in enumerate(bank)]
     with stop_on_signal() as stop:
         outcomes = run_bank(jobs, stop)
-    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert [outcome.error for outcome in outcomes] == [None] * 2
     n_batches = -(-config.evaluation.model_contexts // ENCODE_CONTEXTS)
-    assert len(calls) == (2 + len(bank)) * n_batches
+    assert len(scores) == (1 + len(bank)) * n_batches and len(apart) == 2
     for i in range(len(bank)):
-        alone, beside = (
-            json.loads((tmp_path / f"{where}{i}" / "eval" / "core.json").read_text())
-            for where in ("alone", "bank")
-        )
-        assert alone["eval_result_metrics"] == beside["eval_result_metrics"]
+        alone, beside = (measured(tmp_path / f"{where}{i}") for where in ("alone", "bank"))
+        assert alone == beside and len(alone) > 10
     losses = [outcome.info["metrics"]["model_performance_preservation"] for outcome in outcomes]
-    assert losses[0]["ce_loss_with_sae"] != losses[2]["ce_loss_with_sae"]
+    assert losses[0]["ce_loss_with_sae"] != losses[1]["ce_loss_with_sae"]
+    seconds = outcomes[1].info["seconds"]
+    assert {"evaluate features", "intervals", "analyse features", "clusters"} <= set(seconds["own"])
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """All that is measured of a run, to the last bit."""
+    found: dict[str, Any] = {}
+    for part in ("eval", "analysis"):
+        for file in sorted((folder / part).iterdir()):
+            found[file.name] = file.read_bytes()
+    found["core.json"] = json.loads(found["core.json"])["eval_result_metrics"]
+    return found
+
+
+def test_a_job_that_fails_at_its_measurements_stops_no_other_and_a_signal_stops_all(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "cores", lambda: 2)
+    jobs = [(c, tmp_path / f"{i}") for i, c in enumerate(analysed(config, 0.0, 0.1, 1.0))]
+    original, steps = evaluation.on_activations, count_calls(Member, "train_step", monkeypatch)
+
+    def disturbed(how: Callable[[int], None]) -> None:
+        started = []
+
+        def seen(*args: Any) -> Any:
+            started.append(args)
+            how(len(started))
+            return original(*args)
+
+        monkeypatch.setattr(evaluation, "on_activations", seen)
+
+    def signalled(number: int) -> None:
+        if number == 1:
+            stop.signal_name = "SIGUSR2"
+
+    def failing(number: int) -> None:
+        if number == 2:
+            raise ValueError("no measure")
+
+    disturbed(signalled)
+    with stop_on_signal() as stop, pytest.raises(Interrupted):
+        run_bank(jobs, stop)
+    states = [read_state(folder) for _, folder in jobs]
+    assert [state.state for state in states if state] == ["interrupted"] * 3
+    n_steps = len(steps)
+    disturbed(failing)
+    with stop_on_signal() as stop:
+        outcomes = run_bank(jobs, stop)
+    assert [str(o.error) for o in outcomes if o.error] == ["no measure"]
+    failed = [outcome.error is not None for outcome in outcomes]
+    assert [RunFiles(folder).has_pages for _, folder in jobs] == [not f for f in failed]
+    assert [(read_state(f).state == "failed") for _, f in jobs] == failed  # type: ignore[union-attr]
+    disturbed(lambda number: None)
+    with stop_on_signal() as stop:
+        outcomes = run_bank(jobs, stop)
+    assert [outcome.repeated for outcome in outcomes] == failed
+    assert len(steps) == n_steps  # nothing was trained again
 
 
 def test_jobs_of_different_streams_are_no_bank(config: Config, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_large_blocks() -> bool:
@@ -13,8 +13,9 @@ def keep_large_blocks() -> bool:
 
     A training step makes and drops [tokens, d_sae] tensors of tens of megabytes. By default glibc
     maps each of them anew and the kernel fills it with zeroed pages, which on a CPU takes longer
-    than the arithmetic on it (scripts/bench.py --default-allocator shows it). Returns whether
-    it took effect: not on other C libraries, where nothing happens.
+    than the arithmetic on it (scripts/bench.py --default-allocator shows it). Threads share the one
+    heap, since only that can hold blocks of any size. Returns whether it took effect: not on other
+    C libraries, where nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -22,7 +23,8 @@ def keep_large_blocks() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    wanted = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+    return all([bool(mallopt(name, value)) for name, value in wanted.items()])
 
 
 def give_back() -> bool:

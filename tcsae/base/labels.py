@@ -85,6 +85,9 @@ LABELS: dict[str, Label] = {
     "edge_energy": Label(
         "Edge energy", "activity squared at positions 1 to 7 over that of the rest; 1: alike"
     ),
+    "layout_share": Label(
+        "Layout share", "of a feature's activation: on line ends, punctuation, headings, names"
+    ),
     "token_entropy": Label("Token entropy", "of the tokens a feature fires on, nats"),
     "log_density": Label("log10 density", "share of tokens on which a feature is on"),
     "c0": Label("Energy", "variance of a feature about its position means"),
@@ -100,6 +103,28 @@ LABELS: dict[str, Label] = {
     "ami_decoder": Label(
         "Agreement with directions", "adjusted mutual information with decoder clusters"
     ),
+}
+
+_POSITION = {
+    "shift_jaccard": Label(
+        "Shift: Jaccard", "active features that a token keeps in later contexts"
+    ),
+    "shift_cosine": Label("Shift: cosine", "of a token's codes in contexts that start later"),
+    "shift_correlation": Label("Shift: correlation", "of a feature with itself, the same tokens"),
+    "shift_input_cosine": Label("Shift: cosine of activations", "what the model itself keeps"),
+    "shift_moved": Label(
+        "Shift: moved", "1 - cosine of codes over that of activations; above 1: codes move more"
+    ),
+}
+_LENGTHS = {
+    "explained_variance": ("explained variance", "over that within the training length"),
+    "l0": ("L0", "over that within the training length"),
+    "omega_squared": ("omega²", "variance between the positions of that block"),
+}
+LABELS |= _POSITION | {
+    f"lengths_{name}_{n}x": Label(f"Length {n} x: {said}", meaning)
+    for name, (said, meaning) in _LENGTHS.items()
+    for n in (2, 4)
 }
 
 _TRUTH = {

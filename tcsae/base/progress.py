@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import TextIO, TypeVar
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-_listeners: list[Callable[[Progress], None]] = []
+_listener: ContextVar[Callable[[Progress], None] | None] = ContextVar("listener", default=None)
 _is_silent = False
 
 
@@ -51,12 +52,13 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(tell: Callable[[Progress], None]) -> Iterator[None]:
-    """`tell` hears of every progress made during the block; an inner block's hears instead."""
-    _listeners.append(tell)
+    """`tell` hears of every progress that this thread makes during the block; an inner block's
+    hears instead."""
+    token = _listener.set(tell)
     try:
         yield
     finally:
-        _listeners.remove(tell)
+        _listener.reset(token)
 
 
 class Progress:
@@ -111,8 +113,9 @@ class Progress:
             log.info(text, extra={"file_only": True})
 
     def _tell(self) -> None:
-        if _listeners and not self.silent:
-            _listeners[-1](self)
+        tell = _listener.get()
+        if tell is not None and not self.silent:
+            tell(self)
 
     def __enter__(self) -> Progress:
         self._tell()

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 Seconds = dict[str, float]
 """By the name of a stage, in the order in which they came."""
 
-_clocks: list[Seconds] = []
+_clock: ContextVar[Seconds | None] = ContextVar("clock", default=None)
+"""Of each thread its own: jobs are measured side by side."""
 
 
 @contextlib.contextmanager
 def timing() -> Iterator[Seconds]:
     """The stages of the block, as they end. An outer block is not told of them."""
     seconds: Seconds = {}
-    _clocks.append(seconds)
+    token = _clock.set(seconds)
     try:
         yield seconds
     finally:
-        _clocks.pop()
+        _clock.reset(token)
 
 
 @contextlib.contextmanager
@@ -31,8 +33,7 @@ def stage(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if _clocks:
-            seconds = _clocks[-1]
+        if (seconds := _clock.get()) is not None:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
 
 

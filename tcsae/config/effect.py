@@ -127,6 +127,12 @@ TRAINED = (
         _has_no_coefficient,
         "the architecture has k features a token, and no sparsity coefficient that could rise",
     ),
+    Rule(
+        "sae.threshold_rate",
+        (0.1,),
+        lambda config: getattr(config.sae, "selection", "batch") == "token",
+        "sae.selection=token estimates no threshold",
+    ),
     Rule("sae.k_aux", (None,), _has_no_auxk, "it is for sae.revival=auxk"),
     Rule("sae.auxk_coefficient", (1 / 32,), _has_no_auxk, "it is for sae.revival=auxk"),
     Rule(

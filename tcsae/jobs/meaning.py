@@ -44,6 +44,9 @@ def measure_finished(
             f"{unknown[0]}: no such instrument; there is {', '.join(sorted(INSTRUMENTS))}"
         )
     runs = [_load(path) for path in _finished(folders)]
+    for run in runs:
+        if unfit := run.config.unfit_instruments(instruments):
+            raise UserError(f"{run.folder}: {unfit}")
     found = {}
     for group in _by_text(runs):
         text = _open(group[0], stop)

@@ -77,6 +77,7 @@ def _measure(
     stop: StopRequest,
     started: float,
 ) -> None:
+    stream = stream.read_once(stop)
     save_saelens(run.sae, found.sae, found.metadata(config))
     sae, sae_cfg = load_saelens(run.sae)
     with timing() as own:

@@ -6,6 +6,7 @@ Loads torch. No line here knows an architecture: a step is `Member.train_step`, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -182,6 +183,9 @@ class _Model:
             replace(torch.empty(*ids_BT.shape, self.d_in, dtype=self.dtype))
         return torch.empty(*ids_BT.shape, self.vocabulary, dtype=self.dtype)
 
+    def repeated(self, ids_BT: Tensor) -> Any:
+        return contextlib.nullcontext(functools.partial(self.logits, ids_BT))
+
 
 def evaluation_of(config: Config, d_in: int, vocabulary: int, bfloat16: bool) -> Evaluation:
     """What is measured of this job's SAE beside a model with so many tokens."""
@@ -232,7 +236,7 @@ def _sums(
     with on_meta() as counting, torch.no_grad(), silenced():
         sae: Any = _Features(d_in, [d_sae // 2] * 2 if is_grouped else [d_sae])
         batches: Any = _Batches(counting, size, d_in, MAX_BLOCKS - evaluation.ENCODE_CONTEXTS)
-        _, suite, _ = evaluation.on_activations(sae, config, batches, units, StopRequest())
+        _, suite, *_ = evaluation.on_activations(sae, config, batches, units, StopRequest())
         features = counting.work("features").times(1 / batches.contexts)
         in_passing, counting.most = counting.most, 0
         counting.restart()

@@ -148,7 +148,7 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
         stream=stream,
         train=_train(c, machine),
         evaluate=_evaluate(c),
-        reference=_on_model(c, 2, c.measured.reference),
+        reference=_on_model(c, c.whole.forward.plus(_from_hook(c)), c.measured.reference),
         harvest_tokens=0 if config.store.mode == "stream" else c.tokens,
         store_bytes=CONTEXT_BYTES * c.tokens + store_bytes,
         run_bytes=_run_bytes(c) + _checkpoint_bytes(c),
@@ -167,9 +167,8 @@ def _stream(c: _Counted, machine: Machine) -> tuple[Stage, Stage, float]:
     pack = Work("pack the text", host_seconds=PACKING_SECONDS * c.tokens)
     trained = config.steps * config.training.batch_contexts
     if config.store.mode == "stream":
-        # Held-out contexts are run for the metrics and again for the analysis.
-        passed = trained + (1 + config.evaluation.analysis) * c.contexts[1]
-        return (pack,), (c.to_hook.forward.times(passed),), 0.0
+        # Held-out contexts are run once, for all that is measured on them.
+        return (pack,), (c.to_hook.forward.times(trained + c.contexts[1]),), 0.0
     context_bytes = size * c.facts.d_model * c.number
     stored = float(sum(c.contexts) * context_bytes)
     harvest = (
@@ -198,17 +197,22 @@ def _train(c: _Counted, machine: Machine) -> Stage:
     )
 
 
-def _on_model(c: _Counted, n: int, scores: Work) -> Stage:
-    """`n` passes over the contexts that are run through the whole model, and their scores."""
+def _on_model(c: _Counted, forward: Work, scores: Work) -> Stage:
+    """What goes through the model of the contexts that are run to its logits, and the scores."""
     contexts = min(c.config.evaluation.model_contexts, c.contexts[1])
-    return c.whole.forward.times(n * contexts), scores.times(contexts)
+    return forward.times(contexts), scores.times(contexts)
+
+
+def _from_hook(c: _Counted) -> Work:
+    """A pass from the hook to the logits: what comes before is run once for all stand-ins."""
+    return c.whole.forward.plus(c.to_hook.forward, -1)
 
 
 def _evaluate(c: _Counted) -> Stage:
     stage = (
         c.measured.features.times(c.contexts[1]),
         c.measured.draws,
-        *_on_model(c, 1, c.measured.scores),
+        *_on_model(c, _from_hook(c), c.measured.scores),
     )
     return (*stage, _analysis(c)) if c.config.evaluation.analysis else stage
 

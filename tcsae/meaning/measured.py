@@ -15,7 +15,9 @@ from tcsae.base.run_files import EvalFiles
 from tcsae.base.stages import stage
 from tcsae.config import Measured
 from tcsae.meaning.held_text import Findings, HeldText
+from tcsae.meaning.lengths import lengths
 from tcsae.meaning.probes import probes
+from tcsae.meaning.shift import shift
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ Instrument = Callable[[SparseAutoencoder, HeldText, Measured], Findings]
 """The SAE, on raw activations and the model's device; the held-out text; the run's config, of which
 the window and the keys of the instrument matter. Raises Interrupted if a signal comes, UserError
 for what makes the whole instrument impossible; what is missing for a part of it is a sentence."""
-INSTRUMENTS: dict[str, Instrument] = {"probes": probes}
+INSTRUMENTS: dict[str, Instrument] = {"probes": probes, "shift": shift, "lengths": lengths}
 
 
 def measure_meaning(

@@ -55,7 +55,9 @@ correlation.safetensors:
     with itself left out (NaN in a cell of one feature with itself); cell_cluster [M] int64;
     pairs [P, 2] int64 with pair_correlation, pair_cosine [P] float32, pair_lag [P] int16 (the
     second lags the first); twins [Q, 2] int64 with twin_correlation, twin_cosine [Q];
-    position_features [J] int64; position_correlation [J, T, T] float32, NaN where undefined
+    position_features [J] int64; position_correlation [J, T, T] float32, NaN where undefined;
+    together_feature [S] int64, together [S, k] int64 the features that each fires with, most
+    correlated first, -1: none, together_correlation [S, k] float32 (older files have none)
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.base.apart import Calls, here
 from tcsae.base.files import load_tensors, make_folder, read_json, save_tensors, write_json
 from tcsae.base.json_numbers import plain
 from tcsae.base.progress import Progress
@@ -80,7 +83,7 @@ from tcsae.config import Measured
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches
 from tcsae.data.token_text import TokenTexts
-from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture
+from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture, together
 from tcsae.measure.evaluation import held_out_units
 from tcsae.measure.text_features import coded
 from tcsae.metrics.correlation import FeatureCorrelation
@@ -95,9 +98,14 @@ from tcsae.metrics.redundancy import (
     twins_report,
 )
 from tcsae.metrics.specialization import Specialization, cluster_features, layout
-from tcsae.metrics.top_contexts import TokenStatistics, characteristic_tokens, cluster_names
+from tcsae.metrics.top_contexts import (
+    Firings,
+    TokenStatistics,
+    characteristic_tokens,
+    cluster_names,
+)
 from tcsae.metrics.twins import PositionTwins
-from tcsae.metrics.units import MIN_UNITS
+from tcsae.metrics.units import MIN_UNITS, Units
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -107,6 +115,8 @@ THRESHOLDS = {"correlation": 0.9, "cosine": 0.7, "twin_correlation": 0.3, "twin_
 PARTNERS = 32
 DIGITS = 6
 """What float32 carries."""
+WORTH_A_PROCESS = 300_000
+"""Firings from which on their clusters take longer than a process to start (three seconds)."""
 
 _CANNOT_TELL_DISTANCE = "cannot tell: the entries vary no more than noise"
 _DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
@@ -173,6 +183,7 @@ def analyse(
     stop: StopRequest,
     max_lag: int = 8,
     passage: ActivationBatches | None = None,
+    calls: Calls = here,
 ) -> Analysis:
     """Everything in analysis/, in one pass over the held-out contexts.
 
@@ -182,6 +193,7 @@ def analyse(
             profile_rate and the descriptors of the map.
         max_lag: largest lag at which redundant features are looked for.
         passage: contexts of one document as it stands, to be shown; None: there is none.
+        calls: makes the calls that hold Python's lock; here, or in a process apart.
 
     Raises:
         Interrupted: a signal came.
@@ -203,13 +215,10 @@ def analyse(
     stop.check()
     log.info("clustering features, with the checks of the clusters")
     firings = seen.firings.compute()
+    close = firings._replace(pattern=firings.pattern[:, seen.close.numpy()])
+    calls = calls if close.pattern.nnz >= WORTH_A_PROCESS else here
     with stage("clusters"):
-        found = cluster_features(
-            firings._replace(pattern=firings.pattern[:, seen.close.numpy()]),
-            W_dec[seen.close],
-            documents=units,
-            min_firings=MIN_FIRINGS,
-        )
+        found, places = calls(_clustered, close, W_dec[seen.close], units)
     stop.check()
     statistics = seen.tokens.compute()
     text = model.texts()
@@ -218,16 +227,24 @@ def analyse(
     ids = {*contexts["ids"].unique().tolist(), *document.get("ids", torch.empty(0)).int().tolist()}
     return Analysis(
         redundancy=redundancy,
-        specialization=_specialization(found, seen, statistics, known, text),
+        specialization=_specialization(found, places, seen, statistics, known, text),
         top_contexts=contexts,
         top_tokens={
             "k": seen.top.k,
             **text.files(sorted(ids)),
             "features_reason": seen.left_out,
         },
-        correlation=correlated | picture(seen, found.labels),
+        correlation=correlated | picture(seen, found.labels) | together(seen),
         document=document,
     )
+
+
+def _clustered(
+    close: Firings, W_dec: Tensor, units: Units
+) -> tuple[Specialization, tuple[Tensor, Tensor]]:
+    """The clusters, and the places of the map: one thread's work, whatever there are of cores."""
+    found = cluster_features(close, W_dec, documents=units, min_firings=MIN_FIRINGS)
+    return found, layout(found.graph)
 
 
 def _document(sae: SparseAutoencoder, passage: ActivationBatches) -> dict[str, Tensor]:
@@ -386,6 +403,7 @@ def _top_contexts(seen: Pass) -> dict[str, Tensor]:
 
 def _specialization(
     found: Specialization,
+    places: tuple[Tensor, Tensor],
     seen: Pass,
     statistics: TokenStatistics,
     known: Mapping[str, Tensor],
@@ -396,7 +414,7 @@ def _specialization(
     cluster, decoder_cluster = torch.full((F,), -1), torch.full((F,), -1)
     cluster[close], decoder_cluster[close] = found.labels, found.decoder_labels
     x_F, y_F = torch.full((2, F), torch.nan)
-    placed, points = layout(found.graph)
+    placed, points = places
     x_F[close[placed]], y_F[close[placed]] = points[:, 0], points[:, 1]
     columns = {"x": x_F, "y": y_F, "energy": known["c0"], "log_density": statistics.log_density}
     columns |= {"token_entropy": statistics.token_entropy}

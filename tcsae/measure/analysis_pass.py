@@ -19,6 +19,8 @@ TOP_K = 8
 CELLS = 256
 """Rows and columns of the picture of the correlation matrix, at most."""
 POSITION_FEATURES = 8
+TOGETHER = 5
+"""Companions of each feature that are kept."""
 MIN_FIRINGS = 20
 """Features that fire less often are in no cluster, and have no position-by-position correlation."""
 DENSE_ENTRIES = 2**28
@@ -169,6 +171,18 @@ def picture(seen: Pass, labels_S: Tensor) -> dict[str, Tensor]:
     return tensors | {
         "mean": torch.from_numpy(mean).float(),
         "largest": torch.from_numpy(np.where(empty, np.nan, largest)).float(),
+    }
+
+
+def together(seen: Pass) -> dict[str, Tensor]:
+    """The features that each fires with: the largest positive coefficients, -1 where there are
+    fewer than TOGETHER."""
+    R = seen.zero_lag_SS.clone().nan_to_num_(nan=-1.0).fill_diagonal_(-1.0)
+    value, place = R.topk(min(TOGETHER, len(R)), dim=1)
+    return {
+        "together_feature": seen.close,
+        "together": torch.where(value > 0, seen.close[place], -1),
+        "together_correlation": value.clamp(min=0.0).float(),
     }
 
 

@@ -27,8 +27,10 @@ from tcsae.base.stages import stage
 from tcsae.config import Measured, run_id
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.batches import ActivationBatches, Batch
+from tcsae.data.layout import layout_of
 from tcsae.data.synthetic_model import SyntheticModel
 from tcsae.measure.truth import Truth, on_truth
+from tcsae.metrics.layout import LayoutShare
 from tcsae.metrics.norm_limits import NormLimits, caution
 from tcsae.metrics.reconstruction import (
     ForwardScore,
@@ -187,7 +189,8 @@ def evaluate(
     """
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
-    seen = on_activations(sae, config, batches, units, stop)
+    layout = None if isinstance(model, SyntheticModel) else _layout(model, batches)
+    seen = on_activations(sae, config, batches, units, stop, layout)
     evaluation = _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
     if isinstance(model, SyntheticModel):
         with stage("truth"):
@@ -208,6 +211,7 @@ def _evaluation(
     reconstruction: ReconstructionMetrics,
     suite: ConsistencySuite,
     limits: NormLimits,
+    layout: LayoutShare | None,
 ) -> Evaluation:
     """What was accumulated, as numbers with intervals."""
     by_limit = limits.compute()
@@ -234,11 +238,14 @@ def _evaluation(
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
         },
     )
-    per_feature = suite.per_feature()
+    per_feature, summary = suite.per_feature(), suite.summary()
+    if layout is not None:
+        per_feature["layout_share"] = layout.compute()
+        summary["layout"] = layout.summary(per_feature["c0"])
     scalars = {k: plain(v, DIGITS) for k, v in per_feature.items() if v.ndim == 1}
     return Evaluation(
         core=core,
-        consistency={"summary": suite.summary(), "per_feature": scalars},
+        consistency={"summary": summary, "per_feature": scalars},
         per_feature={k: v.float() if v.is_floating_point() else v for k, v in per_feature.items()},
         per_context=_per_context(reconstruction, behaviour)
         | {"document": units.document, "model_context": through_model},
@@ -284,8 +291,12 @@ def on_activations(
     batches: ActivationBatches,
     units: Units,
     stop: StopRequest,
-) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits]:
-    """Accumulate every metric in one pass over the held-out activations. Raises Interrupted."""
+    layout: Tensor | None = None,
+) -> tuple[ReconstructionMetrics, ConsistencySuite, NormLimits, LayoutShare | None]:
+    """Accumulate every metric in one pass over the held-out activations. Raises Interrupted.
+
+    `layout` [N, T] bool says which tokens are layout; None: that is not asked.
+    """
     cfg, size = config.evaluation, config.dataset.context_size
     reconstruction = ReconstructionMetrics(sae.d_in, sae.d_sae)
     suite = ConsistencySuite(
@@ -300,6 +311,8 @@ def on_activations(
     )
     median_norm = batches.calibration.median_norm
     limits = NormLimits(sae.d_in, median_norm, config.dataset.norm_filter)
+    shares = None if layout is None else LayoutShare(sae.d_sae)
+    done = 0
     with Progress("evaluate features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()
@@ -310,8 +323,16 @@ def on_activations(
             encoded = batch.valid if sae.sequential else batch.not_special
             limits.update(x, x_hat, counted=batch.not_special, encoded=encoded)
             suite.update(features, segments=batch.segments, valid=batch.valid, inputs=x)
+            if shares is not None and layout is not None:
+                shares.update(features, layout[done : done + len(x)], batch.valid)
+            done += len(x)
             progress.update(batch.valid.numel())
-    return reconstruction, suite, limits
+    return reconstruction, suite, limits, shares
+
+
+def _layout(model: ActivationModel, batches: ActivationBatches) -> Tensor:
+    contexts = batches.source.contexts
+    return layout_of(contexts.ids, contexts.segments, contexts.valid, model.texts())
 
 
 @torch.inference_mode()
@@ -324,7 +345,8 @@ def on_the_model(
 ) -> list[ModelMetrics]:
     """Cross-entropy and KL with each SAE spliced in, and with the hook's tensor set to zero.
 
-    The model as it is, and with zeros, is run once for all SAEs; of `config` only
+    The model as it is, and with zeros, is run once for all SAEs, and what comes before the hook
+    once for all of that; of `config` only
     evaluation.model_contexts and the size of a context matter. A synthetic world has no
     language model: no token is counted, and all is NaN. Raises Interrupted if a signal comes.
     """
@@ -341,15 +363,16 @@ def on_the_model(
         for batch in batches.in_order(at_once, indices=chosen):
             stop.check()
             ids, keep = batch.ids, batch.valid
-            clean = language_model.logits(ids)
-            ce = next_token_ce(clean, ids, keep)
-            ablated = score_forward(clean, language_model.logits(ids, torch.zeros_like), ids, keep)
-            progress.update(2 * ids.numel())
-            for sae, metric in zip(saes, metrics, strict=True):
-                stop.check()
-                logits = language_model.logits(ids, _splice(sae, batch))
-                metric.add(ce, score_forward(clean, logits, ids, keep), ablated, keep=keep)
-                progress.update(ids.numel())
+            with language_model.repeated(ids) as logits:
+                clean = logits()
+                ce = next_token_ce(clean, ids, keep)
+                ablated = score_forward(clean, logits(torch.zeros_like), ids, keep)
+                progress.update(2 * ids.numel())
+                for sae, metric in zip(saes, metrics, strict=True):
+                    stop.check()
+                    changed = score_forward(clean, logits(_splice(sae, batch)), ids, keep)
+                    metric.add(ce, changed, ablated, keep=keep)
+                    progress.update(ids.numel())
     return metrics
 
 

@@ -61,9 +61,9 @@ class Accumulator:
         return self._state
 
 
-def with_deleted(blocks: Tensor, n_used: int, deletions: bool) -> Tensor:
+def with_deleted(blocks: Tensor, n_used: int | None = None, deletions: bool = True) -> Tensor:
     """Sums [1 + G, ...] from sums by block [G', ...]: of all, then without each of the blocks in
-    use; only the first row if no deletions are wanted."""
+    use (None: all); only the first row if no deletions are wanted."""
     total = blocks.sum(0, keepdim=True)
     return torch.cat([total, total - blocks[:n_used]]) if deletions else total
 

@@ -192,9 +192,9 @@ class Autocorrelation:
         number of tokens it is the mean over, [1 + G]."""
         sums = self.sums.centred()
         counts_GT = sums["block_counts"]
-        seen_T = self._different(counts_GT)[0] > 0
+        seen_T = self._different(counts_GT, 1)[0] > 0
         n_R = with_deleted((counts_GT * seen_T).sum(1), self.sums.n_used, deletions)
-        return self._mean_products(sums, deletions)[:, 0] / n_R[:, None], n_R
+        return self._mean_products(sums, deletions, 1)[:, 0] / n_R[:, None], n_R
 
     def energies(self, kept_G: Tensor) -> Tensor:
         """c_j(0) from some of the blocks, [G] bool, and the same without each block in use:
@@ -233,21 +233,25 @@ class Autocorrelation:
         self._origin_F = self.sums.origin_F
         return state
 
-    def _different(self, counts_GT: Tensor) -> Tensor:
-        """Pairs of tokens of different blocks at (t, t + k), [K + 1, T]; 0 past the end."""
-        n_positions = counts_GT.shape[1]
-        different_KT = counts_GT.new_zeros(self.max_lag + 1, n_positions)
-        for lag in range(self.max_lag + 1):
+    def _different(self, counts_GT: Tensor, n_lags: int | None = None) -> Tensor:
+        """Pairs of tokens of different blocks at (t, t + k), [K + 1, T]; 0 past the end. Of the
+        first `n_lags` lags; None: of all."""
+        n_positions, n_lags = counts_GT.shape[1], n_lags or self.max_lag + 1
+        different_KT = counts_GT.new_zeros(n_lags, n_positions)
+        for lag in range(n_lags):
             n = n_positions - lag
             different_KT[lag, :n] = pairs_of_blocks(counts_GT[:, :n], counts_GT[:, lag:])
         return different_KT
 
-    def _mean_products(self, sums: dict[str, Tensor], deletions: bool) -> Tensor:
-        """Sums over counted pairs of U(t, t + k), [1 + G, K + 1, F]."""
+    def _mean_products(
+        self, sums: dict[str, Tensor], deletions: bool, n_lags: int | None = None
+    ) -> Tensor:
+        """Sums over counted pairs of U(t, t + k), [1 + G, K + 1, F]. Of the first `n_lags` lags;
+        None: of all."""
         sums_GTF, counts_GT = sums["block_sums"], sums["block_counts"]
-        n_used = len(counts_GT)
-        pairs_GKT = self._state["pairs"][:n_used]
-        different_KT = self._different(counts_GT)
+        n_used, n_lags = len(counts_GT), n_lags or self.max_lag + 1
+        pairs_GKT = self._state["pairs"][:n_used, :n_lags]
+        different_KT = self._different(counts_GT, n_lags)
         r_KT = torch.where(different_KT > 0, pairs_GKT.sum(0) / different_KT.clamp(min=1), 0.0)
         total_TF = sums_GTF.sum(0, keepdim=True)
         whole_KF = pair_products(total_TF, r_KT[None])[0]
@@ -259,7 +263,7 @@ class Autocorrelation:
         both = [pair_products(S + total_TF, r_GKT[: len(S)]) for S in sums_GTF.split(8)]
         with_whole_GKF = torch.cat(both) - whole_KF - own_GKF
         without_GK = torch.stack(
-            [self._without(counts_GT, different_KT, lag) for lag in range(self.max_lag + 1)], 1
+            [self._without(counts_GT, different_KT, lag) for lag in range(n_lags)], 1
         )
         scale_GK = scale_without(pairs_GKT.sum(2), different_KT.sum(1), without_GK)
         return MeanProducts(whole_KF, own_GKF, with_whole_GKF).rows(scale_GK)

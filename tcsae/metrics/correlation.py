@@ -318,7 +318,8 @@ def feature_correlation(
     Args:
         features: codes [B, T, F].
         max_lag: largest distance in positions; 0 compares features at the same position.
-        segments, valid: [B, T] document numbers, and which positions count (None: one, all).
+        segments: [B, T] document numbers (None: one document a context).
+        valid: [B, T], which positions count (None: all).
 
     Returns:
         values [F, F] (float64 if the features are, else float32) and lags [F, F]:

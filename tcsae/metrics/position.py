@@ -160,13 +160,16 @@ class PositionDependence:
     def compute(self) -> PositionResult:
         """The result over all batches; see `position_dependence`."""
         shares = {name: value[0] for name, value in self.shares(deletions=False).items()}
+        return PositionResult(**shares, **self.profiles())
+
+    def profiles(self) -> dict[str, Tensor]:
+        """`profile_rate` and `profile_mean` of PositionResult."""
         sums = self._sums.centred()
         counts_T1 = sums["block_counts"].sum(0)[:, None]
-        return PositionResult(
-            **shares,
-            profile_rate=self._state["fires"].sum(0).double() / counts_T1,
-            profile_mean=sums["block_sums"].sum(0) / counts_T1 + self._sums.origin_F,
-        )
+        return {
+            "profile_rate": self._state["fires"].sum(0).double() / counts_T1,
+            "profile_mean": sums["block_sums"].sum(0) / counts_T1 + self._sums.origin_F,
+        }
 
     def shares(self, deletions: bool = True) -> dict[str, Tensor]:
         """The four shares by their names in PositionResult: of all, and without each block,

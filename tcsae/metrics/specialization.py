@@ -206,11 +206,14 @@ class _Clustering:
     resolution: float
     seed: int
 
-    def seed_agreement(self, network: igraph.Graph, n_seeds: int) -> dict[str, Any]:
+    def seed_agreement(
+        self, network: igraph.Graph, first: np.ndarray, n_seeds: int
+    ) -> dict[str, Any]:
+        """`first`: the communities of the first seed."""
         from sklearn.metrics import adjusted_rand_score
 
-        seeds = range(self.seed, self.seed + n_seeds)
-        runs = [_communities(network, self.resolution, seed) for seed in seeds]
+        others = range(self.seed + 1, self.seed + n_seeds)
+        runs = [first, *(_communities(network, self.resolution, seed) for seed in others)]
         scores = [adjusted_rand_score(a, b) for a, b in combinations(runs, 2)]
         return {"ari_seeds": float(np.mean(scores)), "n_seeds": n_seeds}
 
@@ -339,7 +342,9 @@ def cluster_features(
     labels[graph.features] = _by_size(membership)
     sizes = torch.bincount(labels[labels >= 0]).tolist()
     summary |= {"n_clusters": len(sizes), "cluster_sizes": sizes, "modularity": modularity}
-    summary |= settings.seed_agreement(network, n_seeds) | settings.half_agreement(firings, units)
+    summary |= settings.seed_agreement(network, membership, n_seeds) | settings.half_agreement(
+        firings, units
+    )
     summary |= settings.chance(firings, units, graph, modularity, n_nulls)
     if W_dec is None:
         summary |= _missing("ami_decoder", "no decoder was given")

@@ -7,6 +7,7 @@ R = 1 + G rows: of all documents, and without each block of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class ConsistencySuite(SuiteRows):
         units: which contexts, in the order in which they will come, are from one document. None:
             every context is a document of its own.
 
-    Example:
+    Examples:
         >>> suite = ConsistencySuite(n_features=16, n_positions=128)
         >>> suite.update(torch.rand(64, 128, 16))
         >>> suite.summary()["metrics"]["C_8"]["median"]
@@ -82,14 +83,17 @@ class ConsistencySuite(SuiteRows):
         [K + 1, F], `profile_rate` and `profile_mean` [T, F]. Units are those of the functions and
         results of the same names.
         """
+        return dict(self._per_feature)
+
+    @cached_property
+    def _per_feature(self) -> dict[str, Tensor]:
         rows = self._all_rows
         values = {name: value[0] for name, value in rows.items()}
         values["correlation_length_censored"] = correlation_length(values["rho"]).censored
         values["tau_int_censored"] = integrated_time_censored(values["rho"])
         values["contexts_on"] = self._activity.contexts_on().double()
         values["omega_squared_low"] = self._low(rows["omega_squared"])
-        position = self._position.compute()
-        values |= {name: getattr(position, name) for name in ("profile_rate", "profile_mean")}
+        values |= self._position.profiles()
         if self._smoothness.n_contexts:
             values["smoothness"] = self._smoothness.compute().per_feature
         return values

@@ -142,7 +142,10 @@ class SuiteRows:
 
     def _forget(self) -> None:
         """What was worked out for the contexts so far."""
-        for name in ("_all_rows", "_crossed", "_estimates", "_draws", "_once", "_rows_once"):
+        for name in (
+            *("_all_rows", "_crossed", "_estimates", "_draws", "_once", "_rows_once"),
+            "_per_feature",
+        ):
             self.__dict__.pop(name, None)
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tcsae.base.labels import difference_text, label, local_names, local_window, number
+from tcsae.base.labels import difference_text, label, number
 from tcsae.report.controls import control_of, is_control
+from tcsae.report.gain import gain_metrics, gain_words
 from tcsae.report.seed_noise import seed_mark
 
 SHOWN = 6
@@ -24,8 +25,8 @@ def answers(groups: Sequence[Row], metrics: Sequence[str], window: int | None) -
         window: `Comparison.headline_window`.
     """
     lasting = f"C_{window}"
-    local = [n for n in local_names(local_window(metrics, window)) if n.startswith("L_")][:1]
-    names = [name for name in (lasting, *local, *_AFTER) if name in metrics]
+    of_windows = gain_metrics(metrics, window)
+    names = [*of_windows, *(name for name in _AFTER if name in metrics)]
     compared = [group for group in groups if group["deltas"] and not is_control(group)]
     rank = {group["id"]: -(_delta(group, lasting) or 0.0) for group in compared}
     chosen = {group["id"] for group in sorted(compared, key=lambda g: rank[g["id"]])[:SHOWN]}
@@ -46,7 +47,9 @@ def _sentence(group: Row, names: Sequence[str], control: Row | None) -> str:
     text = f"{group['label']}, against the same without the loss: {'; '.join(changes)}."
     if control is not None and control["deltas"] and names:
         text += _by_order(group, control, names)
-    return text
+    # Of the last of the measures of lasting, as above: the local part if there is one.
+    where = [said for name in names if (said := gain_words(group, name))]
+    return f"{text} {where[-1]}" if where else text
 
 
 def _change(group: Row, name: str) -> str | None:
@@ -59,7 +62,9 @@ def _change(group: Row, name: str) -> str | None:
     if mark := seed_mark(entry):
         noise += f", {mark}"
     before = value - entry["value"]
-    return f"{label(name).name} {number(before)} -> {number(value)} ({change}{noise})"
+    middle = group.get("medians", {}).get(name), group.get("baseline_medians", {}).get(name)
+    median = f"; median {number(middle[1])} -> {number(middle[0])}" if None not in middle else ""
+    return f"{label(name).name} {number(before)} -> {number(value)} ({change}{noise}{median})"
 
 
 def _by_order(group: Row, control: Row, names: Sequence[str]) -> str:

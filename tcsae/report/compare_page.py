@@ -13,6 +13,9 @@ from tcsae.base.labels import SPREAD, difference_text, interval_text, label, num
 from tcsae.report import plots
 from tcsae.report.changed import changed_blocks
 from tcsae.report.comparison import Comparison
+from tcsae.report.gain import CAPTION as GAIN_CAPTION
+from tcsae.report.gain import HEAD as GAIN_HEAD
+from tcsae.report.gain import gain_table, gain_words
 from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
 from tcsae.report.page import write_page
@@ -75,6 +78,7 @@ def stream_figures(
 ) -> dict[str, Figure]:
     """Every figure of one stream: planes, curves, differences, heat maps of the headline."""
     figures = _planes(groups, _window_metric(content)) | _curves(groups, content)
+    figures |= _gain_figures(groups)
     for name in _headline(content):
         if (forest := _forest(groups, name)) is not None:
             figures[f"delta-{name}"] = forest
@@ -169,6 +173,43 @@ def _curves(groups: Sequence[Group], content: Mapping[str, Any]) -> dict[str, Fi
     return figures
 
 
+def _gain_figures(groups: Sequence[Group]) -> dict[str, Figure]:
+    """Cumulative share of the change by number of features, of every setting that has a gain."""
+    figures = {}
+    for group in groups:
+        curves = [
+            Curve(label(name).name, entry["curve"]["n"], entry["curve"]["share"])
+            for name, entry in group["gain"].get("metrics", {}).items()
+            if entry["share"] is not None
+        ]
+        if curves:
+            figures[f"gain-{group['id']}"] = plots.lines(
+                curves,
+                "features, largest gain first",
+                "share of the change",
+                markers=True,
+                xaxis={"type": "log", "title": {"text": "features, largest gain first"}},
+            )
+    return figures
+
+
+def _gains(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "group": g,
+            "run": g["gain"]["run"],
+            "baseline": g["gain"]["baseline"],
+            "reason": g["gain"]["reason"],
+            "metrics": [
+                {"name": label(name).name, "words": gain_words(g, name), "rows": gain_table(entry)}
+                for name, entry in g["gain"]["metrics"].items()
+            ],
+        }
+        for g in groups
+        if g["gain"]
+    ]
+
+
 def _stability_curves(few: Sequence[Group], window: str | None) -> dict[str, Figure]:
     """How stable the features are, and how consistent those of one stability."""
     bins = [(g["label"], g["stability"]["by_stability"]) for g in few if _is_stable(g)]
@@ -246,6 +287,9 @@ def _stream_context(
         "prefix": f"s{stream['id']}-",
         "words": stream_words(stream),
         "changed": changed_blocks(groups, content),
+        "gains": _gains(groups),
+        "gain_head": GAIN_HEAD,
+        "gain_caption": GAIN_CAPTION,
         "groups": groups,
         "values": [
             {"group": g, "cells": [_value(g, name) for name in content["headline"]]} for g in groups
@@ -293,9 +337,13 @@ def _sentences(group: Group, content: Mapping[str, Any]) -> list[str]:
 def _value(group: Group, name: str) -> dict[str, str]:
     entry = group["metrics"].get(name)
     if entry is None or entry["value"] is None:
-        return {"value": "n/a", "interval": "", "reason": (entry or {}).get("reason") or ""}
+        reason = (entry or {}).get("reason") or ""
+        return {"value": "n/a", "interval": "", "median": "", "reason": reason}
     band = interval_text((entry["low"], entry["high"]))
-    return {"value": number(entry["value"]), "interval": band, "reason": entry["reason"] or ""}
+    middle = group.get("medians", {}).get(name) if window_part(name) else None
+    median = "" if middle is None else f"median {number(middle)}"
+    reason = entry["reason"] or ""
+    return {"value": number(entry["value"]), "interval": band, "median": median, "reason": reason}
 
 
 def _spread(group: Group, name: str) -> list[str]:

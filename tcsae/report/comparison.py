@@ -37,6 +37,7 @@ groups    [{
         (mean over seeds),
     energy_by_position {positions, energy}: sum over features of the mean square, relative to that
         from position 8 on, mean over seeds; empty where it was not measured,
+    baseline_medians {name: value}: the medians of what it is compared with; {} like deltas,
     match {kind, groups [ids], weights [..], l0, words}: what it is compared with at its own L0;
         kind "single", "interpolated", "none" (words say why, with the nearest), "self" (baseline)
     deltas {name: {value, baseline, low, high, within_noise, smallest, family_low, family_high,
@@ -52,6 +53,13 @@ groups    [{
         family_high, overlap, reason}}: the same after weighting both arms to one distribution of
         density (see `matching`), for C_W, rho_1, omega_squared; {} like deltas, and where no
         feature of an arm varies
+    gain {run, baseline, reason, metrics {name: {change, value, baseline, up, down, n_features,
+        n_matched, half, shown, share, curve {n, share}, features [...], layout}}}: in which
+        features the change of C_W and L_W is, of one run and the baseline's of the same seed
+        (`tcsae.report.gain`); {} like deltas, and beyond the 24 settings with the largest change.
+        half: features that make half of it; share: what the `shown` first make; layout {share,
+        n_shown, n_features [own, baseline's], value_without, baseline_without, change_without},
+        null where a run did not measure it,
     curve {lags, rho, low, high, reason}: energy-weighted autocorrelation, mean over seeds
     profile {positions, rate}: firing rate by position over its mean, mean over live features
     density {edges, share, C}: log10 density bins: edges [n + 1], share of live features [n],
@@ -104,6 +112,7 @@ from tcsae.base.labels import (
 )
 from tcsae.base.run_files import RunFiles
 from tcsae.report.answers import answers
+from tcsae.report.gain import gain_columns, gain_metrics, gains, not_measured
 from tcsae.report.groups import Entries, Group, make_groups, sort_streams
 from tcsae.report.paired import LEVEL
 from tcsae.report.runs import CORE, FROM_ANALYSIS, Run, find_runs, read_run
@@ -122,6 +131,11 @@ _HEADLINE_TRUTH = (
 )
 """Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
+_HEADLINE_POSITION = (
+    *("shift_cosine", "shift_moved"),
+    *("lengths_explained_variance_4x", "lengths_omega_squared_4x"),
+)
+"""Of instruments, beside omega^2; where they were asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,7 +239,10 @@ def compare_runs(
     rows = [entries.group(group) for group in groups]
     local = local_window(metrics, window)
     chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *local_names(local), *_HEADLINE_MEMORY)
+    chosen += _HEADLINE_POSITION
     headline = [name for name in chosen if name in metrics]
+    for row, gain in zip(rows, gains(groups, rows, gain_metrics(metrics, window)), strict=True):
+        row["gain"] = gain
     noise = SeedNoise(groups, metrics)
     stable: dict[str, Tensor] = {}
     for row, group in zip(rows, groups, strict=True):
@@ -340,6 +357,8 @@ def _notices(
             "at matched density the intervals are over features alone, for runs whose sums by "
             f"document were not kept: {', '.join(without)}"
         )
+    if line := not_measured(rows):
+        notices.append(f"where the gain lies: {line}")
     few = [stream[0].place for stream in streams if (stream[0].place["n_documents"] or 99) < 64]
     for place in few:
         notices.append(
@@ -427,6 +446,8 @@ def _csv_row(comparison: Comparison, group: dict[str, Any]) -> dict[str, Any]:
     for name in comparison.metrics:
         entry = group["metrics"][name]
         row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+        if window_part(name):
+            row |= {f"{name}_median": group["medians"].get(name)}
     row["baseline"] = " ".join(map(str, group["match"]["groups"]))
     row["matched_at"] = group["match"]["words"]
     for kind, key in (("deltas", "value"), ("density_matched", "delta")):
@@ -441,4 +462,4 @@ def _csv_row(comparison: Comparison, group: dict[str, Any]) -> dict[str, Any]:
             if kind == "deltas":
                 marks = ("seed_smallest", "within_seed_noise")
                 row |= {f"{column}_{mark}": entry[mark] for mark in marks}
-    return row | stability_columns(group)
+    return row | stability_columns(group) | gain_columns(group)

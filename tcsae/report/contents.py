@@ -21,6 +21,8 @@ from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
 from tcsae.data.token_text import pieces
 from tcsae.measure.analysis import Analysis
+from tcsae.metrics.layout import LAYOUT_SHARE
+from tcsae.report.neighbours import neighbours
 from tcsae.report.page import packed
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
@@ -50,6 +52,7 @@ _COLUMNS = (
     "persistence",
     "omega_squared",
     "mutual_information_share",
+    "layout_share",
     "token_entropy",
     "amplitude_cv",
     "mean_activation",
@@ -116,6 +119,31 @@ class Contents:
         """C_W, L_W, D_W and L_W of sparse features, those there are."""
         names = [self.window_metric, *local_names(self.local_window)]
         return [name for name in names if name and name in self.summary["metrics"]]
+
+    def layout_words(self, n: int = 10) -> str:
+        """How many of the most consistent features are layout, in words; "" if not measured.
+
+        The most consistent: of those seen in enough contexts, the largest L_W (else C_W).
+        """
+        shares, layout = self.values.get("layout_share"), self.summary.get("layout")
+        local = self.local_window
+        name = self.window_metric if local is None else f"L_{local}"
+        if shares is None or layout is None or name is None or layout["token_share"] is None:
+            return ""
+        seen = self.live & (self.values["contexts_on"] >= self.summary["seen_contexts"])
+        value = np.where(seen, np.nan_to_num(self.values[name], nan=-np.inf), -np.inf)
+        first = np.argsort(-value, kind="stable")[:n]
+        first = first[np.isfinite(value[first])]
+        energy = layout["energy_share"]
+        return (
+            f"Of the {len(first)} most consistent features (largest {name}, on in "
+            f"{self.summary['seen_contexts']} contexts or more) "
+            f"{int((shares[first] > LAYOUT_SHARE).sum())} are layout: more than half of their "
+            "activation is on line ends, punctuation, headings or names in capitals. Of all "
+            f"features {layout['n_features']:,} are"
+            + ("" if energy is None else f", with {100 * energy:.0f} % of the variance")
+            + f"; of the tokens {100 * layout['token_share']:.0f} %."
+        )
 
     @property
     def singles(self) -> dict[str, dict[str, Any]]:
@@ -256,6 +284,7 @@ def feature_data(contents: Contents) -> dict[str, Any]:
         "cluster_names": [c["name"] for c in clusters],
         "curves": _curves(contents, ids),
         "pairs": _pairs(contents.analysis),
+        "neighbours": neighbours(contents.run.sae.W_dec, ids, contents.analysis),
         **_top(contents.analysis, ids),
     }
 
@@ -264,6 +293,7 @@ def _column_name(name: str) -> str:
     short = {
         "mutual_information_share": "pos. info",
         "omega_squared": "omega²",
+        "layout_share": "layout",
         "token_entropy": "token entropy",
         "amplitude_cv": "amplitude CV",
         "mean_activation": "mean act.",

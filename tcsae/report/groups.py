@@ -247,12 +247,27 @@ class Entries:
             "q99": _seed_means(self.metrics, [run.top for run in group.runs]),
             "energy_by_position": _energy(group.runs),
             "match": match._asdict(),
+            "baseline_medians": self._baseline_medians(match) if compared else {},
             "deltas": deltas,
             "density_matched": density_matched,
             "curve": self._curve(group),
             "profile": _profile(group.runs),
             "density": self._density(group),
         }
+
+    def _baseline_medians(self, match: Match) -> dict[str, float | None]:
+        """Medians of what it is compared with, weighted as that is."""
+        found: dict[str, float | None] = {}
+        weighted = list(zip(match.groups, match.weights, strict=True))
+        for name in self.metrics:
+            sides = [
+                (weight, _seed_means([name], [run.medians for run in self.groups[i].runs]))
+                for i, weight in weighted
+            ]
+            values = [(weight, side.get(name)) for weight, side in sides]
+            known = [weight * value for weight, value in values if value is not None]
+            found |= {name: sum(known)} if len(known) == len(values) else {}
+        return found
 
     def _density(self, group: Group) -> dict[str, Any]:
         name = self.window_metric

@@ -24,9 +24,12 @@ from tcsae.base.labels import (
     spread_text,
     window_part,
 )
-from tcsae.report import norm_limits, truth
+from tcsae.report import meaning, norm_limits, truth
 from tcsae.report.comparison import Comparison
 from tcsae.report.contents import NO_ANALYSIS, Contents
+from tcsae.report.gain import CAPTION as GAIN_CAPTION
+from tcsae.report.gain import HEAD as GAIN_HEAD
+from tcsae.report.gain import gain_table, gain_words
 from tcsae.report.memory_figures import SHARES
 from tcsae.report.origin import origin
 from tcsae.report.seed_noise import (
@@ -81,7 +84,7 @@ def run_notes(run: LoadedRun) -> str:
     name = run.folder.resolve().name
     lines = [f"Notes on the run {name}", "=" * (len(name) + 17)]
     lines += [*_what_was_run(contents), *_core_results(contents), *_truth(contents)]
-    lines += _consistency(contents)
+    lines += [*_consistency(contents), *_meaning(contents)]
     lines += [*_analysis_lines(contents), *_missing(contents), *_reading(contents)]
     return "\n".join(lines) + "\n"
 
@@ -130,6 +133,15 @@ def _core_results(contents: Contents) -> list[str]:
     ]
 
 
+def _meaning(contents: Contents) -> list[str]:
+    found = contents.run.meaning
+    if not found:
+        return []
+    said = [line for text in meaning.words(found) for line in _paragraph(text, "- ")]
+    table = _columns([meaning.HEAD, *meaning.table(found)])
+    return [*_heading("What the features mean"), *said, "", *table]
+
+
 def _by_norm_limit(contents: Contents) -> list[str]:
     rows = norm_limits.table(contents)
     if not rows:
@@ -173,6 +185,8 @@ def _consistency(contents: Contents) -> list[str]:
             )
         )
     lines = [*_heading("Consistency"), *_paragraph(said), "", *_columns(rows)]
+    if said := contents.layout_words():
+        lines += ["", *_paragraph(said)]
     lines += _where(contents)
     curve = summary["autocorrelation"]
     known = [k for k in _LAGS if k < len(curve["rho"]) and curve["rho"][k] is not None]
@@ -302,6 +316,7 @@ def comparison_notes(comparison: Comparison) -> str:
         lines += _heading("Every metric, with its interval") + _all_metrics(own, content)
         lines += _heading("Against the baseline at the same L0")
         lines += [p for group in own for p in _group_verdict(group, content)]
+        lines += _where_gained(own)
         lines += _at_equal_density(own)
         lines += _of_seeds(own, content)
     return "\n".join(lines) + "\n"
@@ -378,6 +393,23 @@ def _group_verdict(group: Mapping[str, Any], content: Mapping[str, Any]) -> Iter
         yield from _paragraph(sentence, "- ")
 
 
+def _where_gained(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In which features the change of C_W and L_W lies."""
+    lines = []
+    for group in groups:
+        found = group["gain"]
+        if not found:
+            continue
+        lines += ["", *_paragraph(f"{group['label']}: {found['run']} against {found['baseline']}")]
+        if found["reason"]:
+            lines += _paragraph(f"Not worked out: {found['reason']}.", "- ")
+        for name, entry in found["metrics"].items():
+            lines += _paragraph(gain_words(group, name), "- ")
+            table = _columns([GAIN_HEAD, *gain_table(entry)])
+            lines += ["", *(f"  {line}" for line in table)]
+    return [*_heading("Where the gain lies"), *_paragraph(GAIN_CAPTION), *lines] if lines else []
+
+
 def verdicts(group: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """What a group's differences at matched L0 say, in sentences: one for each clear difference,
     one for those within noise, one for those without an interval. L0 is what was matched."""
@@ -396,11 +428,22 @@ def verdicts(group: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             noise.append(f"{label(name).name} ({text}{_would_show(entry)})")
         else:
             said.append(_clear(label(name).name, group["metrics"][name]["value"], entry, text))
+            said[-1] += _medians(group, name)
     if noise:
         said.append(f"Within noise, so no difference was shown: {listed(noise)}.")
     if unknown:
         said.append(f"Without an interval, so nothing can be said: {listed(unknown)}.")
     return said
+
+
+def _medians(group: Mapping[str, Any], name: str) -> str:
+    """Of a mean over features, whether the one in the middle moved too."""
+    if not window_part(name):
+        return ""
+    own, theirs = (group.get(k, {}).get(name) for k in ("medians", "baseline_medians"))
+    if own is None or theirs is None:
+        return ""
+    return f" Median over features: {number(own)} against {number(theirs)}."
 
 
 def density_verdict(group: Mapping[str, Any], name: str) -> str:

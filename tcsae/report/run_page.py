@@ -24,7 +24,7 @@ from tcsae.base.labels import (
 )
 from tcsae.measure.analysis import Analysis
 from tcsae.metrics.truth import flat_truth
-from tcsae.report import norm_limits, plots, truth
+from tcsae.report import meaning, norm_limits, plots, truth
 from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
 from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
@@ -232,6 +232,7 @@ def _context(contents: Contents) -> dict[str, Any]:
         "run": run.final_info,
         "model_words": contents.model_words,
         "truth": _truth(contents),
+        "meaning": _instruments(contents),
         "config": config,
         "config_text": json.dumps(config.dump(), indent=2),
         "command": contents.command(),
@@ -250,6 +251,7 @@ def _context(contents: Contents) -> dict[str, Any]:
         "consistency_rows": _consistency_rows(contents),
         "window_metric": contents.window_metric,
         "distributions": _distributions(contents),
+        "layout_words": contents.layout_words(),
         "single_rows": _single_rows(contents),
         "shares_window": contents.summary.get("shares_window"),
         "training": ["loss", *_TRAINING],
@@ -300,6 +302,13 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
             entry = redundancy[part]
             tiles.append(tile(name, entry[name], None, entry.get(f"{name}_reason", "")))
     return tiles
+
+
+def _instruments(contents: Contents) -> dict[str, Any] | None:
+    found = contents.run.meaning
+    if not found:
+        return None
+    return {"words": meaning.words(found), "head": meaning.HEAD, "rows": meaning.table(found)}
 
 
 def _truth(contents: Contents) -> dict[str, Any] | None:

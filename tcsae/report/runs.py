@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
-from tcsae.base.labels import HEADLINE, SINGLES
+from tcsae.base.labels import HEADLINE, SINGLES, window_part
 from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
 from tcsae.config import Config, LoadedConfig, identity
 from tcsae.metrics.truth import flat_truth
-from tcsae.metrics.units import Units
+from tcsae.metrics.units import Units, jackknife_draws
 from tcsae.report.draws import core_draws
 from tcsae.runs.folder import LoadedRun, load_run
 
@@ -74,8 +74,8 @@ class Run:
     """Why `draws` lacks a metric."""
     medians: dict[str, float | None]
     features: dict[str, Tensor]
-    """[F] each: density, contexts_on, c0, rho_1, omega_squared, every C_W and L_W; profile_rate
-    [T, F]."""
+    """[F] each: density, contexts_on, c0, rho_1, omega_squared, every C_W, D_W and L_W, and, where
+    it was measured, layout_share; profile_rate [T, F]."""
     top: dict[str, float | None] = field(default_factory=dict)
     """The 99th percentile over features of consistency metrics."""
     energy_by_position: list[float | None] = field(default_factory=list)
@@ -154,6 +154,10 @@ def _run_of(loaded: LoadedRun, folder: Path) -> Run:
     if (truth := loaded.final_info.get("truth")) is not None:
         values |= {name: _number(value) for name, value in flat_truth(truth).items()}
     draws, why = _draws(loaded, kinds)
+    for name, number, drawn in _of_instruments(loaded):
+        values[name] = number
+        if drawn is not None:
+            draws[name] = drawn
     return Run(
         name=folder.resolve().name,
         folder=folder,
@@ -228,6 +232,18 @@ def _draws(
     return known, summary["interval_reason"] or ""
 
 
+def _of_instruments(loaded: LoadedRun) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Name, value, and draws of its error, of the headlines of meaning.json."""
+    for part in loaded.meaning.values():
+        for name, entry in part["headline"].items():
+            number, without = _number(entry["value"]), entry.get("replicates")
+            drawn = None
+            if without:
+                each = torch.tensor(without, dtype=torch.float64)
+                drawn = jackknife_draws(each, number, loaded.config.evaluation.bootstrap)
+            yield name, number, drawn
+
+
 def _intervals(loaded: LoadedRun) -> dict[str, tuple[Tensor, Tensor]]:
     summary, curve = loaded.consistency["summary"], loaded.consistency["summary"]["autocorrelation"]
     ends: dict[str, Any] = dict(loaded.core["eval_result_unstructured"]["intervals"])
@@ -235,12 +251,19 @@ def _intervals(loaded: LoadedRun) -> dict[str, tuple[Tensor, Tensor]]:
     ends |= {name: summary[name]["interval"] for name in SINGLES if name in summary}
     found = {n: (_number(e[0]), _number(e[1])) for n, e in ends.items() if None not in e}
     low, high = (torch.stack([_number(x) for x in curve[key]]) for key in ("low", "high"))
+    named = [item for part in loaded.meaning.values() for item in part["headline"].items()]
+    found |= {
+        n: (_number(e["interval"][0]), _number(e["interval"][1]))
+        for n, e in named
+        if None not in e["interval"]
+    }
     return found | {"autocorrelation": (low, high)}
 
 
 def _features(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = ("density", "contexts_on", "c0", "rho_1", "omega_squared", "profile_rate")
-    kept = [name for name in columns if name in plain or name.startswith(("C_", "L_"))]
+    wanted = (*plain, "layout_share")
+    kept = [name for name in columns if name in wanted or window_part(name)]
     return {name: columns[name].double() for name in kept}
 
 

@@ -84,7 +84,9 @@ class LoadedRun:
         Args:
             strength: in units of the feature's mean activation where it is on.
             value: in place of it, on the scale of the activations.
-            tokens, temperature, seed: as of `steer`.
+            tokens: new ones.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the draws.
 
         Raises:
             UserError: as `features` and `steer`; a strength for a feature that never fired.

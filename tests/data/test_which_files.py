@@ -114,7 +114,7 @@ def test_a_broken_list_of_splits_is_one_line(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "key"),
-    [("files", "revision"), ("shakespeare", "revision"), ("shakespeare", "subset")],
+    [("files", "revision"), ("shakespeare", "revision")],
 )
 def test_a_key_of_the_hub_is_refused_for_other_text(dataset: str, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} is for datasets of the hub"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import random
@@ -15,6 +16,7 @@ from helpers import WORDS, run_here, small_job
 from tcsae.base.labels import interval_text, number
 from tcsae.base.run_files import NOTES, RunFiles
 from tcsae.jobs.finish import write_pages
+from tcsae.report.contents import Contents
 from tcsae.report.notes import density_verdict, run_notes, verdicts, write_run_notes
 from tcsae.report.origin import misleading
 from tcsae.runs.folder import LoadedRun, load_run
@@ -257,3 +259,24 @@ def test_equal_density_has_its_own_sentence() -> None:
     noise = {**entry, "low": -0.05, "high": 0.25, "within_noise": True}
     assert "no difference was shown" in density_verdict({"density_matched": {"C_8": noise}}, "C_8")
     assert density_verdict(one, "rho_1") == ""
+
+
+def test_notes_and_page_say_how_many_of_the_most_consistent_features_are_layout(
+    run: LoadedRun, tmp_path: Path
+) -> None:
+    contents = Contents.of(run)
+    name = f"L_{contents.local_window}" if contents.local_window else contents.window_metric
+    shares = run.per_feature["layout_share"]
+    order = run.per_feature[str(name)].nan_to_num(nan=-9.0).argsort(descending=True)
+    contexts_on = run.per_feature["contexts_on"]
+    seen = [j for j in order.tolist() if contexts_on[j] >= contents.summary["seen_contexts"]]
+    n = sum(float(shares[j]) > 0.5 for j in seen[:10])
+    said = contents.layout_words()
+    assert f"{n} are layout" in said and f"largest {name}" in said
+    layout = contents.summary["layout"]
+    assert layout["n_features"] == int((shares > 0.5).sum())
+    assert 0 < layout["token_share"] < 1 and 0 <= layout["energy_share"] <= 1
+    assert said in " ".join(run_notes(run).split())
+    older = dataclasses.replace(contents, values={**contents.values})
+    del older.values["layout_share"]
+    assert older.layout_words() == ""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from browser import EVIL, Tags, page_of, show
 from run_folders import codes, inputs, write_run
 
@@ -179,6 +180,18 @@ def test_the_table_sorts_and_searches(page: Path, run_folder: Path, tmp_path: Pa
       box.value = '17';
       box.dispatchEvent(new Event('input'));
       document.body.dataset.found = rows().map((row) => row.dataset.feature).join(' ');
+      const ask = (text) => {
+        box.value = text;
+        box.dispatchEvent(new Event('input'));
+        return rows().map((row) => row.dataset.feature).join(' ');
+      };
+      document.body.dataset.met = ask('C>.01  density < 0.05');
+      document.body.dataset.none = ask('nothing>3');
+      document.body.dataset.said = document.getElementById('features-count').textContent;
+      ask('');
+      rows()[0].click();
+      document.body.dataset.near = document.getElementById('feature-partners').textContent;
+      document.body.dataset.opened = document.getElementById('feature-title').textContent;
     </script></body>"""
     html = page.read_text(encoding="utf-8").replace("</body>", script)
     tried = tmp_path / "page.html"
@@ -194,6 +207,17 @@ def test_the_table_sorts_and_searches(page: Path, run_folder: Path, tmp_path: Pa
         assert values == sorted(values, reverse=True)
         assert "17" in body["data-found"].split()
         assert len(body["data-found"].split()) < 96
+        contents = Contents.of(load_run(run_folder))
+        C = contents.values[str(contents.window_metric)]
+        met = {i for i in range(96) if C[i] > 0.01 and density[i] < 0.05}
+        assert {int(i) for i in body["data-met"].split()} == met and 0 < len(met) < 96
+        assert len(body["data-none"].split()) == 96
+        assert "there is no column nothing" in body["data-said"]
+        feature = int(body["data-opened"].split()[1])
+        W = torch.nn.functional.normalize(contents.run.sae.W_dec.detach(), dim=1)
+        cosine = (W @ W[feature]).index_fill(0, torch.tensor([feature]), -2.0)
+        assert f"Nearest direction: feature {int(cosine.argmax())} " in body["data-near"]
+        assert "Fires with: feature" in body["data-near"]
     assert 'id="features-search"' in html
 
 

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu, tanh": {**WIDE, "penalty": "tanh", "preact_coefficient": 1e-6},
     "gated": {},
     "matryoshka": {"k": 4},
+    "matryoshka, token": {"k": 4, "selection": "token"},
     "tsae": {"k": 4},
     "tsae, inner product": {"k": 4, "pair_loss": "inner_product", "pairs": "earlier"},
     "persistent": {"k": 4},
@@ -61,7 +62,8 @@ def disturb(sae: SparseAutoencoder, size: float, seed: int = 0) -> SparseAutoenc
         if name != "W_dec":
             parameter += size * torch.randn(parameter.shape, generator=generator)
     sae.constrain()
-    if "threshold" in dict(sae.named_buffers()):
+    selects_by_token = getattr(sae.cfg, "selection", "batch") == "token"
+    if "threshold" in dict(sae.named_buffers()) and not selects_by_token:
         sae.threshold.fill_(size)
     return sae
 

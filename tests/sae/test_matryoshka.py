@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tcsae.config.sae import BatchTopKConfig, MatryoshkaConfig
+from tcsae.config.sae import BatchTopKConfig, MatryoshkaConfig, TopKConfig
 from tcsae.sae.batchtopk import BatchTopKSAE
+from tcsae.sae.formats.saelens import load_saelens, save_saelens
 from tcsae.sae.matryoshka import MatryoshkaSAE
+from tcsae.sae.topk import TopKSAE
 
 D_IN, D_SAE = 8, 40
 
@@ -100,3 +103,28 @@ def test_the_first_group_alone_rebuilds_more_than_that_of_a_dictionary_without_n
 def test_what_does_not_fit_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         MatryoshkaConfig(**{"d_sae": D_SAE, **options})
+
+
+def test_selected_by_token_the_codes_are_those_of_topk_in_training_and_in_use() -> None:
+    sae = random_sae(selection="token")
+    plain = TopKSAE(TopKConfig(d_sae=D_SAE, k=3), D_IN)
+    plain.load_state_dict({name: value.detach() for name, value in sae.named_parameters()})
+    x_BTD, valid_BT = torch.randn(4, 6, D_IN), torch.rand(4, 6) > 0.3
+    output = sae.training_forward(x_BTD, valid_BT, sparsity_warmup=1.0, dead_F=None)
+    torch.testing.assert_close(output.features[valid_BT], plain.encode(x_BTD)[valid_BT])
+    sae.after_step(output.codes, progress=0.5)
+    torch.testing.assert_close(sae.encode(x_BTD), plain.encode(x_BTD))
+    assert (sae.threshold == 0).all()
+    assert (output.features > 0).sum(-1).max() == 3
+
+
+def test_selected_by_token_it_is_saved_as_topk_and_read_as_it_was(tmp_path: Path) -> None:
+    sae = random_sae(selection="token")
+    sae.normalise_decoder()
+    save_saelens(tmp_path, sae)
+    read, cfg = load_saelens(tmp_path)
+    x_ND = torch.randn(5, D_IN)
+    assert cfg["architecture"] == "topk"
+    assert isinstance(read, MatryoshkaSAE)
+    assert read.cfg == sae.cfg
+    torch.testing.assert_close(read(x_ND), sae(x_ND))

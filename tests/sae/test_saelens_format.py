@@ -26,6 +26,7 @@ EXPORTED_AS = {
     "p_anneal": "standard",
     "batchtopk": "jumprelu",
     "matryoshka": "jumprelu",
+    "matryoshka, token": "topk",
     "tsae": "jumprelu",
     "tfa": "temporal",
 }
@@ -83,7 +84,8 @@ def test_sae_lens_gives_the_same_codes_and_reconstructions(name: str, tmp_path: 
     save_saelens(tmp_path, sae, METADATA)
     theirs = SAE.load_from_disk(tmp_path)
     architecture = name.partition(",")[0]
-    assert theirs.cfg.architecture() == EXPORTED_AS.get(architecture, architecture)
+    expected = EXPORTED_AS.get(name, EXPORTED_AS.get(architecture, architecture))
+    assert theirs.cfg.architecture() == expected
     x_BTD = 4 * torch.randn(10, 20, D_IN) + 1
     with torch.no_grad():
         codes_BTF = sae.encode(x_BTD)

@@ -292,7 +292,8 @@ def test_runs_from_before_same_document_negatives_load_and_keep_their_names(
         for value in ("false", "true")
     )
     raw = config.dump()
-    del raw["sae"]["same_document_negatives"], raw["sae"]["encoder_scale"]  # both are younger
+    for younger in ("same_document_negatives", "encoder_scale", "selection"):
+        del raw["sae"][younger]
     old = type(config).model_validate(raw)
     assert old.sae.same_document_negatives is False
     assert identity(old)["sae"] == raw["sae"]

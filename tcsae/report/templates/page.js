@@ -165,10 +165,43 @@
     return f.values[sortKey][row];
   }
 
+  const CONDITION = /([^\s<>=]+)\s*(<=|>=|<|>|=)\s*(-?\d*\.?\d+(?:e[+-]?\d+)?)(?=\s|$)/gi;
+  const holds = {
+    "<": (x, y) => x < y, ">": (x, y) => x > y, "=": (x, y) => x === y,
+    "<=": (x, y) => x <= y, ">=": (x, y) => x >= y,
+  };
+  const plainName = (text) => text.toLowerCase().replaceAll("²", "2").replace(/[^a-z0-9]/g, "");
+
+  /** The key of the column that a condition names: its key or heading, or C, L, D for a window's. */
+  function columnNamed(name) {
+    const keys = data.features.columns.filter((c) => !c.text || c.key === "id");
+    const wanted = plainName(name);
+    return (keys.find((c) => plainName(c.key) === wanted || plainName(c.name) === wanted) ??
+      keys.find((c) => /^[CLD]_\d+$/.test(c.key) && plainName(c.key[0]) === wanted))?.key;
+  }
+
+  /** What is asked for: conditions on columns ("L>.2 density<.05"), and the text that is left. */
+  function asked(text) {
+    const conditions = [], unknown = [];
+    const left = text.replace(CONDITION, (_, name, sign, value) => {
+      const key = columnNamed(name);
+      if (key === undefined) unknown.push(name);
+      else conditions.push({ key, holds: holds[sign], value: Number(value) });
+      return " ";
+    });
+    return { conditions, unknown, wanted: left.trim().replace(/\s+/g, " ").toLowerCase() };
+  }
+
+  function meets(row, { key, holds, value }) {
+    const own = key === "id" ? data.features.ids[row] : data.features.values[key][row];
+    return own !== null && holds(own, value);
+  }
+
   function filter() {
-    const wanted = byId("features-search").value.trim().toLowerCase();
+    const { conditions, unknown, wanted } = asked(byId("features-search").value);
     const keys = data.features.ids.map((_, row) => sortValue(row));
     order = [...data.features.ids.keys()].filter((row) =>
+      conditions.every((condition) => meets(row, condition))).filter((row) =>
       !wanted || (/^\d+$/.test(wanted) && data.features.ids[row] === Number(wanted)) ||
       haystack(row).includes(wanted));
     const sign = descending ? -1 : 1;
@@ -178,7 +211,8 @@
       return sign * (x < y ? -1 : x > y ? 1 : 0) || a - b;
     });
     byId("features-count").textContent =
-      `${order.length.toLocaleString("en")} of ${data.features.ids.length.toLocaleString("en")} features`;
+      `${order.length.toLocaleString("en")} of ${data.features.ids.length.toLocaleString("en")} features` +
+      unknown.map((name) => `; there is no column ${name}`).join("");
     byId("features-body").replaceChildren();
     byId("features-rows").scrollTop = 0;
     shown = 0;
@@ -284,6 +318,19 @@
 
   function partners(feature) {
     const lines = [];
+    const row = data.features.ids.indexOf(feature);
+    const { nearest, cosine, together } = data.features.neighbours;
+    const said = (other) => {
+      const tokens = data.features.tokens[data.features.ids.indexOf(other)] ?? [];
+      return [featureLink(other), " ", ...tokenList(tokens)];
+    };
+    if (nearest[row] !== null) {
+      lines.push(element("p", {}, "Nearest direction: feature ", ...said(nearest[row]),
+        ` (decoder cosine ${number(cosine[row])})`));
+    }
+    for (const [other, r] of together[row].filter(([o]) => data.features.ids.includes(o))) {
+      lines.push(element("p", {}, "Fires with: feature ", ...said(other), ` (correlation ${number(r)})`));
+    }
     for (const kind of data.features.pairs) {
       for (const [first, second, correlation, cosine, lag] of kind.rows) {
         if (first !== feature && second !== feature) continue;
