@@ -1,7 +1,8 @@
 """`python -m tcsae.compare DIR [DIR ...]`: runs and sweeps side by side.
 
 Writes comparison.json, comparison.csv, comparison.md, report.html and notes.txt, and prints the
-table. From Python, `tcsae.compare(a, b)` lays the same side by side and writes nothing.
+table. With --index it writes index.html over one folder instead: all its runs and comparisons.
+From Python, `tcsae.compare(a, b)` lays the same side by side and writes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "sae.architecture=matryoshka (default: each with the runs that differ from it in the "
         "temporal loss alone); may be given several times",
     )
+    parser.add_argument(
+        "--index",
+        action="store_true",
+        help="instead: index.html in DIR, a table of all runs and comparisons below it with links",
+    )
     given = parser.parse_args(arguments)
+    if given.index and (len(given.folders) > 1 or given.output or given.baseline):
+        parser.error("--index takes one DIR, and neither --output nor --baseline")
     for pair in given.baseline:
         if "=" not in pair:
             parser.error(f"--baseline {pair}: it is a KEY=VALUE, as in sae.architecture=topk")
@@ -50,6 +58,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _arguments(arguments)
+    if given.index:
+        from tcsae.report.index_page import write_index
+
+        with command():
+            index = write_index(given.folders[0])
+        show(f"index: {index}")
+        return
     # After the arguments: torch takes seconds, --help must not.
     from tcsae.report.compare_files import default_output, write_comparison
     from tcsae.report.comparison import compare_runs

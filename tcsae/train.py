@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from tcsae import cli
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
 from tcsae.config import Config, run_name
-from tcsae.config.arguments import arranged
+from tcsae.config.arguments import OURS, arranged
 from tcsae.config.compose import conf_folder, prepare_hydra, to_config
 from tcsae.config.mistakes import for_the_user
-from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run
+from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run, trains_nothing
 from tcsae.launch.plan import cost_lines
+from tcsae.launch.prepare import prepare
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +47,18 @@ def _sweep_name(arguments: list[str]) -> str:
     return f"{named[0] if named else 'sweep'}-{digest}"
 
 
-_DRY_RUN = "hydra.launcher.dry_run=true"
+def _our_flags(arguments: list[str]) -> list[str]:
+    """`--dry-run`, `--prepare` and `--harvest`, as the keys they stand for."""
+    asked = [key for flag, key in OURS.items() if {flag, key} & set(arguments)]
+    kept = [a for a in arguments if a not in (*OURS, *asked)]
+    return [*kept, *asked, *WRITE_NOTHING] if asked else arguments
 
 
-def _dry_run(arguments: list[str]) -> list[str]:
-    """`--dry-run`, as the keys it stands for."""
-    if not {"--dry-run", _DRY_RUN} & set(arguments):
-        return arguments
-    kept = [a for a in arguments if a not in ("--dry-run", _DRY_RUN)]
-    return [*kept, _DRY_RUN, *WRITE_NOTHING]
-
-
-def _say_cost(config: Config) -> None:
-    """What a single run will cost, as the plan of a sweep says it."""
-    launcher = instantiate(HydraConfig.get().launcher)
+def _before(config: Config, launcher: Any) -> None:
+    """What a single run will cost, as the plan of a sweep says it, or what it needs beforehand."""
     log.info(f"one run, {run_name(config)}")
+    if launcher.options.prepare:
+        return prepare([config], launcher.options.prepare)
     for line in cost_lines([config], [[0]], launcher.options, launcher.device()):
         log.info(line)
 
@@ -70,8 +69,8 @@ def _task(composed: DictConfig) -> float | None:
         if single:
             refuse_of_one_run(HydraConfig.get())
         config = to_config(composed)
-        if single and HydraConfig.get().launcher.get("dry_run", False):
-            _say_cost(config)
+        if single and trains_nothing(HydraConfig.get().launcher):
+            _before(config, instantiate(HydraConfig.get().launcher))
             return None
         from tcsae.jobs.bank import run
 
@@ -96,7 +95,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with cli.command():
         sweep_name = _sweep_name(sys.argv[1:])
-        sys.argv[1:] = _dry_run(arranged(sys.argv[1:]))
+        sys.argv[1:] = _our_flags(arranged(sys.argv[1:]))
     prepare_hydra()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", lambda: sweep_name, replace=True)

@@ -396,6 +396,7 @@ OPTIONS: dict[str, Any] = {
     "pack": 2,
     "device_memory_gb": 3.0,
     "dry_run": True,
+    "prepare": "text",
     "compare": False,
     "tflops": 1.0,
     "bandwidth_gb_s": 2.0,
@@ -427,6 +428,7 @@ VAIN = [
     ("local", {"processes": 1, "gpus": [0, 1]}, "GPUs would be idle"),
     ("slurm", {"compare": False, "closing_partition": "p"}, "nothing with compare=false"),
     ("slurm", {"wait": False, "poll_seconds": 1.0}, "nothing with wait=false"),
+    ("here", {"dry_run": True, "prepare": "text"}, "take one of them"),
     ("here", {"partition": "p"}, "hydra.launcher.partition"),
 ]
 

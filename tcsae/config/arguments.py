@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from hydra.errors import HydraException
 
 MULTIRUN = ("--multirun", "-m")
-OURS = ("--dry-run",)
+OURS = {
+    "--dry-run": "hydra.launcher.dry_run=true",
+    "--prepare": "hydra.launcher.prepare=text",
+    "--harvest": "hydra.launcher.prepare=activations",
+}
+"""Flags of ours, and the keys that they stand for."""
 _ONE_OF = (*MULTIRUN, "--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 _LIST = re.compile(r"[^=]+=.*,.*|[^=]+=(choice|range|glob|interval)\(.*")
 

@@ -23,6 +23,8 @@ class Options(StrictModel):
     """Memory for a pack on its device; null: half of this machine's."""
     dry_run: bool = False
     """Print the jobs, their packing and their estimated cost, and stop."""
+    prepare: Literal["text", "activations"] | None = None
+    """Fetch weights, pack the text and, if asked for, harvest the activations, and stop."""
     compare: bool = True
     """Write the comparison page of the sweep when its last job has ended."""
     tflops: Positive | None = None
@@ -31,8 +33,14 @@ class Options(StrictModel):
     bandwidth_gb_s: Positive | None = None
     """Sustained bandwidth of one device's memory, for the estimate; null: as `tflops`."""
 
+    @property
+    def trains_nothing(self) -> bool:
+        return self.dry_run or self.prepare is not None
+
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
+        if self.dry_run and self.prepare:
+            raise ValueError("dry_run and prepare: one says what the other does; take one of them")
         if self.bandwidth_gb_s is not None and self.tflops is None:
             raise ValueError("bandwidth_gb_s does nothing without tflops: give both, or none")
         if type(self) is not SlurmOptions and self.device_memory_gb and self.pack != "auto":

@@ -44,6 +44,11 @@ class Stream:
     one_by_one: threading.RLock = field(default_factory=threading.RLock)
     """For `kept`, and for whatever runs the model: several runs may be measured at a time."""
 
+    @property
+    def sides(self) -> tuple[ActivationBatches, ActivationBatches]:
+        """What is trained on, and what is held out."""
+        return self.train, self.evaluation
+
     @cached_property
     def passage(self) -> ActivationBatches | None:
         """One held-out document as it stands, for pictures: no metric is of it. None: contexts that
@@ -100,9 +105,8 @@ def open_stream(
 
     `model`: that of the config, where it is at hand already.
     """
-    model = model or open_model(config)
-    root = Path(config.store.dir).expanduser()
-    contexts = _contexts(config, model, root, stop)
+    model, contexts = open_contexts(config, stop, model)
+    root = _root(config)
     sources: list[Any] = []
     for what, part in zip(("harvest", "harvest (held-out)"), contexts, strict=True):
         if config.store.mode == "stream":
@@ -129,8 +133,8 @@ def open_held_out(
     norm_limit: that of the run, beyond which a token is massive.
     """
     model = open_model(config)
-    root = Path(config.store.dir).expanduser()
-    _, contexts = _contexts(config, model, root, stop)
+    root = _root(config)
+    _, (_, contexts) = open_contexts(config, stop, model)
     source: Any = StreamSource(model, contexts)
     if config.store.mode == "disk":
         source = ActivationStore(root, model, contexts, config.store.shard_contexts)
@@ -139,10 +143,19 @@ def open_held_out(
     return model, ActivationBatches(source, unknown, model.device)
 
 
-def _contexts(
-    config: Measured, model: ActivationModel, root: Path, stop: StopRequest
-) -> tuple[Contexts, Contexts]:
+def open_contexts(
+    config: Measured, stop: StopRequest, model: ActivationModel | None = None
+) -> tuple[ActivationModel, tuple[Contexts, Contexts]]:
+    """The model, its weights found or fetched but not loaded, and training and held-out contexts.
+
+    Raises UserError for weights or text that cannot be had.
+    """
+    model = model or open_model(config)
     if isinstance(model, SyntheticModel):
-        return model.contexts(config.dataset)
+        return model, model.contexts(config.dataset)
     assert isinstance(model, LanguageModel)
-    return load_or_build_contexts(config.dataset, model, root, stop)
+    return model, load_or_build_contexts(config.dataset, model, _root(config), stop)
+
+
+def _root(config: Measured) -> Path:
+    return Path(config.store.dir).expanduser()

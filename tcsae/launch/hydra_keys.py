@@ -17,14 +17,20 @@ from tcsae.base.errors import UserError
 from tcsae.base.run_files import RunFiles
 
 WRITE_NOTHING = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout")
-"""What --dry-run adds: of a single run Hydra itself makes a folder, .hydra and a log."""
+"""What --dry-run, --prepare and --harvest add: of a single run Hydra itself makes a folder, .hydra
+and a log."""
 _OF_A_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.")
 _FOLDER = RunFiles("").hydra.name
 
 
+def trains_nothing(launcher: Any) -> bool:
+    """Whether it only says what a run would cost, or makes what it needs."""
+    return bool(launcher.get("dry_run", False) or launcher.get("prepare"))
+
+
 def refuse_of_one_run(hydra: Any) -> None:
     """Raises UserError for what only a sweep has a use for."""
-    if hydra.launcher.get("dry_run", False):
+    if trains_nothing(hydra.launcher):
         return  # whose cost the launcher's keys are for
     given = [text for text in hydra.overrides.hydra if text.lstrip("+~").startswith(_OF_A_SWEEP)]
     launcher = hydra.runtime.choices.get("hydra/launcher", "here")
@@ -39,7 +45,7 @@ def refuse_of_one_run(hydra: Any) -> None:
 
 def refuse_of_a_sweep(hydra: Any) -> None:
     """Raises UserError for what the jobs of a sweep would not heed."""
-    ours = set(WRITE_NOTHING) if hydra.launcher.get("dry_run", False) else set()
+    ours = set(WRITE_NOTHING) if trains_nothing(hydra.launcher) else set()
     given = [text for text in hydra.overrides.hydra if text not in ours]
     if said := [*_ignored(hydra, given), *_deaf_callbacks(hydra)]:
         raise UserError("; ".join(said))

@@ -32,6 +32,7 @@ from tcsae.jobs.sources import Sources
 from tcsae.launch.hydra_keys import refuse_of_a_sweep, set_environment, writes_folder
 from tcsae.launch.jobs import GridJob, names_of
 from tcsae.launch.plan import packed, plan_lines
+from tcsae.launch.prepare import prepare
 from tcsae.launch.results import results_of, table
 from tcsae.launch.sweep_folder import SweepFolder
 
@@ -116,7 +117,9 @@ class GridLauncher(Launcher):
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
         for line in plan_lines(jobs, packs, before, sent, options, sweep, self.device()):
             log.info(line)
-        if options.dry_run:
+        if options.prepare:
+            prepare([job.config for pack in packs for job in pack], options.prepare)
+        if options.trains_nothing:
             return [self._returned(job, None, None) for job in jobs]
         self.preflight(packs)
         sweep.describe(jobs, self.kind, sys.argv[1:])

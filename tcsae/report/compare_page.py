@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tcsae.base.labels import SPREAD, difference_text, interval_text, label, number, window_part
+from tcsae.base.run_files import RunFiles
 from tcsae.report import plots
 from tcsae.report.changed import changed_blocks
 from tcsae.report.comparison import Comparison
 from tcsae.report.gain import CAPTION as GAIN_CAPTION
 from tcsae.report.gain import HEAD as GAIN_HEAD
 from tcsae.report.gain import gain_table, gain_words
+from tcsae.report.index_page import link
 from tcsae.report.memory_figures import energy_curves
 from tcsae.report.notes import density_verdict, stream_words, verdicts
 from tcsae.report.page import write_page
@@ -49,7 +51,9 @@ def write_compare_report(comparison: Comparison, path: Path) -> Path:
         drawn = stream_figures(groups, grids, content)
         figures |= {f"s{stream['id']}-{name}": figure for name, figure in drawn.items()}
         streams.append(_stream_context(stream, groups, grids, content))
-    context = {"content": content, "streams": streams, "command": _command(content)}
+    pages = [link(RunFiles(run["folder"]).report, path.parent) for run in content["runs"]]
+    context: dict[str, Any] = {"content": content, "streams": streams, "pages": pages}
+    context["command"] = _command(content)
     n_used = sum(run["status"] == "used" for run in content["runs"])
     title = f"{n_used} runs compared"
     return write_page(path, "compare.html.j2", title, context, figures, {})

@@ -126,7 +126,7 @@ def seed_mark(entry: Mapping[str, Any]) -> str:
     """ "less than seeds make (0.004)", or nothing."""
     if not entry.get("within_seed_noise") or not entry["seed_smallest"]:
         return ""
-    return f"less than seeds make ({number(entry['seed_smallest'])})"
+    return f"less than seeds make ({two_digits(entry['seed_smallest'])})"
 
 
 def seed_noise_words(rows: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> list[str]:
@@ -147,7 +147,7 @@ def seed_noise_words(rows: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
 
 
 def _beside(entry: Mapping[str, Any]) -> str:
-    return f"{entry['value']:+.3g}; {number(entry['seed_smallest'])} counts"
+    return f"{entry['value']:+.3g}; {two_digits(entry['seed_smallest'])} counts"
 
 
 SEED_NOISE_LEAD = (
@@ -165,5 +165,10 @@ SEED_NOISE_HEADER = (
 
 def seed_noise_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Under `SEED_NOISE_HEADER`; a row of `Comparison.seed_noise`."""
-    smallest = map(number, row["smallest"].values())
-    return label(row["metric"]).name, number(row["sd"]), *smallest, str(row["df"])
+    smallest = map(two_digits, row["smallest"].values())
+    return label(row["metric"]).name, two_digits(row["sd"]), *smallest, str(row["df"])
+
+
+def two_digits(value: float) -> str:
+    """As a size of error is written: of small ones two digits that count."""
+    return number(value) if value >= 1 or not value else f"{value:.2g}"

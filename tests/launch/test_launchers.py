@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import (
     Outcome,
+    count_calls,
     finish,
     leftovers,
     metric_lines,
@@ -22,6 +23,7 @@ from helpers import (
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, is_bad, wait_for, words
 
 from tcsae.base.files import locked
+from tcsae.data.language_model import LanguageModel
 from tcsae.runs.state import read_state
 
 
@@ -29,6 +31,8 @@ from tcsae.runs.state import read_state
 def grid(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Grid:
     return grid_maker(tiny_gpt2, texts, tmp_path_factory.mktemp("store"))
 
+
+HARVEST_PASSES = 14  # 48 training and 8 held-out contexts, 4 in a forward pass
 
 POINTS = {"window": "4,8", "lambda": f"0,0.1,{TOO_LARGE}"}
 
@@ -129,6 +133,33 @@ def test_a_dry_run_of_a_single_run_says_its_cost_and_writes_nothing(
     refused = run_here(*arguments, "lambda=-1", "--dry-run")
     assert refused.code == 2 and "lambda = -1" in refused.refusal()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_jobs_need_can_be_made_beforehand(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sweep over layers and of one run: contexts first, then the stores, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    store, sweep = tmp_path / "store", tmp_path / "sweep"
+    arguments = grid(sweep, layer="0,1", **{"lambda": "0,0.1", "store__dir": str(store)})
+    passes = count_calls(LanguageModel, "activations_at", monkeypatch)
+    outcome = run_here(*arguments, "--prepare")
+    assert outcome.code == 0
+    assert "prepared: weights and text of 2 streams" in words(outcome)
+    assert {path.name for path in store.iterdir()} == {"contexts"} and passes == []
+    outcome = run_here(*arguments, "--harvest")
+    assert outcome.code == 0 and len(passes) == HARVEST_PASSES  # of both layers at once
+    assert "prepared: weights, text and activations of 2 streams" in words(outcome)
+    assert len(list((store / "activations").iterdir())) == 4
+    passes.clear()
+    single = [a for a in arguments[1:-1] if not a.startswith(("layer=", "lambda="))]
+    again = run_here(*single, "layer=0", "--harvest")
+    assert again.code == 0 and passes == []
+    assert "of 1 stream, " in words(again)
+    streamed = [a for a in single if not a.startswith("store.shard_contexts")]
+    refused = run_here(*streamed, "store=stream", "--harvest")
+    assert refused.code == 2 and "store=stream keeps no activations" in refused.refusal()
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
 
 
 @pytest.mark.parametrize(
