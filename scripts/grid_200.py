@@ -36,7 +36,7 @@ TINY = (
     *("dataset.context_size=32", "dataset.n_contexts=256", "dataset.n_eval_contexts=32"),
     *("evaluation=quick", "evaluation.max_lag=8", "evaluation.windows=[2,4]"),
     *("training.batch_contexts=8", "training.precision=float32", "training.checkpoint_every=200"),
-    *("sae=topk", "sae.d_sae=32", "sae.k=2", "window=4", "tracking=disabled"),
+    *("sae=topk", "sae.d_sae=32", "training.target_l0=2", "window=4", "tracking=disabled"),
     *("hydra/launcher=slurm_cpu", "hydra.launcher.partition=low", "hydra.launcher.mem_gb=2"),
     *(
         "hydra.launcher.cpus_per_task=1",
@@ -61,6 +61,12 @@ class Command:
         return (
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         )
+
+    def stop(self) -> None:
+        """If it still goes on."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
 
     def finish(self) -> dict[str, Any]:
         _, status, usage = os.wait4(self._process.pid, 0)
@@ -119,15 +125,22 @@ def take_the_node(cpus: int) -> None:
 
 
 def node_failure(node: str) -> None:
+    """Its jobs are lost, and Slurm queues them again. It comes back when their processes have
+    ended: a node that did fail has none, and Slurm drains one that still has."""
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=pretended")
-    time.sleep(2)
-    slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    while subprocess.run(["pgrep", "-x", "slurmstepd"], capture_output=True).returncode == 0:
+        time.sleep(0.2)
+    # Refused where it has come back by itself.
+    subprocess.run(
+        ["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, check=False
+    )
 
 
 def disturbed(sweep: Path, command: Command, cpus: int, before: int) -> dict[str, Any]:
     """What is done to the grid while it goes on."""
     done: dict[str, Any] = {"node_failures": 0}
-    until((sweep / "sweep.json").is_file, command)
+    if not until((sweep / "sweep.json").is_file, command):
+        sys.exit(command.log.read_text())
     done["blocked"] = block_two(sweep)
     while preempted() - before < 3 and until(lambda: running(sweep) >= 3, command):
         take_the_node(cpus)
@@ -139,19 +152,22 @@ def disturbed(sweep: Path, command: Command, cpus: int, before: int) -> dict[str
     return done
 
 
-def measure(n_jobs: int, folder: Path, cpus: int) -> dict[str, Any]:
+def measure(n_jobs: int, pack: int, cpus: int, folder: Path) -> dict[str, Any]:
     sweep = folder / "grid"
     seeds = ",".join(map(str, range(n_jobs // 2)))
     arguments = (
         *("--multirun", *TINY, f"seed={seeds}", "lambda=0,0.1", "training.tokens=40000"),
         *(f"store.dir={folder / 'store'}", f"hydra.sweep.dir={sweep}"),
-        f"hydra.launcher.pack={PACK}",
+        f"hydra.launcher.pack={pack}",
     )
     before = preempted()
     first = Command("tcsae.train", *arguments, log=folder / "first.log")
-    done = disturbed(sweep, first, cpus, before)
-    status = Command("tcsae.status", str(sweep), log=folder / "status.log").finish()
-    found = {"first": first.finish()}
+    try:
+        done = disturbed(sweep, first, cpus, before)
+        status = Command("tcsae.status", str(sweep), log=folder / "status.log").finish()
+        found = {"first": first.finish()}
+    finally:
+        first.stop()
     after_first = finished(sweep)
     for path in done["blocked"]:
         path.unlink()
@@ -159,7 +175,7 @@ def measure(n_jobs: int, folder: Path, cpus: int) -> dict[str, Any]:
     compare = Command("tcsae.compare", str(sweep), log=folder / "compare.log").finish()
     return found | {
         "jobs": n_jobs,
-        "pack": PACK,
+        "pack": pack,
         "most_in_array": MOST_IN_ARRAY,
         "cpus": cpus,
         "machine": f"{os.cpu_count()} cores, {processor()}",
@@ -200,6 +216,7 @@ def text(found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=JOBS, help="an even number")
+    parser.add_argument("--pack", type=int, default=PACK, help="jobs in a process")
     parser.add_argument("--cpus", type=int, default=8, help="that the node claims to have")
     parser.add_argument("--folder", type=Path, help="default: a temporary one, removed at the end")
     given = parser.parse_args(arguments)
@@ -210,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = {"FAKE_CPUS": str(given.cpus), "FAKE_GPUS": "0", "MAX_ARRAY": str(MOST_IN_ARRAY)}
     subprocess.run(["bash", HERE / "start-slurm.sh"], env={**os.environ, **asked}, check=True)
     try:
-        found = measure(given.jobs, folder, given.cpus)
+        found = measure(given.jobs, given.pack, given.cpus, folder)
     finally:
         subprocess.run(["bash", HERE / "stop-slurm.sh"], check=False)
         if given.folder is None:

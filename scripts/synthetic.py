@@ -1,21 +1,24 @@
-"""docs/meaning.md's table of synthetic truth: the loss on the first group beside the rest.
+"""docs/meaning.md's tables of synthetic truth: the loss on the first group beside the rest.
 
-    python scripts/synthetic.py DIR ...   read sweeps of +experiment=synthetic_first_group, write
-                                          docs/synthetic.json and the page
+    python scripts/synthetic.py DIR ...   read sweeps of +experiment=synthetic_first_group and
+                                          synthetic_study into docs/synthetic.json, write the page
     python scripts/synthetic.py           write the page from docs/synthetic.json
 
-A world is a table, a setting a row. Intervals are over seeds: the error of other held-out documents
+A study is one world at one length of training, width and selection; what is given replaces what the
+JSON had of it. A setting is a row. Intervals are over seeds: the error of other held-out documents
 is far below that of another start.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from effect import ROOT, entry, grouped
-from pages import publish, with_interval
+from pages import processor, publish, with_interval
 
 from tcsae.base.labels import label, markdown_table
 from tcsae.report.paired import Term, combine
@@ -24,9 +27,8 @@ from tcsae.report.runs import Run, settings_of
 RESULTS = ROOT / "docs" / "synthetic.json"
 PAGES = (ROOT / "docs" / "meaning.md",)
 BLOCK = "synthetic"
-NONE, CONTROL, TSAE = "matryoshka, none", "first group, lambda 3, control", "T-SAE"
-LOSS = "first group, lambda 3"
-ROWS = (NONE, "first group, lambda 1", LOSS, CONTROL, TSAE, "topk, none", "batchtopk, none")
+NONE, TSAE, BATCHTOPK = "matryoshka, none", "T-SAE", "batchtopk, none"
+OTHERS = (TSAE, "T-SAE, control", "topk, none", BATCHTOPK)
 METRICS = {
     "explained_variance": "explained variance",
     **{
@@ -37,12 +39,17 @@ METRICS = {
         )
     },
 }
+CONTRASTS = (
+    *("explained_variance", "truth_mcc", "truth_found", "truth_found_slow"),
+    *("truth_f1_slow", "truth_recall_with_child"),
+)
 WANTED = 0.1
 """More of the true features found than by the control and by the Temporal SAE."""
+_LOSS = re.compile(r"first group, lambda ([0-9.]+)(, control)?")
 
 
 def arm_of(run: Run) -> str:
-    """The row of a run, as `ROWS` has it."""
+    """The row of a run."""
     settings = settings_of(run.config)
     architecture = settings["sae.architecture"]
     if architecture == "tsae":
@@ -54,60 +61,136 @@ def arm_of(run: Run) -> str:
     return f"{features}, lambda {settings['lambda']:g}{control}"
 
 
-def world_of(run: Run) -> str:
-    world = run.config.model.world
-    return "a language model" if world is None else world.name
+def study_of(run: Run) -> str:
+    """World, training and width: what the rows of a table share."""
+    world, training = run.config.model.world, run.config.training
+    name = "a language model" if world is None else f"`{world.name}`"
+    assert training is not None
+    return (
+        f"{name}, {training.tokens:,} tokens of {training.batch_contexts} contexts a step, "
+        f"learning rate {training.lr:g}, {run.config.sae.d_sae:,} features"
+    )
+
+
+def order(arm: str) -> tuple[int, float, bool]:
+    """No loss first, then the loss by lambda, each with its control, then the others."""
+    if (loss := _LOSS.fullmatch(arm)) is not None:
+        return 1, float(loss[1]), loss[2] is not None
+    return (0, 0.0, False) if arm == NONE else (2, float(_place(arm)), False)
+
+
+def _place(arm: str) -> int:
+    return OTHERS.index(arm) if arm in OTHERS else len(OTHERS)
 
 
 def results(folders: Sequence[Path]) -> dict[str, Any]:
-    """Every world's rows."""
-    worlds: dict[str, dict[str, list[Run]]] = {}
-    for (world, arm), runs in grouped(folders, world_of, arm_of).items():
-        worlds.setdefault(world, {})[arm] = runs
-    return {world: measured(arms) for world, arms in worlds.items()}
+    """Every study's rows; those of the JSON that no folder is of stay."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    studies: dict[str, dict[str, list[Run]]] = {}
+    for (study, arm), runs in grouped(folders, study_of, arm_of).items():
+        studies.setdefault(study, {})[arm] = runs
+    return found | {study: measured(arms) for study, arms in studies.items()}
+
+
+def loss_of(arms: Mapping[str, Any]) -> str:
+    """The row that the others are compared with: the largest lambda that has a control."""
+    return max((arm for arm in arms if f"{arm}, control" in arms and arm != TSAE), key=order)
 
 
 def measured(arms: Mapping[str, list[Run]]) -> dict[str, Any]:
-    ours = arms[LOSS]
+    loss = loss_of(arms)
+    classes = sorted(
+        name
+        for name in arms[loss][0].values
+        if re.fullmatch("truth_found_.*", name) and not name.endswith("_slow")
+    )
     return {
-        "seeds": sorted({run.seed for run in ours}),
-        "tokens": ours[0].config.training.tokens,  # type: ignore[union-attr]
+        "loss": loss,
+        "selection": getattr(arms[loss][0].config.sae, "selection", "batch"),
+        "seeds": {arm: [run.seed for run in runs] for arm, runs in arms.items()},
+        "on": processor(),
         "values": {
             arm: {name: entry(combine(name, [Term(1.0, runs)])) for name in METRICS}
             for arm, runs in arms.items()
         },
-        "found_more_than": {
-            arm: entry(combine("truth_found", [Term(1.0, ours), Term(-1.0, runs)]))
+        "loss_minus": {
+            arm: {name: _less(name, arms[loss], runs) for name in CONTRASTS}
             for arm, runs in arms.items()
-            if arm != LOSS
+            if arm != loss
+        },
+        "found_by_class": {
+            arm: {name: _less(name, runs, arms[NONE]) for name in classes}
+            for arm, runs in arms.items()
+            if _LOSS.fullmatch(arm) and NONE in arms
         },
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """A table for each world, and what came of what was wanted, in words."""
-    return "\n\n".join(_world(name, world) for name, world in sorted(found.items()))
-
-
-def _world(name: str, world: Mapping[str, Any]) -> str:
-    rows = [
-        [arm, *(_cell(world["values"][arm][metric]) for metric in METRICS)]
-        for arm in ROWS
-        if arm in world["values"]
+def _less(name: str, ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+    """The difference over the seeds that both have."""
+    seeds = {run.seed for run in ours} & {run.seed for run in theirs}
+    terms = [
+        Term(weight, [run for run in runs if run.seed in seeds])
+        for weight, runs in ((1.0, ours), (-1.0, theirs))
     ]
-    more = world["found_more_than"]
-    clear = [_is_clear(more[arm]) for arm in (CONTROL, TSAE) if arm in more]
-    differences = "; ".join(
-        f"{arm}: {_cell(more[arm], signed=True)}" for arm in ROWS if arm in more
+    return entry(combine(name, terms))
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """For each study its table, the differences, and what came of what was wanted, in words."""
+    return "\n\n".join(_study(name, study) for name, study in sorted(found.items()))
+
+
+def _study(name: str, study: Mapping[str, Any]) -> str:
+    arms, loss = sorted(study["values"], key=order), study["loss"]
+    rows = [[arm, *(_cell(study["values"][arm][m]) for m in METRICS)] for arm in arms]
+    seeds = sorted({len(seeds) for seeds in study["seeds"].values()})
+    many = " to ".join(map(str, (seeds[0], seeds[-1])[: len(seeds)]))
+    minus = [
+        [f"minus {arm}", *(_cell(study["loss_minus"][arm][m], signed=True) for m in CONTRASTS)]
+        for arm in arms
+        if arm in study["loss_minus"] and (arm == f"{loss}, control" or not _LOSS.fullmatch(arm))
+    ]
+    said = [
+        f"**{name}**; {many} seed{'s' * (seeds[-1] > 1)} a row; "
+        f"groups select by {study['selection']}; on {study['on']}.",
+        markdown_table(["", *METRICS.values()], rows),
+        f"{loss[0].upper()}{loss[1:]}, less each of the others:",
+        markdown_table(["", *(METRICS[m] for m in CONTRASTS)], minus),
+    ]
+    return "\n\n".join([*said, *_map(study), _verdict(study)])
+
+
+def _map(study: Mapping[str, Any]) -> list[str]:
+    """Where the loss helps and harms: found by class, less than without it."""
+    by_class = study["found_by_class"]
+    if not by_class:
+        return []
+    classes = sorted(next(iter(by_class.values())))
+    rows = [
+        [arm, *(_cell(by_class[arm][name], signed=True) for name in classes)]
+        for arm in sorted(by_class, key=order)
+    ]
+    heads = [name.removeprefix("truth_found_") for name in classes]
+    return [
+        "Found by class of feature, less than without a loss:",
+        markdown_table(["", *heads], rows),
+    ]
+
+
+def _verdict(study: Mapping[str, Any]) -> str:
+    compared = (f"{study['loss']}, control", TSAE)
+    more = {
+        arm: study["loss_minus"][arm]["truth_found"]
+        for arm in compared
+        if arm in study["loss_minus"]
+    }
+    clear = all(map(_is_clear, more.values()))
+    said = "; ".join(f"{arm} {_cell(value, signed=True)}" for arm, value in more.items())
+    return (
+        f"{'' if clear else '**no:** '}Found by {study['loss']}, less that of {said}: at least "
+        f"+{WANTED:g} was wanted, intervals above 0."
     )
-    said = (
-        f"World `{name}`, {len(world['seeds'])} seeds, {world['tokens']:,} tokens. Share of true "
-        f"features found with the loss on the first group (lambda 3), less that of each: "
-        f"{differences}. At least +{WANTED:g} against its control and T-SAE was wanted, "
-        "intervals above 0."
-    )
-    mark = "" if all(clear) and clear else "**no:** "
-    return f"{markdown_table(['', *METRICS.values()], rows)}\n\n{mark}{said}"
 
 
 def _is_clear(difference: Mapping[str, Any]) -> bool:

@@ -50,6 +50,8 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Runtime", "Log", "Page"):
             self.send(f"{domain}.enable")
+        # A picture beyond the window has none, and would be laid out anew without.
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
 
     def send(self, method: str, **params: Any) -> Any:
         """A command's result, as Chromium's protocol has it. RuntimeError where it has none."""
@@ -140,6 +142,15 @@ class Page:
         """A key that the focused element gets."""
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=code)
+
+    def part(self, selector: str, path: Path) -> None:
+        """A PNG of the first element."""
+        clip = self.run(
+            "(b => ({x: b.x + scrollX, y: b.y + scrollY, width: b.width, height: b.height, "
+            f"scale: 1}}))(document.querySelector('{selector}').getBoundingClientRect())"
+        )
+        shot = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
 
     def picture(self, path: Path, height: int | None = None) -> None:
         """A PNG of the page from its top, all of it unless `height` says."""

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import digest, environment, leftovers
+from helpers import digest, environment, leftovers, run_here, small_job
 from run_folders import CONFIG, D_IN, F, changed, write_run
+from safetensors.numpy import load_file
 
 import tcsae
 from tcsae.base.errors import UserError
@@ -76,6 +77,13 @@ def test_an_export_loads_with_tcsae_and_with_sae_lens(run: Path, tmp_path: Path)
         torch.testing.assert_close(theirs(x_ND), wanted(x_ND), atol=1e-4, rtol=0)
     weights = "sae/sae_weights.safetensors"
     assert digest(out / weights) == digest(run / weights)
+    metadata = theirs.cfg.metadata
+    # What SAELens' own trainer says at its end, of held-out text here.
+    loaded = tcsae.load_run(run)
+    assert metadata.l0 == loaded.core["eval_result_metrics"]["sparsity"]["l0"]
+    assert metadata.num_dead_features == int((loaded.per_feature["density"] == 0).sum())
+    details = metadata.training_architecture_details
+    assert details["k"] == loaded.config.sae.k and details["lambda"] == loaded.config.lambda_
     assert leftovers(tmp_path) == []
 
 
@@ -329,6 +337,37 @@ def test_an_upload_that_cannot_be_says_what_to_do(run: Path, hub: HubServer) -> 
     assert "cannot reach" in away and "--output" in away
     assert "no name for a repository" in said(upload(run, "--hub", "a/b/c", **token))
     assert hub.files == {}
+
+
+def test_delphi_finds_the_features_of_the_held_out_text(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path
+) -> None:
+    small = small_job(tiny_gpt2, texts, tmp_path / "run", store__dir=str(tmp_path / "store"))
+    assert (done := run_here(*small)).code == 0, done.stderr
+    main([str(tmp_path / "run"), "--for", "delphi", "--output", str(tmp_path / "out")])
+    run = tcsae.load_run(tmp_path / "run")
+    (hook,) = (tmp_path / "out" / "latents").iterdir()
+    assert hook.name == "blocks.1.hook_resid_post"
+    config = json.loads((hook / "config.json").read_text())
+    assert config["model_name"] == "test/tiny" and config["ctx_len"] == 16
+    # As delphi's TensorBuffer reads them.
+    dense = torch.zeros(8, 16, 96)
+    files = sorted(hook.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0]))
+    edges = [tuple(map(int, file.stem.split("_"))) for file in files]
+    assert len(edges) == 5 and edges[0][0] == 0 and edges[-1][1] == 95
+    assert all(before[1] + 1 == after[0] for before, after in zip(edges, edges[1:], strict=False))
+    for file, (first, _) in zip(files, edges, strict=True):
+        content = load_file(file)
+        assert content["locations"].dtype == "uint16"
+        context, position, feature = torch.tensor(content["locations"].astype("int64")).T
+        dense[context, position, feature + first] = torch.tensor(content["activations"])
+        tokens = torch.tensor(content["tokens"])
+    for ids, codes in zip(tokens, dense, strict=True):
+        found = run.features(ids)
+        wanted = torch.where(found.valid[:, None], found.values, 0)
+        torch.testing.assert_close(codes, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "run"), "--for", "delphi", "--output", str(tmp_path / "out")])
 
 
 def test_where_to_export_must_be_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ from tcsae.data.language_model import LanguageModel
 from tcsae.jobs import side_by_side
 from tcsae.jobs.bank import run, run_bank
 from tcsae.jobs.tracking import JsonLines
+from tcsae.launch.jobs import GridJob
+from tcsae.launch.worker import work
 from tcsae.measure import evaluation
 from tcsae.measure.evaluation import ENCODE_CONTEXTS
 from tcsae.report.contents import Contents
@@ -548,6 +550,22 @@ def test_a_job_that_fails_at_its_measurements_stops_no_other_and_a_signal_stops_
         outcomes = run_bank(jobs, stop)
     assert [outcome.repeated for outcome in outcomes] == failed
     assert len(steps) == n_steps  # nothing was trained again
+
+
+def test_a_job_without_a_place_for_its_folder_leaves_the_others_of_its_pack_alone(
+    config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "0").write_text("in the way")
+    pack = [
+        GridJob(i, f"job {i}", (), config, tmp_path / f"{i}", {"overrides.yaml": "[]\n"})
+        for i in range(2)
+    ]
+    with stop_on_signal() as stop:
+        errors = work(pack, stop)
+    assert list(errors) == [0] and "0" in str(errors[0])
+    assert RunFiles(tmp_path / "1").has_pages
+    with stop_on_signal() as stop:
+        assert list(work(pack[:1], stop)) == [0]
 
 
 def test_jobs_of_different_streams_are_no_bank(config: Config, tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from tcsae.sae.formats.saelens import CFG_NAME, WEIGHTS_NAME
 PACKAGE = Path(run_files.__file__).parent.parent
 OTHERS = {
     # A language model's or another library's config.json, not a run's.
-    "config.json": {"model_folder.py", "model_facts.py", "dictionary_learning.py", "sparsify.py"},
+    "config.json": {
+        "model_folder.py",
+        "model_facts.py",
+        "dictionary_learning.py",
+        "sparsify.py",
+        "delphi.py",
+    },
     # The locks of an activation store and of a model's weights.
     ".lock": {"context_cache.py", "store.py", "weights.py"},
     # Of a dataset that the datasets library saved.

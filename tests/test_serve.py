@@ -21,7 +21,7 @@ import pytest
 import torch
 from browser import EVIL
 from chrome import Page, chrome
-from helpers import environment, run_here, small_job
+from helpers import REPOSITORY, environment, run_here, small_job
 
 import tcsae
 from tcsae.base.errors import UserError
@@ -41,8 +41,8 @@ TEXT = "the river walked quietly under the old bridge, stone by stone"
 def runs(tiny_gpt2: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two runs: no loss, and the loss."""
     root = tmp_path_factory.mktemp("serve")
-    for name, lambda_, analysis in (("a-loss", "0.5", "true"), ("b-none", "0", "false")):
-        changes = {"lambda": lambda_, "store.dir": str(root / "store")}
+    for name, form, analysis in (("a-loss", "scale_free", "true"), ("b-none", "none", "false")):
+        changes = {"consistency": form, "store.dir": str(root / "store")}
         # Long enough that the two are not the same SAE.
         changes |= {"training.tokens": "6144", "evaluation.analysis": analysis}
         done = run_here(*small_job(tiny_gpt2, texts, root / "runs" / name, **changes))
@@ -93,7 +93,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(sides: Sides) -> Iterator[Served]:
-    with server._listen(0) as listening:
+    with server.listen(0) as listening:
         running = server.server_of(sides, TOKEN)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -195,6 +195,23 @@ def test_the_pages_own_files_have_a_strict_policy(served: Served) -> None:
         assert answer.status == 200 and "unsafe" not in policy and "default-src 'none'" in policy
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert "http:" not in answer.text and "https:" not in answer.text  # offline
+
+
+def test_every_cell_of_the_tour_runs(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TCSAE_TOUR", str(runs))
+    cells = json.loads((REPOSITORY / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for i, source in enumerate(code):
+        exec(compile(source, f"tour.ipynb, cell {i}", "exec"), names)
+    assert names["run"].folder.name == "a-loss" and names["baseline"].folder.name == "b-none"
+    assert names["strip"].n_on and len(names["table"]) == 96 and names["steered"].plain
+    said = capsys.readouterr().out
+    assert "decoder cosine" in said and "explained_variance" in said.replace(" ", "_").lower()
+    # Committed without outputs: they would be of one machine.
+    assert not any(cell.get("outputs") for cell in cells)
 
 
 # ------------------------------------------------------------------------------ who may ask
@@ -439,8 +456,9 @@ def test_a_click_on_the_map_shows_a_feature_and_its_page(page: Page, served: Ser
     page.wait("document.querySelector('#map-feature a')")
     link = page.run("document.querySelector('#map-feature a').href")
     assert link.startswith(f"{served.address}run/1/report.html#feature-")
+    before = page.run("pins.children.length")
     page.click("#map-feature button")
-    page.wait("pins.children.length === 2")
+    page.wait(f"pins.children.length === {before + 1}")
     assert page.messages == []
     page.open(link)
     page.wait("document.body.dataset.drawn === 'all'")

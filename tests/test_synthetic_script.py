@@ -11,6 +11,7 @@ from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
 from tcsae.config.compose import conf_folder, config_of
+from tcsae.data.synthetic import World
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -31,14 +32,57 @@ def points(experiment: str) -> list[str]:
     return found
 
 
-def test_every_point_of_the_preset_is_a_row_of_its_own() -> None:
-    rows = []
-    for point in points("synthetic_first_group"):
-        config = config_of("+experiment=synthetic_first_group", *point.split())
+FIRST_GROUP = [
+    "matryoshka, none",
+    "first group, lambda 1",
+    "first group, lambda 3",
+    "first group, lambda 3, control",
+    "T-SAE",
+    "topk, none",
+    "batchtopk, none",
+]
+STUDY = [
+    "matryoshka, none",
+    "first group, lambda 10",
+    "first group, lambda 10, control",
+    *synthetic.OTHERS,
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "rows", "width", "loss"),
+    [
+        ("synthetic_first_group", FIRST_GROUP, 96, "first group, lambda 3"),
+        ("synthetic_study", STUDY, 256, "first group, lambda 10"),
+    ],
+)
+def test_every_point_of_a_preset_is_a_row_of_its_own(
+    preset: str, rows: list[str], width: int, loss: str
+) -> None:
+    found, studies = [], set()
+    for point in points(preset):
+        config = config_of(f"+experiment={preset}", *point.split())
         assert config.model.world is not None
-        assert config.model.world.name == "absorption"
-        rows.append(synthetic.arm_of(SimpleNamespace(config=config)))  # type: ignore[arg-type]
-    assert sorted(rows) == sorted(synthetic.ROWS)
+        assert config.model.world.d_in == width
+        run: Any = SimpleNamespace(config=config)
+        found.append(synthetic.arm_of(run))
+        studies.add(synthetic.study_of(run))
+    assert sorted(found, key=synthetic.order) == rows
+    assert len(studies) == 1
+    assert synthetic.loss_of(dict.fromkeys(found)) == loss
+
+
+@pytest.mark.parametrize("world", ["easy_256", "absorption_256", "bound_256"])
+def test_a_world_at_size_is_the_small_one_with_more_of_each(world: str) -> None:
+    large, small = (
+        config_of("model=synthetic", f"world={name}", "training.target_l0=null").model.world
+        for name in (world, world.removesuffix("_256"))
+    )
+    assert large is not None and small is not None
+    assert World(large).n_true - (16 if large.position else 0) == 1024
+    assert {name: its.density for name, its in large.classes.items()} == {
+        name: its.density for name, its in small.classes.items()
+    }
 
 
 @pytest.mark.parametrize("world", ["easy", "absorption", "bound"])
@@ -67,17 +111,19 @@ def test_what_was_wanted_is_said_to_hold_only_where_it_does(
     control: float, low: float | None, holds: bool
 ) -> None:
     numbers = {name: entry(0.5, 0.4) for name in synthetic.METRICS}
-    found = {
-        "absorption": {
-            "seeds": [0, 1, 2],
-            "tokens": 1000,
-            "values": {row: numbers for row in synthetic.ROWS},
-            "found_more_than": {
-                synthetic.CONTROL: entry(control, low),
-                synthetic.TSAE: entry(0.2, 0.1),
-            },
-        }
+    less = dict.fromkeys(synthetic.CONTRASTS, entry(0.2, 0.1))
+    study = {
+        "loss": "first group, lambda 3",
+        "selection": "token",
+        "on": "a processor",
+        "seeds": dict.fromkeys(FIRST_GROUP, [0, 1, 2]),
+        "values": dict.fromkeys(FIRST_GROUP, numbers),
+        "loss_minus": {
+            "first group, lambda 3, control": less | {"truth_found": entry(control, low)},
+            "T-SAE": less,
+        },
+        "found_by_class": {},
     }
-    text = synthetic.text(found)
+    text = synthetic.text({"`absorption`": study})
     assert ("**no:**" not in text) == holds
     assert f"+{control:.3f}" in text

@@ -25,8 +25,9 @@ from tcsae.base.files import (
     write_text,
 )
 from tcsae.base.run_files import RunFiles
+from tcsae.config import Config
 from tcsae.jobs.model_card import model_card
-from tcsae.runs.folder import load_run
+from tcsae.runs.folder import LoadedRun, load_run
 
 CARD = "README.md"
 _RUN = RunFiles("")
@@ -34,6 +35,7 @@ MARK = _RUN.export_mark.name
 _JSON_FILES = tuple(
     path.as_posix() for path in (_RUN.config, _RUN.sae_cfg, _RUN.eval.core, _RUN.eval.consistency)
 )
+_CFG = _RUN.sae_cfg.as_posix()
 _WEIGHTS = _RUN.sae_weights.as_posix()
 FILES = (MARK, CARD, _WEIGHTS, *_JSON_FILES)
 """All that an export holds."""
@@ -87,7 +89,10 @@ def _built(run: Path, parent: Path, name: str, hub_name: str | None = None) -> I
         for file in (*_JSON_FILES, _WEIGHTS):
             make_folder((folder / file).parent)
         for file in _JSON_FILES:
-            write_json(folder / file, without_local_paths(read_json(run / file)))
+            content = read_json(run / file)
+            if file == _CFG:
+                content["metadata"] = {**content["metadata"], **_said_by_saelens(loaded)}
+            write_json(folder / file, without_local_paths(content))
         with disk_errors(folder):
             shutil.copyfile(run / _WEIGHTS, folder / _WEIGHTS)
         cfg = read_json(RunFiles(folder).sae_cfg)
@@ -96,6 +101,26 @@ def _built(run: Path, parent: Path, name: str, hub_name: str | None = None) -> I
         yield folder
     finally:
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def _said_by_saelens(run: LoadedRun) -> dict[str, Any]:
+    """What SAELens 6.54 writes into the metadata at the end of a training, of held-out text."""
+    measured = run.core["eval_result_metrics"]["sparsity"]
+    found: dict[str, Any] = {"l0": measured["l0"]}
+    if "density" in run.per_feature:
+        found["num_dead_features"] = int((run.per_feature["density"] == 0).sum())
+    if isinstance(run.config, Config):
+        training = run.config.training
+        found["training_architecture_details"] = {
+            **run.config.sae.model_dump(mode="json"),
+            "lr": training.lr,
+            "training_tokens": training.tokens,
+            "seed": run.config.seed,
+            "window": run.config.window,
+            "lambda": run.config.lambda_,
+            "consistency": run.config.consistency.label,
+        }
+    return found
 
 
 def without_local_paths(value: Any) -> Any:

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 MOST_AT_ONCE = 4
 BYTES_A_FEATURE = 400_000
-"""Memory that the measurements of a job take at their peak, for each feature. Measured."""
+"""Memory that the measurements of a job take at their peak, for each feature: an estimate on the
+safe side, of which the sums of the suite are 150,000."""
 HELPER_BYTES = 500_000_000
 """Of the process that finds the clusters."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tcsae.base.labels import size
 from tcsae.config import Config, resolve_layer
+from tcsae.launch import world as worlds
 from tcsae.launch.machine import MACHINES, Machine, Stage, Work
 from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
 
@@ -105,7 +106,9 @@ class _Counted(NamedTuple):
 
 
 def _counted(config: Config, machine: Machine) -> _Counted | None:
-    facts, contexts = model_facts(config.model), text_contexts(config.dataset)
+    world = config.model.world
+    facts = model_facts(config.model) if world is None else worlds.facts_of(world)
+    contexts = text_contexts(config.dataset)
     if facts is None or contexts is None:
         return None
     from tcsae.launch import counted
@@ -115,14 +118,19 @@ def _counted(config: Config, machine: Machine) -> _Counted | None:
         wanted == "bfloat16" or (wanted == "auto" and machine.bfloat16)
         for wanted in (config.model.dtype, config.training.precision)
     )
+    if world is None:
+        to_hook = counted.passes(facts.shape, at_once, size, _layer(config, facts) + 1, short)
+        whole = counted.passes(facts.shape, at_once, size, None, short)
+    else:
+        to_hook = whole = counted.Passes(worlds.draw(world, size), 0, 0)
     return _Counted(
         config,
         facts,
         contexts,
         sum(contexts) * size,
         2 if short else 4,
-        counted.passes(facts.shape, at_once, size, _layer(config, facts) + 1, short),
-        counted.passes(facts.shape, at_once, size, None, short),
+        to_hook,
+        whole,
         counted.training_of(config, facts.d_model, sae_short, machine.device == "cpu"),
         counted.evaluation_of(config, facts.d_model, facts.d_vocab, short),
     )
@@ -199,6 +207,8 @@ def _train(c: _Counted, machine: Machine) -> Stage:
 
 def _on_model(c: _Counted, forward: Work, scores: Work) -> Stage:
     """What goes through the model of the contexts that are run to its logits, and the scores."""
+    if c.config.model.world is not None:
+        return ()  # it has no logits
     contexts = min(c.config.evaluation.model_contexts, c.contexts[1])
     return forward.times(contexts), scores.times(contexts)
 
@@ -214,6 +224,8 @@ def _evaluate(c: _Counted) -> Stage:
         c.measured.draws,
         *_on_model(c, _from_hook(c), c.measured.scores),
     )
+    if c.config.model.world is not None:
+        stage = (*stage, worlds.truth(c.config, c.contexts[1]))
     return (*stage, _analysis(c)) if c.config.evaluation.analysis else stage
 
 

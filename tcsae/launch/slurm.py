@@ -261,7 +261,7 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
     started = said_at = time.monotonic()
     ended: dict[str, str] = {}
     missing = dict.fromkeys((job.job_id for job in jobs), 0)
-    hopeless = dict(missing)
+    hopeless, released = dict(missing), dict(missing)
     while len(ended) < len(jobs):
         queue = in_queue([job.job_id for job in jobs if job.job_id not in ended])
         for job in jobs:
@@ -271,7 +271,11 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
             if queue is not None:
                 missing[name] = 0 if name in queue else missing[name] + 1
                 reason = queue[name].reason if name in queue else ""
-                hopeless[name] = hopeless[name] + 1 if reason in NEVER else 0
+                is_hopeless = reason in NEVER or reason in HELD and released[name] == MOST_RELEASES
+                hopeless[name] = hopeless[name] + 1 if is_hopeless else 0
+                if reason in HELD and released[name] < MOST_RELEASES:
+                    released[name] += 1
+                    release(name)
             if hopeless[name] >= QUIET_LOOKS:
                 cancel([name])
                 ended[name] = f"Slurm can never start it ({reason}), so it was cancelled"
@@ -317,6 +321,12 @@ NEVER = frozenset(
 )
 
 
+HELD = frozenset(("launch failed requeued held", "JobHoldMaxRequeue"))
+"""Reasons of squeue for a job that Slurm has set aside, because a node could not start it: it waits
+for somebody to let it go."""
+MOST_RELEASES = 3
+
+
 class InQueue(NamedTuple):
     state: str
     reason: str
@@ -325,6 +335,12 @@ class InQueue(NamedTuple):
     def said(self) -> str:
         waits = self.state == "PENDING" and self.reason not in ("", "None", "Priority")
         return self.state.lower() + (f" ({self.reason})" if waits else "")
+
+
+def release(job_id: str) -> None:
+    log.warning(f"a node could not start job {job_id}, and Slurm holds it: released")
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(["scontrol", "release", job_id], capture_output=True, timeout=60)
 
 
 def cancel(job_ids: list[str]) -> None:

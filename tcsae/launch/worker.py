@@ -34,14 +34,20 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
     """
     from tcsae.jobs.bank import run_bank
 
+    errors: dict[int, Exception] = {}
+    ready = []
     for job in pack:
-        if job.hydra_files:
-            _write_hydra_files(job)
-    with run_logs([job.folder for job in pack]):
-        outcomes = run_bank([(job.config, job.folder) for job in pack], stop)
-    errors = {
+        try:
+            if job.hydra_files:
+                _write_hydra_files(job)
+            ready.append(job)
+        except (OSError, UserError) as failed:  # of its folder: the others have theirs
+            errors[job.number] = failed
+    with run_logs([job.folder for job in ready]):
+        outcomes = run_bank([(job.config, job.folder) for job in ready], stop) if ready else []
+    errors |= {
         job.number: outcome.error
-        for job, outcome in zip(pack, outcomes, strict=True)
+        for job, outcome in zip(ready, outcomes, strict=True)
         if outcome.error is not None
     }
     for job in pack:

@@ -43,7 +43,7 @@ def serve(folders: Sequence[Path], port: int, tell: Callable[[str], None]) -> No
         UserError: as `open_sides`; a port that is taken; packages that are not there.
     """
     check_extra()
-    with _listen(port) as listening:
+    with listen(port) as listening:
         # After the port: loading takes seconds.
         from tcsae.live.sides import open_sides
 
@@ -74,7 +74,7 @@ def server_of(sides: Sides, token: str) -> Server:
     return uvicorn.Server(config)
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
     """Raises UserError where the port cannot be had."""
     try:
         return socket.create_server((HOST, port))

@@ -55,6 +55,8 @@ def open_sides(folders: Sequence[Path], tell: Callable[[str], None]) -> Sides:
     for one in opened[1:]:
         if one.reader.model.identity != opened[0].reader.model.identity:
             raise _unlike(opened[0], one, "reads other weights, or in another precision, than")
+    for one in opened:
+        one.features("a")  # weights are read at the first use, which no visitor should wait for
     return Sides(sorted(opened, key=lambda one: ROLES.index(role(one))))
 
 

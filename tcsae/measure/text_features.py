@@ -31,7 +31,7 @@ from tcsae.data.sides import token_ids
 from tcsae.data.store import StreamSource
 from tcsae.data.token_text import Piece, TokenTexts
 from tcsae.measure.evaluation import ENCODE_CONTEXTS
-from tcsae.measure.strips import STYLE, Strip, longest_run
+from tcsae.measure.strips import STYLE, Strip
 from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -97,14 +97,13 @@ class TextFeatures:
         """
         if by not in ("sum", "peak", "longest"):
             raise UserError(f'by = "{by}": it is one of sum, peak, longest')
-        found = {j: _top_feature(j, column, self.valid) for j, column in self._columns()}
+        found = self._firing()
         strength = {
             "sum": lambda f: f.mean * f.tokens,
             "peak": lambda f: f.peak,
             "longest": lambda f: f.longest,
         }[by]
-        firing = [feature for feature in found.values() if feature.tokens]
-        return sorted(firing, key=lambda f: (-strength(f), f.feature))[:n]
+        return sorted(found, key=lambda f: (-strength(f), f.feature))[:n]
 
     def strip(self, feature: int, heading: str = "") -> Strip:
         """One feature along the text. Raises UserError for a number that the SAE does not have."""
@@ -114,13 +113,26 @@ class TextFeatures:
         values = torch.zeros(len(self)).index_put((at[mine],), self.sparse.values()[mine])
         return Strip(feature, values, self.tokens, self.pieces, self.valid, heading)
 
-    def _columns(self) -> Iterator[tuple[int, Tensor]]:
-        """Features that fire somewhere, with their values [T]."""
+    def _firing(self) -> list[TopFeature]:
+        """Of every feature that fires at a valid token, by number."""
         at, of = self.sparse.indices()
-        order = of.argsort(stable=True)
-        present, counts = of[order].unique_consecutive(return_counts=True)
-        for j, mine in zip(present.tolist(), order.split(counts.tolist()), strict=True):
-            yield j, torch.zeros(len(self)).index_put((at[mine],), self.sparse.values()[mine])
+        values = self.sparse.values()
+        counted = (values > 0) & self.valid[at]
+        at, of, values = at[counted], of[counted], values[counted].double()
+        order = of.argsort(stable=True)  # places stay in order
+        place = (self.valid.cumsum(0) - 1)[at[order]]  # among valid tokens
+        features, column, tokens = of[order].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        none = torch.zeros(len(features), dtype=torch.float64)
+        sums = none.scatter_add(0, column, values[order])
+        peaks = none.scatter_reduce(0, column, values[order], "amax")
+        begins = torch.ones(len(place), dtype=torch.bool)
+        begins[1:] = (column.diff() != 0) | (place.diff() != 1)
+        lengths = (begins.cumsum(0) - 1).bincount()
+        longest = none.long().scatter_reduce(0, column[begins], lengths, "amax")
+        rows = (features, peaks, sums / tokens, tokens, longest)
+        return [TopFeature(*row) for row in zip(*(part.tolist() for part in rows), strict=True)]
 
     def __repr__(self) -> str:
         n_contexts = len(self.contexts.unique())
@@ -139,14 +151,6 @@ class TextFeatures:
     def _repr_html_(self) -> str:
         strips = "".join(self.strip(f.feature).html() for f in self.top(8))
         return STYLE + (strips or "<p>No feature fires on these tokens.</p>")
-
-
-def _top_feature(feature: int, values: Tensor, valid: Tensor) -> TopFeature:
-    counted = values[valid]
-    on = counted > 0
-    mean = counted[on].mean() if on.any() else torch.zeros(())
-    peak = counted[on].max() if on.any() else torch.zeros(())
-    return TopFeature(feature, float(peak), float(mean), int(on.sum()), longest_run(on))
 
 
 def check_feature(feature: int, n_features: int) -> None:

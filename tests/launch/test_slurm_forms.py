@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -110,6 +111,32 @@ def test_a_job_that_can_never_start_ends(tmp_path: Path, monkeypatch: pytest.Mon
 
     ended = slurm._wait([Job()], slurm.SlurmOptions(poll_seconds=0.01))
     assert ended == {"7_0": "Slurm can never start it (PartitionConfig), so it was cancelled"}
+    assert (tmp_path / "gone").read_text() == "7_0\n"
+
+
+def test_a_job_that_slurm_holds_is_released_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    scripts = {
+        "squeue": "echo '7_0 PENDING launch failed requeued held'",
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "scancel": f'echo "$@" > {tmp_path}/gone',
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+
+    class Job:
+        job_id = "7_0"
+
+    ended = slurm._wait([Job()], slurm.SlurmOptions(poll_seconds=0.01))
+    assert (tmp_path / "asked").read_text() == slurm.MOST_RELEASES * "release 7_0\n"
+    assert caplog.text.count("Slurm holds it: released") == slurm.MOST_RELEASES
+    assert "can never start it (launch failed requeued held)" in ended["7_0"]
     assert (tmp_path / "gone").read_text() == "7_0\n"
 
 
