@@ -106,6 +106,27 @@ LABELS: dict[str, Label] = {
 }
 
 _POSITION = {
+    "probe_context_token": Label(
+        "Probe: document, one token", "accuracy of 5 features a class: which document it is from"
+    ),
+    "probe_context_document": Label(
+        "Probe: document, half of it", "the same, of the mean over the document's other half"
+    ),
+    "probe_context_tokens": Label(
+        "Probe: document, tokens needed", "averaged, for 95 % of what the half gives over chance"
+    ),
+    "probe_semantics_token": Label(
+        "Probe: semantics, one token", "accuracy of 5 features a class: the document's label"
+    ),
+    "probe_semantics_document": Label(
+        "Probe: semantics, document", "the same, of the mean over all tokens of the document"
+    ),
+    "probe_semantics_tokens": Label(
+        "Probe: semantics, tokens needed", "averaged, for 95 % of the document's score over chance"
+    ),
+    "probe_syntax_token": Label(
+        "Probe: syntax, one token", "accuracy of 5 features a class: the word's part of speech"
+    ),
     "shift_jaccard": Label(
         "Shift: Jaccard", "active features that a token keeps in later contexts"
     ),

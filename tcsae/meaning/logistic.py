@@ -56,7 +56,7 @@ def fit_few(x: Tensor, y: Tensor, tol: float = 1e-6) -> tuple[Tensor, Tensor]:
     return w[:, :-1], w[:, -1]
 
 
-def fit_all(x: Tensor, y: Tensor, tol: float = 1e-3, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+def fit_all(x: Tensor, y: Tensor, tol: float = 1e-2, steps: int = STEPS) -> tuple[Tensor, Tensor]:
     """Newton's method with conjugate gradients, for features that all classes share: weights
     [C, d] and intercepts [C].
 
@@ -71,33 +71,56 @@ def fit_all(x: Tensor, y: Tensor, tol: float = 1e-3, steps: int = STEPS) -> tupl
     penalty = x.new_ones(x1.shape[1])
     penalty[-1] = 0.0
     value = _objective(x1, y, w, penalty)
+    share = y.mean(1)
+    likely = _Likely(x1, float((share * (1 - share)).mean()))
     for _ in range(steps):
         p = torch.sigmoid(w @ x1.T)
         gradient = (p - y) @ x1 + penalty * w
         if gradient.abs().max() < tol:
             break
-        step = _conjugate(x1, p * (1 - p), penalty, gradient)
+        step = _conjugate(x1, p * (1 - p), penalty, gradient, likely)
         w, value = _downhill(x1, y, w, step, penalty, value)
     return w[:, :-1], w[:, -1]
 
 
-def _conjugate(x1: Tensor, weight: Tensor, penalty: Tensor, b: Tensor) -> Tensor:
+class _Likely:
+    """A curvature near that of every class, c X^T X + 1, factorised once: X's columns may be as
+    alike as they like, the gradients that are left are few.
+    """
+
+    def __init__(self, x1: Tensor, c: float) -> None:
+        n, d = x1.shape
+        self.x1, self.c, self.is_tall = x1, c, n >= d
+        gram = x1.T @ x1 if self.is_tall else x1 @ x1.T
+        eye = torch.eye(len(gram), dtype=x1.dtype, device=x1.device)
+        self.factor = torch.linalg.cholesky(eye + c * gram)
+
+    def solved(self, r: Tensor) -> Tensor:
+        """r [C, d] times the inverse."""
+        if self.is_tall:
+            return torch.cholesky_solve(r.T, self.factor).T
+        inner = torch.cholesky_solve(self.x1 @ r.T, self.factor)
+        return r - self.c * (inner.T @ self.x1)
+
+
+def _conjugate(x1: Tensor, weight: Tensor, penalty: Tensor, b: Tensor, likely: _Likely) -> Tensor:
     """Solve the Newton equations of all classes roughly, as far as the gradient is worth it."""
     x = torch.zeros_like(b)
-    r, p = b.clone(), b.clone()
-    square = (r * r).sum(1)
-    norm = square.sqrt()
-    enough = (norm * torch.minimum(norm.sqrt(), norm.new_tensor(0.1))) ** 2
+    r, z = b.clone(), likely.solved(b)
+    p, along = z, (b * z).sum(1)
+    norm = b.norm(dim=1)
+    enough = norm * torch.minimum(norm.sqrt(), norm.new_tensor(0.1))
     for _ in range(100):
-        if (square <= enough).all():
+        if (r.norm(dim=1) <= enough).all():
             break
         hp = (weight * (p @ x1.T)) @ x1 + penalty * p
-        alpha = square / (p * hp).sum(1).clamp(min=1e-30)
+        alpha = along / (p * hp).sum(1).clamp(min=1e-30)
         x = x + alpha[:, None] * p
         r = r - alpha[:, None] * hp
-        new = (r * r).sum(1)
-        p = r + (new / square.clamp(min=1e-30))[:, None] * p
-        square = new
+        z = likely.solved(r)
+        new = (r * z).sum(1)
+        p = z + (new / along.clamp(min=1e-30))[:, None] * p
+        along = new
     return x
 
 

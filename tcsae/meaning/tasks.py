@@ -27,7 +27,7 @@ MIN_TOKENS = 48
 """Of a document, to be a class of the context probe."""
 MIN_ITEM = 8
 """Tokens of a stretch, to be read."""
-SAMPLES = 2000
+SAMPLES = 1200
 """Of each side of a split, evenly spaced over the documents."""
 
 

@@ -131,6 +131,11 @@ _HEADLINE_TRUTH = (
 )
 """Of synthetic worlds."""
 _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "density")
+_HEADLINE_PROBES = (
+    *("probe_context_token", "probe_context_document", "probe_context_tokens"),
+    *("probe_semantics_token", "probe_semantics_document", "probe_semantics_tokens"),
+    "probe_syntax_token",
+)
 _HEADLINE_POSITION = (
     *("shift_cosine", "shift_moved"),
     *("lengths_explained_variance_4x", "lengths_omega_squared_4x"),
@@ -239,7 +244,7 @@ def compare_runs(
     rows = [entries.group(group) for group in groups]
     local = local_window(metrics, window)
     chosen = (*_HEADLINE, *_HEADLINE_TRUTH, f"C_{window}", *local_names(local), *_HEADLINE_MEMORY)
-    chosen += _HEADLINE_POSITION
+    chosen += _HEADLINE_PROBES + _HEADLINE_POSITION
     headline = [name for name in chosen if name in metrics]
     for row, gain in zip(rows, gains(groups, rows, gain_metrics(metrics, window)), strict=True):
         row["gain"] = gain

@@ -18,14 +18,22 @@ from tcsae.meaning.measured import INSTRUMENTS
 @pytest.fixture(scope="module")
 def finished(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("meaning")
-    texts = write_texts(root / "texts", documents=60)
+    texts = write_texts(root / "texts", documents=60, words=200)
+    rows = [
+        {"text": file.read_text(), "kind": ("odd", "even")[number % 2]}
+        for number, file in enumerate(sorted(texts.glob("*.txt")))
+    ]
+    file = root / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = small_job(
         tiny_gpt2,
-        texts,
+        file,
         root / "run",
-        dataset__n_eval_contexts="20",
+        dataset__context_size="64",
+        dataset__n_eval_contexts="32",
         evaluation__windows="[2,4]",
         evaluation__meaning="[probes]",
+        evaluation__label_fields="[kind]",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TCSAE_STORE", str(root / "store"))
@@ -51,6 +59,36 @@ def test_a_run_keeps_what_its_instruments_found(finished: Path) -> None:
     info = json.loads(files.final_info.read_text())
     for name, number in found["probes"]["headline"].items():
         assert info["meaning"][name] == {k: number[k] for k in ("value", "interval")}
+    assert set(info["meaning"]) == {
+        f"probe_{what}_{n}"
+        for what in ("context", "semantics")
+        for n in ("token", "document", "tokens")
+    }
+    # Random words, and labels dealt in turn: nothing can be read.
+    token = found["probes"]["tasks"]["kind"]["readings"]["token"]["k5"]["auc"]
+    assert token["value"] == pytest.approx(0.5, abs=0.15)
+    assert token["interval"] == [None, None]  # of fewer than 16 documents
+    assert "kind (2 classes): 5 features a class of one token" in " ".join(
+        files.notes.read_text().split()
+    )
+    assert "Probe: semantics, one token" in files.report.read_text()
+
+
+def test_the_arms_of_the_experiment_have_one_l0() -> None:
+    from omegaconf import OmegaConf
+
+    from tcsae.config.compose import conf_folder, config_of
+
+    points = OmegaConf.load(conf_folder() / "experiment/meaning.yaml").hydra.sweeper.points
+    arms = [config_of("+experiment=meaning", *point.split()) for point in points]
+    assert {arm.sae.k for arm in arms} == {32}
+    assert all(set(arm.evaluation.meaning) == set(INSTRUMENTS) for arm in arms)
+    losses = {
+        (arm.sae.architecture, arm.consistency.form)
+        + (arm.consistency.features, arm.consistency.shuffle_positions)
+        for arm in arms
+    }
+    assert len(losses) == len(arms) == 7
 
 
 def test_the_door_finds_what_the_run_found(
