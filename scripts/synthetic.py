@@ -63,7 +63,8 @@ def arm_of(run: Run) -> str:
 
 def study_of(run: Run) -> str:
     """World, training and width: what the rows of a table share."""
-    world, training = run.config.model.world, run.config.training
+    world = run.config.model.world
+    training = getattr(run.config, "training", None)
     name = "a language model" if world is None else f"`{world.name}`"
     assert training is not None
     return (

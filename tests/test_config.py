@@ -46,7 +46,10 @@ def options() -> list[str]:
             "dataset/files": " dataset.path=x",
             "consistency/first_group": " sae=matryoshka",
             "dataset/synthetic": " model=synthetic",
-            **{f"world/{world}": " model=synthetic" for world in ("easy", "absorption", "bound")},
+            **{
+                f"world/{world.stem}": " model=synthetic"
+                for world in (CONF / "world").glob("*.yaml")
+            },
         }
         prefix = "+" if group == "experiment" else ""
         found.append(f"{prefix}{group}={name}{more.get(f'{group}/{name}', '')}")
