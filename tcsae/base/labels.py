@@ -115,6 +115,14 @@ _POSITION = {
     "probe_context_tokens": Label(
         "Probe: document, tokens needed", "averaged, for 95 % of what the half gives over chance"
     ),
+    "probe_context_transfer": Label(
+        "Probe: document, lost between positions",
+        "accuracy at later positions less that of probes learned at earlier ones",
+    ),
+    "probe_semantics_transfer": Label(
+        "Probe: semantics, lost between positions",
+        "accuracy at later positions less that of probes learned at earlier ones",
+    ),
     "probe_semantics_token": Label(
         "Probe: semantics, one token", "accuracy of 5 features a class: the document's label"
     ),

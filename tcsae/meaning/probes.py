@@ -5,29 +5,25 @@ k-sparse probes (Gurnee et al. 2023, arXiv 2305.01610; sae-probes, Kantamneni et
 training part alone, and a logistic regression on these. One class against the rest and not the
 union over classes (T-SAE, arXiv 2511.05541): so k says what it says, whatever the number of
 classes. The class of a token is the one with the highest score.
-
-Inputs are divided by their standard deviation in the training part, so that the penalty is the same
-for every SAE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix, vstack
 
 from tcsae.base.progress import Progress
 from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
 from tcsae.meaning.held_text import Findings, HeldText, Number
-from tcsae.meaning.logistic import class_means_difference, fit_all, fit_few
-from tcsae.meaning.scores import Replicates, accuracy_sums, macro_auc, macro_f1
-from tcsae.meaning.tasks import Item, Split, Task, make_tasks, sampled
+from tcsae.meaning.read_split import Scores, all_of, few, read, replicates_of, score, shuffled
+from tcsae.meaning.tasks import Task, make_tasks
 from tcsae.meaning.token_labels import token_labels
+from tcsae.meaning.transfer import across_positions, raw_across_positions, transfer_words
 from tcsae.sae.base import SparseAutoencoder
 
 KS = (1, 2, 5, 16)
@@ -58,6 +54,14 @@ def probes(sae: SparseAutoencoder, text: HeldText, config: Measured) -> Findings
                 lambda task=task: _of_raw(task, material.raw),  # type: ignore[misc]
             )
             found[task.name] = _of_task(task, codes, sae.cfg.group_sizes, raw)
+            if task.kind in ("context", "document"):
+                of_raw = text.once(
+                    f"probes positions {number} {config.evaluation.label_fields}",
+                    lambda task=task: raw_across_positions(  # type: ignore[misc]
+                        task, material.raw, material.size
+                    ),
+                )
+                found[task.name] |= across_positions(task, codes, material.size, of_raw)
             progress.update(1)
     return _findings(found, material)
 
@@ -71,6 +75,8 @@ class _Material:
     """[tokens, d_in] float32: the activations themselves, the ceiling."""
     tasks: list[Task]
     said: list[str]
+    size: int
+    """Tokens of a context."""
 
 
 def _material(text: HeldText, config: Measured) -> _Material:
@@ -81,7 +87,7 @@ def _material(text: HeldText, config: Measured) -> _Material:
         tokenizer = text.model.tokenizer if isinstance(text.model, LanguageModel) else None
         labels = token_labels(contexts, config.dataset, tokenizer, fields)
         raw, valid = _activations(text)
-        return _Material(raw, *make_tasks(labels, valid))
+        return _Material(raw, *make_tasks(labels, valid), valid.shape[1])
 
     return text.once(f"probes {fields}", make)
 
@@ -109,123 +115,17 @@ def _codes(sae: SparseAutoencoder, text: HeldText) -> csr_matrix:
 # ---------------------------------------------------------------------- one task
 
 
-@dataclass
-class _Scores:
-    """What the splits of one probe add up to."""
-
-    sums: list[np.ndarray] = field(default_factory=list)
-    f1: list[np.ndarray] = field(default_factory=list)
-    auc: list[np.ndarray] = field(default_factory=list)
-
-    def dump(self, replicates: Replicates) -> dict[str, Number]:
-        right, total = np.sum(self.sums, axis=0)
-        return {
-            "accuracy": replicates.number(right / total),
-            "auc": replicates.number(np.mean(self.auc, axis=0)),
-            "f1": replicates.number(np.mean(self.f1, axis=0)),
-        }
-
-
-@dataclass(frozen=True)
-class Side:
-    x: torch.Tensor
-    """[samples, inputs] float32."""
-    label: np.ndarray
-    document: np.ndarray
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A split, read: inputs divided by their standard deviation in the training part."""
-
-    train: Side
-    test: Side
-    difference: torch.Tensor
-    """[C, inputs]: of class means, on the training part."""
-    one_hot: torch.Tensor
-    """[C, training samples] float32."""
-
-
-def _read(task: Task, split: Split, source: csr_matrix | np.ndarray, size: int | None) -> Prepared:
-    def side(items: Sequence[Item]) -> Side:
-        s = sampled(task, items, size)
-        x = s.average @ source[: s.average.shape[1]]
-        dense = x.toarray() if isinstance(x, csr_matrix) else x
-        return Side(torch.from_numpy(np.ascontiguousarray(dense)), s.label, s.document)
-
-    return prepare(side(split.train), side(split.test), len(task.classes))
-
-
-def prepare(train: Side, test: Side, n_classes: int) -> Prepared:
-    """Select and scale by the training part alone."""
-    label = torch.from_numpy(train.label)
-    one_hot = torch.nn.functional.one_hot(label, n_classes).float()
-    difference = class_means_difference(train.x, one_hot)
-    scale = train.x.std(0, correction=0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return Prepared(
-        Side(train.x / scale, train.label, train.document),
-        Side(test.x / scale, test.label, test.document),
-        difference,
-        one_hot.T.contiguous(),
-    )
-
-
-def few(
-    data: Prepared, k: int, allowed: slice = slice(None), y: torch.Tensor | None = None
-) -> np.ndarray:
-    """Scores [test samples, C] of a probe of k features a class, out of those `allowed`.
-
-    y: other labels [C, training samples] than the true ones, by which features are chosen too.
-    """
-    difference = data.difference
-    if y is not None:
-        difference = class_means_difference(data.train.x, y.T)
-    start = allowed.start or 0
-    part = difference[:, allowed]
-    chosen = start + part.topk(min(k, part.shape[1]), dim=1).indices
-    y = data.one_hot if y is None else y
-    w, b = fit_few(data.train.x[:, chosen].permute(1, 0, 2).double(), y.double())
-    z = torch.einsum("nck,ck->nc", data.test.x[:, chosen].double(), w) + b
-    return z.numpy()
-
-
-def all_of(data: Prepared) -> np.ndarray:
-    """Scores [test samples, C] of a probe of all inputs that vary."""
-    there = (data.train.x != data.train.x[:1]).any(0)
-    w, b = fit_all(data.train.x[:, there], data.one_hot)
-    return (data.test.x[:, there] @ w.T + b).double().numpy()
-
-
-def _shuffled(data: Prepared, number: int) -> torch.Tensor:
-    order = np.random.default_rng(number).permutation(len(data.train.label))
-    return data.one_hot[:, torch.from_numpy(order)]
-
-
-def _replicates(task: Task) -> Replicates:
-    documents = [item.document for split in task.splits for item in split.test]
-    return Replicates(np.array(documents))
-
-
-def _score(scores: _Scores, z: np.ndarray, data: Prepared, replicates: Replicates) -> None:
-    weights = replicates.weights(data.test.document)
-    label, predicted = data.test.label, z.argmax(1)
-    scores.sums.append(accuracy_sums(predicted, label, weights))
-    scores.f1.append(macro_f1(predicted, label, weights, range(z.shape[1])))
-    scores.auc.append(macro_auc(z, label, weights))
-
-
 def _of_raw(task: Task, raw: np.ndarray) -> dict[str, dict[str, Any]]:
     """The ceiling and the majority, {reading: {probe: numbers}}."""
-    replicates, found = _replicates(task), {}
+    replicates, found = replicates_of(task), {}
     for reading, size in task.readings.items():
-        raw_scores, majority = _Scores(), _Scores()
+        raw_scores, majority = Scores(), Scores()
         for split in task.splits:
-            data = _read(task, split, raw, size)
-            _score(raw_scores, all_of(data), data, replicates)
+            data = read(task, split, raw, size)
+            score(raw_scores, all_of(data), data, replicates)
             most = np.zeros((len(data.test.label), len(task.classes)))
             most[:, np.bincount(data.train.label).argmax()] = 1
-            _score(majority, most, data, replicates)
+            score(majority, most, data, replicates)
         found[reading] = {
             "raw": raw_scores.dump(replicates),
             "majority": majority.dump(replicates),
@@ -240,21 +140,21 @@ def _of_task(
     raw: Mapping[str, Mapping[str, dict[str, Number]]],
 ) -> dict[str, Any]:
     """{classes, kind, readings: {reading: {probe: {accuracy, auc, f1}}}, density, curve ...}."""
-    replicates = _replicates(task)
+    replicates = replicates_of(task)
     readings: dict[str, dict[str, dict[str, Number]]] = {}
     density = []
     for reading, size in task.readings.items():
-        scores: dict[str, _Scores] = {}
+        scores: dict[str, Scores] = {}
         for number, split in enumerate(task.splits):
-            data = _read(task, split, codes, size)
+            data = read(task, split, codes, size)
             made = {f"k{k}": few(data, k) for k in KS}
             made["all"] = all_of(data)
-            made["shuffled"] = few(data, HEADLINE_K, y=_shuffled(data, number))
+            made["shuffled"] = few(data, HEADLINE_K, y=shuffled(data, number))
             if len(groups) > 1:
                 made["first_group"] = few(data, HEADLINE_K, slice(0, groups[0]))
                 made["other_groups"] = few(data, HEADLINE_K, slice(groups[0], None))
             for name, z in made.items():
-                _score(scores.setdefault(name, _Scores()), z, data, replicates)
+                score(scores.setdefault(name, Scores()), z, data, replicates)
             if reading == "token":
                 chosen = data.difference.topk(HEADLINE_K, 1).indices
                 density.append(float((data.train.x[:, chosen] > 0).float().mean()))
@@ -284,7 +184,7 @@ def _needed(
     for size in sizes:
         sums: dict[int, np.ndarray] = {}
         for split in task.splits:
-            data = _read(task, split, codes, size)
+            data = read(task, split, codes, size)
             right = few(data, HEADLINE_K).argmax(1) == data.test.label
             for d in np.unique(data.test.document):
                 own = data.test.document == d
@@ -351,6 +251,8 @@ def _findings(found: dict[str, dict[str, Any]], material: _Material) -> Findings
                 headline[key] = readings[reading][f"k{HEADLINE_K}"]["accuracy"]
         if "tokens_needed" in task:
             headline[f"probe_{short}_tokens"] = task["tokens_needed"]
+        if "positions" in task:
+            headline[f"probe_{short}_transfer"] = task["positions"]["lost"]
     said += [sentence(name, task) for name, task in found.items()]
     details = {name: _plain(task) for name, task in found.items()}
     return Findings(headline, said, {"semantics": semantics, "syntax": syntax, "tasks": details})
@@ -373,6 +275,8 @@ def sentence(name: str, task: Mapping[str, Any]) -> str:
             if needed is None
             else f"nearly reached with {needed:.3g} tokens averaged"
         )
+    if "positions" in task:
+        text += f"; {transfer_words(task['positions'])}"
     return text
 
 

@@ -134,7 +134,7 @@ _HEADLINE_MEMORY = ("rho_1", "persistence", "omega_squared", "edge_energy", "den
 _HEADLINE_PROBES = (
     *("probe_context_token", "probe_context_document", "probe_context_tokens"),
     *("probe_semantics_token", "probe_semantics_document", "probe_semantics_tokens"),
-    "probe_syntax_token",
+    *("probe_syntax_token", "probe_context_transfer", "probe_semantics_transfer"),
 )
 _HEADLINE_POSITION = (
     *("shift_cosine", "shift_moved"),

@@ -7,18 +7,11 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from tcsae.meaning.probes import (
-    CURVE,
-    Side,
-    _of_raw,
-    _of_task,
-    few,
-    prepare,
-    sentence,
-    tokens_needed,
-)
+from tcsae.meaning.probes import CURVE, _of_raw, _of_task, sentence, tokens_needed
+from tcsae.meaning.read_split import Side, few, prepare
 from tcsae.meaning.tasks import GAP, WINDOW, Task, make_tasks
 from tcsae.meaning.token_labels import Label, TokenLabels
+from tcsae.meaning.transfer import across_positions, raw_across_positions
 
 DOCUMENTS, T, F, D_IN = 48, 128, 40, 8
 CLASSES = 4
@@ -207,3 +200,27 @@ def test_too_few_documents_for_the_context_are_one_clear_line() -> None:
     labels.document[:] = labels.document % 5
     tasks, lines = make_tasks(labels, counted())
     assert tasks == [] and len(lines) == 1 and "no probe of the context: 5 held-out" in lines[0]
+
+
+def test_what_is_free_of_positions_loses_nothing_between_halves() -> None:
+    task, f = task_of("topic", topic()), noise()
+    label, position = topic().value.ravel(), np.tile(np.arange(T), DOCUMENTS)
+    for c in range(CLASSES):
+        f[:, 20 + c] = label == c
+    positions = across_positions(task, csr_matrix(f), T, None)["positions"]
+    assert positions["first"].value == positions["second"].value == 1.0
+    assert positions["lost"].value == 0.0 and positions["lost"].interval == (0.0, 0.0)
+    # Each class has a feature for either half: what was learned at one is silent at the other.
+    bound = noise()
+    for c in range(CLASSES):
+        bound[:, 20 + c] = (label == c) & (position < T // 2)
+        bound[:, 30 + c] = (label == c) & (position >= T // 2)
+    positions = across_positions(task, csr_matrix(bound), T, None)["positions"]
+    assert positions["second"].value == 1.0
+    assert positions["first"].value < 0.5
+    assert positions["lost"].interval[0] > 0.4
+    raw = raw_across_positions(task, f, T)
+    assert raw["raw_first"].value == raw["raw_second"].value == 1.0
+    said = {"positions": {**positions, **raw}}
+    task_found = {**found(task, f), **said}
+    assert "learned there 100 % (activations 100 %, 100 %)" in sentence("topic", task_found)
