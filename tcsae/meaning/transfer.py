@@ -1,8 +1,8 @@
 """Probes learned at the positions of a context's first half and tried at those of its second.
 
-What does not hang on positions loses nothing by that. Beside it, probes learned at the second half's
-own positions and tried on the same tokens; and both of the activations themselves, whose loss an SAE
-can hardly mend.
+What does not hang on positions loses nothing by that. Beside it, probes learned at the second
+half's own positions and tried on the same tokens; and both of the activations themselves, whose
+loss an SAE can hardly mend.
 """
 
 from __future__ import annotations
