@@ -32,6 +32,7 @@ from tcsae.report.page import write_page
 from tcsae.report.passage import NO_PASSAGE, Passage
 from tcsae.report.plots import Curve
 from tcsae.report.rows import row_of
+from tcsae.report.siblings import siblings
 from tcsae.runs.folder import LoadedRun
 
 if TYPE_CHECKING:
@@ -256,6 +257,7 @@ def _context(contents: Contents) -> dict[str, Any]:
         "shares_window": contents.summary.get("shares_window"),
         "training": ["loss", *_TRAINING],
         "origin": origin(run),
+        "siblings": siblings(run.folder),
         "analysis": _analysis_context(contents.analysis),
         "no_analysis": NO_ANALYSIS,
         "document": _document(contents),

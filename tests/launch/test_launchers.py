@@ -80,6 +80,8 @@ def test_the_sweep_ends_with_its_comparison(mixed: tuple[Path, Outcome]) -> None
     assert statuses.count("duplicate") == 1  # with lambda 0 the window means nothing
     assert statuses.count("unfinished") == 2
     assert (sweep / "comparison" / "report.html").is_file()
+    page = (folders(sweep)["window=4,lambda=0.1"] / "report.html").read_text()
+    assert 'href="../comparison/report.html"' in page and page.count('/report.html">window=') == 5
 
 
 def test_jobs_side_by_side_end_as_each_would_alone(
