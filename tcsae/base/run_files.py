@@ -52,6 +52,7 @@ class AnalysisFiles:
         self.top_tokens = self.path / "top_contexts.json"
         self.correlation = self.path / "correlation.safetensors"
         self.document = self.path / "document.safetensors"
+        self.logit_lens = self.path / "logit_lens.safetensors"
 
     @property
     def is_there(self) -> bool:

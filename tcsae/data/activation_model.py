@@ -53,6 +53,10 @@ class ActivationModel(Protocol):
         """The same at each of these places, out of itself and `beside`, by one forward pass.
         None: there is nothing of this form at that place."""
 
+    def unembedding(self) -> Tensor | None:
+        """[vocabulary, d_in]: what a direction of the residual stream adds to each token's logit,
+        through the final norm's weight; None: it has no logits."""
+
     def shown(self, ids_BT: Tensor) -> Tensor:
         """[B, T] int64 below `vocabulary`: what stands for each token where tokens are counted."""
 

@@ -238,6 +238,14 @@ class LanguageModel:
         """[B, T, vocab]; `replace` maps the hook's activations [B, T, d_in] to their stand-in."""
         return self._network.logits(ids_BT.to(self.device, torch.long), replace)
 
+    @torch.inference_mode()
+    def unembedding(self) -> Tensor | None:
+        """[vocab, d_in], through the final norm's weight; None: it is of another width."""
+        found = self._network.unembedding()
+        if found is None or found.shape[1] != self.d_in:
+            return None
+        return found[: len(self.tokenizer)]  # rows beyond are there to fill a round number
+
     def repeated(self, ids_BT: Tensor) -> AbstractContextManager[Logits]:
         """Within it, `logits` of these ids with one stand-in after the other: what comes before the
         hook point is run once."""

@@ -128,6 +128,14 @@ class Network:
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 
+    def unembedding(self) -> Tensor | None:
+        """[vocab, d], each row times the final norm's weight; None: it has no output embedding."""
+        output = self.model.get_output_embeddings()
+        if output is None:
+            return None
+        norm = _final_norm(self.model, output.weight.shape[1])
+        return output.weight if norm is None else output.weight * _scale_of(norm, output.weight)
+
     @contextlib.contextmanager
     def repeated(self, ids_BT: Tensor) -> Iterator[Logits]:
         """`logits` of the same ids, as often as wanted: the blocks before the place, from which
@@ -191,6 +199,31 @@ def _stood_in_for(block: nn.Module, output: Any) -> Iterator[None]:
         yield
     finally:
         del block.forward
+
+
+def _final_norm(model: Any, d: int) -> nn.Module | None:
+    """The norm behind the last block: the last one that is in no block."""
+    found = None
+    inside: tuple[str, ...] = ()
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside += (f"{name}.",)
+        elif not name.startswith(inside) and "norm" in type(module).__name__.lower():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.shape == (d,):
+                found = module
+    return found
+
+
+def _scale_of(norm: nn.Module, like: Tensor) -> Tensor:
+    """The weight that it works with, as it shows on a vector of mean 0 and variance 1: families
+    keep it in more than one form (Gemma's is less 1)."""
+    d = like.shape[1]
+    signs = torch.ones(d, dtype=like.dtype, device=like.device)
+    signs[1::2] = -1
+    plain: Tensor = norm(torch.zeros_like(signs)[None, None])[0, 0]
+    scaled: Tensor = norm(signs[None, None])[0, 0]
+    return ((scaled - plain) * signs).to(like.dtype)
 
 
 @torch.inference_mode()

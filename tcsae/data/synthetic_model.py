@@ -83,6 +83,9 @@ class SyntheticModel:
     ) -> list[Tensor | None]:
         return [self.activations(ids_BT) for _ in places]
 
+    def unembedding(self) -> Tensor | None:
+        return None
+
     def shown(self, ids_BT: Tensor) -> Tensor:
         value_BT, feature_BT = self.world.codes(ids_BT.cpu()).max(-1)
         shown_BT = torch.where(value_BT > 0, feature_BT + 2, 1)

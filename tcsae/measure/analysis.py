@@ -44,6 +44,9 @@ top_contexts.safetensors:
 top_contexts.json:
     k, tokens {"token id": text of it alone}, parts {"token id": hex digits of the bytes} of those
     that are part of a character (older files have none); features_reason if S < F, else null
+logit_lens.safetensors (not in older folders, nor of a synthetic world):
+    features [R] int64; raised, lowered [R, k] int32, ids of the tokens whose logits a feature
+    raises and lowers most; raised_by, lowered_by [R, k] float32 (measure/logit_lens.py)
 document.safetensors (not in older folders):
     one held-out document as it stands, contexts one after the other, each with its BOS: ids [P]
     int32, valid [P] bool, n_contexts; at, feature [n] int32 and value [n] float16: what fires at
@@ -85,6 +88,7 @@ from tcsae.data.batches import ActivationBatches
 from tcsae.data.token_text import TokenTexts
 from tcsae.measure.analysis_pass import LONGEST_POSITIONS, MIN_FIRINGS, Pass, picture, together
 from tcsae.measure.evaluation import held_out_units
+from tcsae.measure.logit_lens import MOST_FEATURES, logit_lens
 from tcsae.measure.text_features import coded
 from tcsae.metrics.correlation import FeatureCorrelation
 from tcsae.metrics.redundancy import (
@@ -120,6 +124,7 @@ WORTH_A_PROCESS = 300_000
 
 _CANNOT_TELL_DISTANCE = "cannot tell: the entries vary no more than noise"
 _DESCRIPTORS = ("rho_1", "tau_int", "omega_squared", "run_length", "amplitude_cv")
+_OF_TOKENS = ("ids", "raised", "lowered")
 _CLUSTER_MEDIANS = ("density", "rho_1", "tau_int", "omega_squared")
 
 
@@ -134,14 +139,20 @@ class Analysis:
     correlation: dict[str, Tensor]
     document: dict[str, Tensor] = field(default_factory=dict)
     """Of an analysis of an older version, and where contexts have no passage: {}."""
+    logit_lens: dict[str, Tensor] = field(default_factory=dict)
+    """{}: as `document`, and where there is no language model."""
 
     def write(self, folder: Path) -> None:
         files = AnalysisFiles(make_folder(folder))
         save_tensors(files.top_contexts, self.top_contexts, {})
         save_tensors(files.correlation, self.correlation, {})
-        files.document.unlink(missing_ok=True)  # of an earlier analysis
-        if self.document:
-            save_tensors(files.document, self.document, {})
+        for file, tensors in (
+            (files.document, self.document),
+            (files.logit_lens, self.logit_lens),
+        ):
+            file.unlink(missing_ok=True)  # of an earlier analysis
+            if tensors:
+                save_tensors(file, tensors, {})
         write_json(files.top_tokens, self.top_tokens)
         write_json(files.redundancy, self.redundancy)
         write_json(files.specialization, self.specialization)
@@ -158,6 +169,9 @@ class Analysis:
             top_tokens=read_json(files.top_tokens),
             correlation=load_tensors(files.correlation, advice)[0],
             document=load_tensors(files.document, advice)[0] if files.document.is_file() else {},
+            logit_lens=(
+                load_tensors(files.logit_lens, advice)[0] if files.logit_lens.is_file() else {}
+            ),
         )
 
     @property
@@ -224,7 +238,10 @@ def analyse(
     text = model.texts()
     contexts = _top_contexts(seen)
     document = {} if passage is None else _document(sae, passage)
-    ids = {*contexts["ids"].unique().tolist(), *document.get("ids", torch.empty(0)).int().tolist()}
+    with stage("logit lens"):
+        lens = logit_lens(W_dec, _brightest(seen, known["c0"]), model)
+    shown = (contexts["ids"], *(t[n] for t in (document, lens) for n in _OF_TOKENS if n in t))
+    ids = {int(i) for tensor in shown for i in tensor.unique()}
     return Analysis(
         redundancy=redundancy,
         specialization=_specialization(found, places, seen, statistics, known, text),
@@ -236,7 +253,15 @@ def analyse(
         },
         correlation=correlated | picture(seen, found.labels) | together(seen),
         document=document,
+        logit_lens=lens,
     )
+
+
+def _brightest(seen: Pass, c0: Tensor) -> Tensor:
+    """Of the features looked at closely those with the most energy, ascending."""
+    energy = c0[seen.close].nan_to_num()
+    kept = energy.topk(min(MOST_FEATURES, len(energy))).indices
+    return seen.close[kept].sort().values
 
 
 def _clustered(

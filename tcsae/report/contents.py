@@ -284,6 +284,7 @@ def feature_data(contents: Contents) -> dict[str, Any]:
         "cluster_names": [c["name"] for c in clusters],
         "curves": _curves(contents, ids),
         "pairs": _pairs(contents.analysis),
+        "lens": _lens(contents.analysis, ids),
         "neighbours": neighbours(contents.run.sae.W_dec, ids, contents.analysis),
         **_top(contents.analysis, ids),
     }
@@ -380,6 +381,24 @@ def _fewer_contexts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     totals = (tensors["rows"] > 0).sum(axis=(0, 2)).cumsum()
     k = max(1, int((totals <= MAX_ACTIVATIONS).sum()))
     return {name: tensors[name][:, :k] for name in ("context", "position", "value", "rows")}
+
+
+def _lens(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any] | None:
+    """Tokens that a feature raises and lowers: numbers of `vocabulary` [R', k], `row` of R'."""
+    if analysis is None or not analysis.logit_lens:
+        return None
+    tensors = {name: value.numpy() for name, value in analysis.logit_lens.items()}
+    known = np.flatnonzero(np.isin(tensors["features"], ids))
+    row_of = dict(zip(tensors["features"][known].tolist(), range(len(known)), strict=True))
+    both = np.stack([tensors["raised"][known], tensors["lowered"][known]])
+    used, inverse = np.unique(both, return_inverse=True)
+    raised, lowered = inverse.reshape(both.shape).astype(np.int32)
+    return {
+        "row": [row_of.get(i, -1) for i in ids.tolist()],
+        "vocabulary": [analysis.top_tokens["tokens"][str(token)] for token in used.tolist()],
+        "raised": packed(raised),
+        "lowered": packed(lowered),
+    }
 
 
 def _joined(analysis: Analysis, ids_CT: np.ndarray) -> list[list[Any]]:

@@ -191,6 +191,7 @@ def test_the_table_sorts_and_searches(page: Path, run_folder: Path, tmp_path: Pa
       ask('');
       rows()[0].click();
       document.body.dataset.near = document.getElementById('feature-partners').textContent;
+      document.body.dataset.lens = document.getElementById('feature-lens').textContent;
       document.body.dataset.opened = document.getElementById('feature-title').textContent;
     </script></body>"""
     html = page.read_text(encoding="utf-8").replace("</body>", script)
@@ -218,6 +219,12 @@ def test_the_table_sorts_and_searches(page: Path, run_folder: Path, tmp_path: Pa
         cosine = (W @ W[feature]).index_fill(0, torch.tensor([feature]), -2.0)
         assert f"Nearest direction: feature {int(cosine.argmax())} " in body["data-near"]
         assert "Fires with: feature" in body["data-near"]
+        analysis = contents.analysis
+        assert analysis is not None
+        raised = analysis.logit_lens["raised"][feature]
+        text = analysis.top_tokens["tokens"][str(int(raised[0]))]
+        said = body["data-lens"]
+        assert said.startswith("Raises: ") and "Lowers: " in said and text.strip() in said
     assert 'id="features-search"' in html
 
 

@@ -269,6 +269,7 @@
       .filter(({ key }) => key in data.features.values)
       .map(({ key, name, meaning }) => element("div", { title: meaning },
         element("span", {}, name), element("span", {}, number(data.features.values[key][row])))));
+    byId("feature-lens").replaceChildren(...logitLens(row));
     byId("feature-partners").replaceChildren(...partners(feature));
     byId("feature-contexts").replaceChildren(...contexts(row));
     byId("feature-document").replaceChildren(...alongDocument(row));
@@ -314,6 +315,19 @@
     const button = element("button", { className: "link", type: "button" }, String(feature));
     button.addEventListener("click", () => openFeature(feature));
     return button;
+  }
+
+  function logitLens(row) {
+    const lens = data.features.lens;
+    const at = lens ? lens.row[row] : -1;
+    if (at < 0) return [];
+    return [["raised", "Raises"], ["lowered", "Lowers"]].map(([name, said]) => {
+      lens[name].values ??= unpacked(lens[name]);
+      const k = lens[name].shape[1];
+      const of = Array.from(lens[name].values.subarray(at * k, (at + 1) * k));
+      return element("p", { title: "logits of the next token, by the feature's direction alone" },
+        `${said}: `, ...tokenList(of.map((i) => lens.vocabulary[i])));
+    });
   }
 
   function partners(feature) {
