@@ -229,7 +229,7 @@ def startup_table(rows: Mapping[str, Any]) -> str:
 def growth_store(root: Path, n: int) -> ActivationStore:
     """The store of `n` contexts; contexts are mapped from a file, as in a run. No model is run."""
     tensors, _ = load_tensors(root / f"{n}.safetensors", "")
-    model: Any = SimpleNamespace(identity={"weights": f"random {n}"}, d_in=WIDTH)
+    model: Any = SimpleNamespace(identity={"weights": f"random {n}"}, d_in=WIDTH, beside=())
     return ActivationStore(root, model, Contexts(**tensors, groups=()), GROWTH_SHARD)
 
 

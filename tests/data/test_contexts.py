@@ -60,6 +60,7 @@ def context_config(**changes: Any) -> Any:
     """A dataset config with the fields that contexts read."""
     fields = {
         "name": "test",
+        "subset": None,
         "n_contexts": None,
         "n_eval_contexts": 1,
         "eval_fraction": 0.3,

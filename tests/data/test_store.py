@@ -131,7 +131,7 @@ def test_several_layers_and_hooks_are_harvested_in_one_forward_pass(
     tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as one by one, and the text is read once."""
-    forwards = count_calls(Network, "_forward", monkeypatch)
+    forwards = count_calls(Network, "activations", monkeypatch)
     together, alone = tmp_path / "together", tmp_path / "alone"
     opened(tiny_gpt2, texts, together, store__also=f"[{','.join(ALSO)}]")
     once = len(forwards)
@@ -140,7 +140,7 @@ def test_several_layers_and_hooks_are_harvested_in_one_forward_pass(
         found = opened(tiny_gpt2, texts, together, layer=layer, model__hook=hook)
         assert forwards == []
         wanted = opened(tiny_gpt2, texts, alone, layer=layer, model__hook=hook)
-        assert len(forwards) == once  # of loading's own checks, too
+        assert len(forwards) == once == PASSES
         assert_same(everything(found), everything(wanted))
 
 

@@ -156,7 +156,7 @@ def test_a_comparison_has_them_paired_with_the_spread_beside_them(tmp_path: Path
     assert "In many features or in a few" in page and "Local consistency L_2" in page
     notes = comparison_notes(comparison)
     assert "Local consistency L_2, over features: median" in notes
-    assert not any("older version" in notice for notice in comparison.notices)
+    assert not any("evaluated by an older version:" in notice for notice in comparison.notices)
 
 
 def test_older_runs_are_compared_by_what_they_have(tmp_path: Path) -> None:
