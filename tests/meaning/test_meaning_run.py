@@ -62,7 +62,7 @@ def test_a_run_keeps_what_its_instruments_found(finished: Path) -> None:
     assert set(info["meaning"]) == {
         f"probe_{what}_{n}"
         for what in ("context", "semantics")
-        for n in ("token", "document", "tokens")
+        for n in ("token", "document", "tokens", "transfer")
     }
     # Random words, and labels dealt in turn: nothing can be read.
     token = found["probes"]["tasks"]["kind"]["readings"]["token"]["k5"]["auc"]
