@@ -88,7 +88,10 @@ def _key(config: Config, weight: float, **plain: Any) -> str:
     dump = config.dump()
     dump["tracking"]["group"] = None
     dump["store"]["dir"], dump["training"]["lr"] = "-", 1e-3
-    return json.dumps(dump | {"name": None, "seed": 0, "rerun": False, "lambda": weight} | plain)
+    dump["store"]["also"] = []
+    return json.dumps(
+        dump | {"name": None, "layer": None, "seed": 0, "rerun": False, "lambda": weight} | plain
+    )
 
 
 @functools.cache
