@@ -18,8 +18,8 @@ from tcsae.runs.folder import load_run
 EVIL = "</script><img src=x onerror=alert(1)><b>"
 """Text that a page must show as it is."""
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_FLAGS = (
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+HEADLESS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -28,6 +28,9 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+)
+_FLAGS = (
+    *HEADLESS,
     "--enable-logging=stderr",
     "--v=0",
     "--virtual-time-budget=20000",
@@ -89,7 +92,7 @@ class Shown:
 
 def show(page: Path, fragment: str = "") -> Shown | None:
     """The page after its script ran; None, with a warning, where there is no Chromium."""
-    binary = next(filter(None, map(shutil.which, _NAMES)), None)
+    binary = next(filter(None, map(shutil.which, NAMES)), None)
     if binary is None:
         warnings.warn("no Chromium on PATH: the page's script was not run", stacklevel=2)
         return None

@@ -17,17 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from browser import _NAMES
+from browser import HEADLESS, NAMES
 
 _FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *HEADLESS,
     "--remote-debugging-pipe",
     "about:blank",
 )
@@ -164,7 +157,7 @@ class Page:
 @contextlib.contextmanager
 def chrome() -> Iterator[Page | None]:
     """A browser with one tab; None, with a warning, where there is no Chromium."""
-    binary = next(filter(None, map(shutil.which, _NAMES)), None)
+    binary = next(filter(None, map(shutil.which, NAMES)), None)
     if binary is None:
         warnings.warn("no Chromium on PATH: the page was not used", stacklevel=3)
         yield None

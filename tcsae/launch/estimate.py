@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tcsae.base.labels import size
 from tcsae.config import Config, resolve_layer
 from tcsae.launch import world as worlds
+from tcsae.launch.jobs import passes_key
 from tcsae.launch.machine import MACHINES, Machine, Stage, Work
 from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
 
@@ -271,26 +272,12 @@ def _layer(config: Config, facts: ModelFacts) -> int:
 
 def harvest_key(config: Config) -> str:
     """Equal for jobs that read the same store: what addresses it, as far as a config says."""
-    return _digest([*_passes_of(config), _place_of(config)])
+    return _digest([passes_key(config), _place_of(config)])
 
 
 def _place_of(config: Config) -> list[Any]:
     facts = model_facts(config.model)
     return [config.layer if facts is None else _layer(config, facts), config.model.hook]
-
-
-def _passes_of(config: Config) -> list[Any]:
-    """Equal for jobs whose stores one forward pass of the model fills, whatever their layers."""
-    dataset = config.dataset.model_dump(mode="json", exclude={"name", "norm_filter"})
-    model = config.model.model_dump(
-        mode="json",
-        exclude={"n_layers", "default_layer", "forward_contexts", "extra_masked_ids", "hook"},
-    )
-    if model["path"] is not None or model["package"] is not None:
-        del model["name"]
-    if model["dtype"] != "auto":
-        del model["device"]
-    return [model, dataset, config.store.model_dump(mode="json", exclude={"also"})]
 
 
 def _digest(identity: Any) -> str:
@@ -458,7 +445,7 @@ def sweep_cost(
             key = harvest_key(config)
             new.setdefault(key, cost)
             if config.store.mode == "disk":
-                passes.setdefault(_digest(_passes_of(config)), set()).add(key)
+                passes.setdefault(passes_key(config), set()).add(key)
     processes = []
     for pack in packs:
         members = [(harvest_key(configs[i]), cost) for i in pack if (cost := costs[i])]

@@ -76,13 +76,13 @@ def reading_once(packs: Sequence[Sequence[GridJob]]) -> list[list[GridJob]]:
     places: dict[str, dict[str, None]] = {}
     for pack in packs:
         for job in pack:
-            places.setdefault(_text_key(job.config), {})[_place(job.config)] = None
+            places.setdefault(passes_key(job.config), {})[_place(job.config)] = None
 
     def told(job: GridJob) -> GridJob:
         config = job.config
         if config.store.mode == "stream" or config.model.world is not None:
             return job
-        others = [*config.store.also, *places[_text_key(config)]]
+        others = [*config.store.also, *places[passes_key(config)]]
         also = [place for place in dict.fromkeys(map(str, others)) if place != _place(config)]
         store = config.store.model_copy(update={"also": also})
         return replace(job, config=config.model_copy(update={"store": store}))
@@ -90,11 +90,19 @@ def reading_once(packs: Sequence[Sequence[GridJob]]) -> list[list[GridJob]]:
     return [[told(job) for job in pack] for pack in packs]
 
 
-def _text_key(config: Config) -> str:
-    """Equal for jobs that harvest the same contexts of the same model."""
-    model = config.model.model_dump(mode="json", exclude={"hook"})
+def passes_key(config: Config) -> str:
+    """Equal for jobs whose stores one forward pass of the model fills, whatever their layers."""
     dataset = config.dataset.model_dump(mode="json", exclude={"name", "norm_filter"})
-    return json.dumps([model, dataset, config.store.model_dump(mode="json")], sort_keys=True)
+    model = config.model.model_dump(
+        mode="json",
+        exclude={"n_layers", "default_layer", "forward_contexts", "extra_masked_ids", "hook"},
+    )
+    if model["path"] is not None or model["package"] is not None:
+        del model["name"]
+    if model["dtype"] != "auto":
+        del model["device"]
+    store = config.store.model_dump(mode="json", exclude={"also"})
+    return json.dumps([model, dataset, store], sort_keys=True)
 
 
 def _place(config: Config) -> str:

@@ -20,14 +20,22 @@ from tcsae.base.progress import Progress
 from tcsae.config import Measured
 from tcsae.data.language_model import LanguageModel
 from tcsae.meaning.held_text import Findings, HeldText, Number
-from tcsae.meaning.read_split import Scores, all_of, few, read, replicates_of, score, shuffled
+from tcsae.meaning.read_split import (
+    HEADLINE_K,
+    Scores,
+    all_of,
+    few,
+    read,
+    replicates_of,
+    score,
+    shuffled,
+)
 from tcsae.meaning.tasks import Task, make_tasks
 from tcsae.meaning.token_labels import token_labels
 from tcsae.meaning.transfer import across_positions, raw_across_positions, transfer_words
 from tcsae.sae.base import SparseAutoencoder
 
 KS = (1, 2, 5, 16)
-HEADLINE_K = 5
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
 """Tokens averaged, until the score is that of the document."""
 ENOUGH = 0.95

@@ -18,6 +18,9 @@ from tcsae.meaning.logistic import class_means_difference, fit_all, fit_few
 from tcsae.meaning.scores import Replicates, accuracy_sums, macro_auc, macro_f1
 from tcsae.meaning.tasks import Item, Split, Task, sampled
 
+HEADLINE_K = 5
+"""Features a class of the probes that tables and pages show."""
+
 
 @dataclass
 class Scores:

@@ -15,11 +15,17 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from tcsae.meaning.held_text import Number
-from tcsae.meaning.read_split import Prepared, Scores, all_of, few, read, replicates_of, score
+from tcsae.meaning.read_split import (
+    HEADLINE_K,
+    Prepared,
+    Scores,
+    all_of,
+    few,
+    read,
+    replicates_of,
+    score,
+)
 from tcsae.meaning.tasks import Item, Split, Task
-
-K = 5
-"""Features a class."""
 
 
 def across_positions(
@@ -33,7 +39,7 @@ def across_positions(
         codes: [tokens, F], contexts of `size` tokens one behind the other.
         raw: what `raw_across_positions` found.
     """
-    found = _halves(task, codes, size, lambda data: few(data, K))
+    found = _halves(task, codes, size, lambda data: few(data, HEADLINE_K))
     return {"positions": {**found, **(raw or {})}} if found else {}
 
 
