@@ -79,7 +79,8 @@ def _task(composed: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         agree([config], folder)
         if not ranks.here().is_first:
-            return help_harvest(config, folder)
+            help_harvest(config, folder)
+            return None
         from tcsae.jobs.bank import run
 
         info = run(config, folder)

@@ -203,6 +203,7 @@ class Group:
         self._beats: dict[int, tuple[int, float]] = {}
         self.lost: str | None = None
         """What there is to say of the first rank that was found gone."""
+        self.is_refused = False
         self.store = self._meet()
         self._put("process", {"host": socket.gethostname(), "space": _space(), "pid": os.getpid()})
         self._put("beat", 0)
@@ -292,6 +293,7 @@ class Group:
         if line is None:
             return
         self._left.set()  # all end, and none of them is to be called lost
+        self.is_refused = True
         if self.place.is_first:
             raise UserError(line)
         # torchrun ends all of them as soon as one has ended: the first one is to speak before.
@@ -429,7 +431,8 @@ def leaving() -> Iterator[None]:
     except BaseException as error:
         if _group is not None:
             group, _group = _group, None
-            say_lost(group)
+            if not group.is_refused:
+                say_lost(group)
             group.leave(_in_words(error))
         raise
     if _group is not None:

@@ -36,7 +36,7 @@ from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.prepare import prepare
 from tcsae.launch.results import results_of, table
 from tcsae.launch.sweep_folder import SweepFolder
-from tcsae.launch.together import agreed_packs, check_alone, only_warnings
+from tcsae.launch.together import agree, check_alone, only_warnings, packs_of_first
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ class GridLauncher(Launcher):
         refuse_of_a_sweep(self.config.hydra)
         set_environment(self.config.hydra)
         jobs, sweep = self.compose(job_overrides, initial_job_idx), self.sweep
+        if not options.dry_run:
+            agree([job.config for job in jobs], sweep.path)
         self._say_added(jobs, sweep)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
         sources = Sources()
@@ -121,7 +123,7 @@ class GridLauncher(Launcher):
         to_do = [job for job in jobs if job.number not in before | sent]
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
         if place.size > 1 and not options.dry_run:
-            packs = agreed_packs(jobs, packs, sweep.path)
+            packs = packs_of_first(jobs, packs)
         for line in plan_lines(jobs, packs, before, sent, options, sweep, self.device()):
             log.info(line)
         if options.prepare:

@@ -53,11 +53,10 @@ def agree(configs: Sequence[Config], place: Path) -> None:
     group.agree(facts, gpu_problem() if uses_gpu else None)
 
 
-def agreed_packs(
-    jobs: Sequence[GridJob], packs: Sequence[Sequence[GridJob]], sweep: Path
+def packs_of_first(
+    jobs: Sequence[GridJob], packs: Sequence[Sequence[GridJob]]
 ) -> list[list[GridJob]]:
-    """The packs as the first rank has made them: it may know of jobs that have just ended."""
-    agree([job.config for job in jobs], sweep)
+    """The packs as the first rank has made them: another may have more memory, or see less."""
     group = join()
     assert group is not None
     numbers = group.exchange([[job.number for job in pack] for pack in packs])[0]

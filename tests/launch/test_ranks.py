@@ -27,6 +27,7 @@ from sweeps import Grid, folders, grid_maker, wait_for
 
 from tcsae.base import ranks
 from tcsae.base.errors import UserError
+from tcsae.base.run_files import RunFiles
 from tcsae.runs.state import read_state
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -114,12 +115,12 @@ def test_four_saes_of_two_ranks_end_as_those_of_one(
     assert (sweep / "comparison" / "report.html").is_file()
 
 
-LONG = {"training__tokens": "1280000", "training__checkpoint_every": "50"}
-"""10,000 steps: never reached."""
+LONG = {"training__tokens": "128000000", "training__checkpoint_every": "50"}
+"""A million steps: never reached."""
 
 
 def is_training(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step-*"))
+    return any(RunFiles(folder).checkpoints.glob("step-*"))
 
 
 def test_the_death_of_a_rank_ends_the_job_which_then_goes_on(
@@ -128,7 +129,7 @@ def test_the_death_of_a_rank_ends_the_job_which_then_goes_on(
     sweep = tmp_path / "sweep"
     command = grid(sweep, **{**FOUR, "window": "4", **LONG})
     both = started(2, *command)
-    wait_for(lambda: len([1 for f in sweep.glob("*") if is_training(f)]) == 2)
+    wait_for(lambda: len([1 for f in sweep.glob("*") if is_training(f)]) == 2, 120)
     os.kill(both[1].pid, signal.SIGKILL)
     first, second = (finish(process) for process in both)
     assert first.code == 75 and second.code == -signal.SIGKILL
@@ -140,7 +141,8 @@ def test_the_death_of_a_rank_ends_the_job_which_then_goes_on(
         lambda: all(
             (state := read_state(f)) is not None and state.attempt == 2 and (state.done or 0) > 0
             for f in folders(sweep).values()
-        )
+        ),
+        120,
     )
     for process in again:
         process.terminate()
