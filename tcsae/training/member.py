@@ -19,6 +19,7 @@ from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
+from tcsae.tensors.positions import block_means
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.graphed import GraphedStep
@@ -124,6 +125,7 @@ class Member:
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
         now, dead = self._now(), self._dead(batch)
+        x_BTD = self._averaged(batch, x_BTD)
         tensors = (x_BTD, batch.valid, batch.segments)
         if self.graphed is None:
             output, losses = self._computed(*tensors, now, dead)
@@ -134,6 +136,14 @@ class Member:
         self.step += 1
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, now) if log else None
+
+    def _averaged(self, batch: Batch, x_BTD: Tensor) -> Tensor:
+        """What is trained on, by training.average: the tokens, or the means they are part of."""
+        kind, window = self.config.training.average, self.config.window
+        if kind == "none":
+            return x_BTD
+        length = x_BTD.shape[1] if "document" in (kind, window) else int(window)
+        return block_means(x_BTD, length, batch.segments, batch.valid)
 
     def _now(self) -> Now:
         cfg, step, steps = self.config.training, self.step, self.config.steps
