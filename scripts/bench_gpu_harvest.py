@@ -37,9 +37,9 @@ LAYERS = {"gpt2": 8, "smollm2": 15, "gemma-2-2b": 19}
 def shape(name: str, smoke: bool) -> Any:
     from transformers import Gemma2Config, GPT2Config, LlamaConfig
 
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if name == "gpt2":
-        small = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300} if smoke else {}
+        small: dict[str, Any] = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300} if smoke else {}
         return GPT2Config(**special, **small)
     if name == "smollm2":
         small = {"num_hidden_layers": 16} if smoke else {"num_hidden_layers": 30}

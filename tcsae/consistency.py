@@ -38,7 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from tcsae.losses.laplacian import Laplacian, Window, window_laplacian
-from tcsae.losses.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
+from tcsae.losses.window_penalty import Form, SparseWindowPenalty, WindowPenalty
+from tcsae.products.penalty import Weights
 from tcsae.tensors.positions import permute_within_segments
 from tcsae.tensors.sparse import SparseCodes
 
