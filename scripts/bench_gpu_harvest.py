@@ -39,8 +39,8 @@ def shape(name: str, smoke: bool) -> Any:
 
     special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if name == "gpt2":
-        small: dict[str, Any] = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300} if smoke else {}
-        return GPT2Config(**special, **small)
+        small: dict[str, Any] = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300}
+        return GPT2Config(**special, **(small if smoke else {}))
     if name == "smollm2":
         small = {"num_hidden_layers": 16} if smoke else {"num_hidden_layers": 30}
         return LlamaConfig(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from tcsae.products.penalty import Normalised, Weights, penalty_of_entries
 from tcsae.tensors.sparse import SparseCodes, split_tokens
 
+T = TypeVar("T")
 Chosen = tuple[Tensor, Tensor, Tensor]
 """(values, features, tokens) [M] of chosen pre-activations, in the order of tokens."""
 
@@ -71,6 +72,12 @@ class Plain:
     def at_once(self, n: int, fitting: int) -> int:
         """Of n rows, how many to take at a time; `fitting` of them stay in a CPU's cache."""
         return max(n, 1)
+
+    def aside(self, device: torch.device, work: Callable[[], T]) -> Callable[[], T]:
+        """Starts `work`, on which nothing waits yet; called, what is returned has its result.
+        Here: all of it is done at once."""
+        done = work()
+        return lambda: done
 
     # ---- dense codes ----
 
@@ -247,6 +254,24 @@ class GPU(Plain):
     """As `Plain`, where a look at what a tensor holds makes the host wait for the device."""
 
     dead_every: ClassVar[int] = 8
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def aside(self, device: torch.device, work: Callable[[], T]) -> Callable[[], T]:
+        # Dozens of kernels that take next to nothing each, beside a product that takes long.
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        beside, here = self._streams[device], torch.cuda.current_stream(device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            done = work()
+
+        def result() -> T:
+            torch.cuda.current_stream(device).wait_stream(beside)
+            return done
+
+        return result
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         # The gradients of the fused forms are added in an order that changes.
