@@ -168,6 +168,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "training.adam_betas": (NONE, "training.adam_betas=[0.5,0.9]", ID),
     "training.grad_clip": (NONE, "training.grad_clip=null", ID),
     "training.ema_decay": (NONE, "training.ema_decay=0.9", ID),
+    "training.average": (("consistency=none",), "training.average=window", ID),
     "training.target_l0": (NONE, "training.target_l0=16", ID),
     "training.precision": (NONE, "training.precision=float32", ID),
     "training.products": (

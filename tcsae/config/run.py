@@ -159,6 +159,9 @@ class TrainingConfig(StrictModel):
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """Features active on a token, on average: the sparsity coefficient is steered until it is so
     (tcsae/training/sparsity.py), or k set to it."""
+    average: Literal["none", "window", "document"] = "none"
+    """What is trained on in place of single tokens: the mean activation of every `window` of
+    positions or of every document of a context (the baseline of turn-averaged SAEs)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     products: Literal["auto", "plain", "triton"] = "auto"
     """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
@@ -409,6 +412,11 @@ class Config(Measured):
                 f"consistency.features = first_group: sae={self.sae.architecture} has no groups "
                 "(matryoshka and tsae have)"
             )
+        if self.training.average != "none" and (of_order := self._what_sees_order()):
+            raise ValueError(
+                f"training.average = {self.training.average}: the codes of a mean are the same for "
+                f"all its tokens, and {of_order}"
+            )
         if (
             self.has_temporal_loss
             and self.consistency.position_weight > 0
@@ -419,6 +427,24 @@ class Config(Measured):
                 "(or consistency.position_weight=0)"
             )
         return self
+
+    def _what_sees_order(self) -> str:
+        """What of the job looks at the order of tokens, and the way out; empty: nothing."""
+        if self.lambda_ > 0 and self.consistency.form != "none":
+            return f"consistency={self.consistency.form} is about their order: consistency=none"
+        # The control of an architecture shuffles what it sees of the order.
+        if hasattr(self.sae, "shuffle_positions"):
+            return f"sae={self.sae.architecture} is about their order: take another (topk)"
+        return ""
+
+    @property
+    def averaged(self) -> str:
+        """What was trained on in place of single tokens, in words; empty: single tokens."""
+        if self.training.average == "none":
+            return ""
+        if self.training.average == "document" or self.window == "document":
+            return "the mean of every document of a context"
+        return f"the mean of every {self.window} positions"
 
     @property
     def has_temporal_loss(self) -> bool:
@@ -546,6 +572,7 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key, unused in (
         ("training", "target_l0", None),
         ("training", "compile", False),
+        ("training", "average", "none"),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
         ("evaluation", "label_fields", []),
