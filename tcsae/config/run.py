@@ -71,6 +71,10 @@ class DatasetConfig(StrictModel):
     text_field: str = "text"
     separator: Annotated[str, Field(min_length=1)] | None = "auto"
     """What stands between the documents of a local file; auto: <|endoftext|> and its like."""
+    chat: Literal["template", "plain"] = "template"
+    """How conversations become text: by the tokenizer's chat template if there is one, or plain."""
+    segments: Literal["document", "turn"] = "document"
+    """What no window of the loss crosses; turn is for conversations."""
     n_contexts: Count | None = None
     """Training contexts; null: all that a finite text gives."""
     n_eval_contexts: Count = 256
@@ -580,6 +584,8 @@ def identity(config: Measured) -> dict[str, Any]:
         ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
+        ("dataset", "chat", "template"),
+        ("dataset", "segments", "document"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
         ("sae", "selection", "batch"),
