@@ -136,8 +136,8 @@ def _permutation(n_contexts: int, seed: int, epoch: int) -> Tensor:
 
 
 def read_ahead(batches: ActivationBatches, indices: Iterable[Tensor]) -> Generator[Batch]:
-    """`batches.batch(i)` for every i of `indices`, in their order, and equal to it; `ids` stay on the
-    CPU.
+    """`batches.batch(i)` for every i of `indices`, in their order, and equal to it;
+    `ids` stay on the CPU.
 
     The next one's activations are read while the present one is trained on, and copied to a GPU
     from page-locked memory while it computes: two buffers, one being filled while the other is in
