@@ -1,7 +1,7 @@
-"""How a run's page grows with d_sae: bytes and seconds in headless Chromium, into docs/performance.md.
+"""How a run's page grows with d_sae: bytes, and seconds in headless Chromium.
 
     python scripts/page_scale.py RUN [--features 2304 16384 65536] [--as NAME] [--keep DIR]
-    python scripts/page_scale.py        write the block from docs/page_scale.json
+    python scripts/page_scale.py        docs/performance.md's block from docs/page_scale.json
 
 RUN is a finished run with its analysis. Its features are repeated, their numbers shaken by a tenth,
 until there are as many as asked for; contexts as a larger evaluation has them. What is timed: the
@@ -178,7 +178,8 @@ def opened(page: Path, n_features: int) -> dict[str, float]:
             tab,
             # The first feature of the table, most energetic of its kind, has contexts.
             "document.querySelector('#features-body tr button').click()",
-            "document.querySelector('#feature-contexts > *')",
+            "document.querySelector('#feature-contexts > *') && "
+            "!document.querySelector('#feature.waiting')",
         )
         tab.run("document.querySelector('#feature-close').click()")
         found["word_seconds"] = _timed(

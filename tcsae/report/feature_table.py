@@ -293,10 +293,10 @@ class FeatureTable:
         used, inverse = np.unique(ids_CT, return_inverse=True)
         texts = ["", *(analysis.top_tokens["tokens"][str(token)] for token in used.tolist())]
         number_CT = inverse.reshape(ids_CT.shape) + 1
-        for context, joined in self._pieces.items():
+        for row, joined in self._pieces.items():
             for piece in joined:
-                number_CT[context, piece.start : piece.stop] = 0
-                number_CT[context, piece.start] = len(texts)
+                number_CT[row, piece.start : piece.stop] = 0
+                number_CT[row, piece.start] = len(texts)
                 texts.append(piece.text)
         padded = np.pad(number_CT, ((0, 1), (AROUND, AROUND)))  # the last context: none
         around = self._tensors["position"].astype(np.int64)[..., None] + np.arange(2 * AROUND + 1)

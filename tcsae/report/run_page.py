@@ -34,8 +34,8 @@ from tcsae.report.page import write_page
 from tcsae.report.passage import NO_PASSAGE, Passage
 from tcsae.report.plots import Curve
 from tcsae.report.rows import row_of
-from tcsae.report.side_folder import features_beside
 from tcsae.report.siblings import siblings
+from tcsae.report.side_folder import features_beside
 from tcsae.runs.folder import LoadedRun
 
 if TYPE_CHECKING:

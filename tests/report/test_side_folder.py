@@ -12,8 +12,10 @@ from chrome import Page, chrome
 
 from tcsae.base.files import read_json
 from tcsae.base.run_files import RunFiles
+from tcsae.jobs.tracking import _REPORT_FILES
 from tcsae.report import side_folder
 from tcsae.report.contents import Contents
+from tcsae.report.index_page import write_index
 from tcsae.runs.folder import load_run
 
 PART = 20
@@ -172,9 +174,7 @@ def rare_word(contents: Contents) -> tuple[str, set[int]]:
     around: dict[int, str] = {}
     for i, own in enumerate(tensors["features"].tolist()):
         kept = zip(tensors["context"][i].tolist(), tensors["position"][i].tolist(), strict=True)
-        rows = [
-            tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0
-        ]
+        rows = [tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0]
         around[own] = "\n".join("".join(tokens[str(t)] for t in row) for row in rows).lower()
     words = sorted({word for text in around.values() for word in text.split() if word.isalpha()})
     for word in words:
@@ -207,6 +207,20 @@ def test_no_token_of_a_part_is_run(evil_folder: Path, tab: Page, tmp_path: Path)
     assert tab.run("document.querySelectorAll('img').length") == 0
     assert EVIL in tab.run("document.body.textContent")
     assert tab.messages == []
+
+
+def test_the_page_goes_to_wandb_with_its_folder_and_an_index_reads_neither(
+    page: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(page.parent, folder)
+    sent = [path for pattern in _REPORT_FILES for path in folder.glob(pattern)]
+    assert {path.name for path in sent} >= {"report.html", "0000.js", "0004.js", "words.js"}
+    for part in (folder / "report_features").rglob("*.js"):
+        part.write_bytes(b"damaged")
+    html = write_index(tmp_path).read_text(encoding="utf-8")
+    assert 'href="run/report.html"' in html
+    assert "report_features" not in html and "<script src" not in html
 
 
 def test_an_old_page_keeps_its_parts_until_the_new_one_is_there(
