@@ -13,16 +13,16 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.config import Config, run_id
-from tcsae.consistency import build_consistency, window_moments
+from tcsae.consistency import build_consistency
 from tcsae.data.batches import Batch, Calibration
 from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
-from tcsae.tensors.sparse import SparseCodes
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.graphed import GraphedStep
+from tcsae.training.metrics import features_of, step_metrics
 from tcsae.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -42,11 +42,6 @@ def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 def hash_int(text: str) -> int:
     """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _features(output: TrainingOutput) -> Tensor | SparseCodes:
-    """As the temporal loss takes them: by their entries where those are at hand."""
-    return output.features if output.codes.sparse is None else output.codes.sparse
 
 
 class Now(NamedTuple):
@@ -217,7 +212,7 @@ class Member:
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
         return self.consistency(
-            _features(output),
+            features_of(output),
             segments=segments_BT,
             valid=valid_BT,
             generator=generator,
@@ -245,7 +240,7 @@ class Member:
         """What a step changes beside the weights."""
         self.sae.after_step(output.codes, progress=progress)
         if is_temporal:
-            self.consistency.after_step(_features(output), valid=valid_BT)
+            self.consistency.after_step(features_of(output), valid=valid_BT)
         decay = self.config.training.ema_decay
         if self.average is not None and decay is not None:
             for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
@@ -308,25 +303,15 @@ class Member:
         losses: dict[str, Tensor],
         now: Now,
     ) -> dict[str, float]:
-        features = output.features.float()
-        kept = batch.valid[..., None]
-        x = x_BTD[batch.valid]
-        error = (x - output.reconstruction.float()[batch.valid]).square().sum()
-        s2_F, v_F = window_moments(
-            features, self.config.window, segments=batch.segments, valid=batch.valid
-        )
+        shown = {f"loss/{name}": value for name, value in losses.items()}
+        shown["loss/total"] = self.last_loss
+        shown |= step_metrics(output, batch.valid, batch.segments, x_BTD, self.config.window)
         dead = self.tokens_since_fired >= self.config.sae.dead_after_tokens
-        return {
-            **{f"loss/{name}": value.item() for name, value in losses.items()},
-            "loss/total": self.last_loss.item(),
-            "l0": ((features > 0) & kept).sum().item() / max(len(x), 1),
-            "explained_variance": 1 - (error / (x - x.mean(0)).square().sum()).item(),
-            "window_variance": s2_F.sum().item(),
-            "window_consistency": 1 - (s2_F.sum() / v_F.sum().clamp(min=1e-30)).item(),
-            "dead_share": dead.float().mean().item(),
-            "lr": now.lr,
-            "lambda": now.weight,
-        }
+        shown["dead_share"] = dead.float().mean()
+        # Read together: every look makes the host wait for a GPU.
+        numbers = torch.stack([value.float() for value in shown.values()]).tolist()
+        read = dict(zip(shown, numbers, strict=True))
+        return read | {"lr": now.lr, "lambda": now.weight}
 
     # ------------------------------------------------------------------ state
 
