@@ -115,6 +115,17 @@ class Contents:
             f"features {layout['n_features']:,} are"
             + ("" if energy is None else f", with {100 * energy:.0f} % of the variance")
             + f"; of the tokens {100 * layout['token_share']:.0f} %."
+            + self._without_layout()
+        )
+
+    def _without_layout(self) -> str:
+        """Of the embedded plays, where the same text is without names and headings."""
+        data = self.run.config.dataset
+        if data.source != "wheel" or data.subset is not None:
+            return ""
+        return (
+            " On this text a gain of the temporal loss sits mostly in these (docs/meaning.md has "
+            "the shares); dataset=speech is the same plays without them."
         )
 
     @property

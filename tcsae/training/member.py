@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency
 from tcsae.data.batches import Batch, Calibration
 from tcsae.products import products_for
+from tcsae.products.penalty import Weights
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
+from tcsae.tensors.positions import block_means
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.graphed import GraphedStep
@@ -124,6 +127,7 @@ class Member:
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
         now, dead = self._now(), self._dead(batch)
+        x_BTD = self._averaged(batch, x_BTD)
         tensors = (x_BTD, batch.valid, batch.segments)
         if self.graphed is None:
             output, losses = self._computed(*tensors, now, dead)
@@ -134,6 +138,14 @@ class Member:
         self.step += 1
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, now) if log else None
+
+    def _averaged(self, batch: Batch, x_BTD: Tensor) -> Tensor:
+        """What is trained on, by training.average: the tokens, or the means they are part of."""
+        kind, window = self.config.training.average, self.config.window
+        if kind == "none":
+            return x_BTD
+        length = x_BTD.shape[1] if "document" in (kind, window) else int(window)
+        return block_means(x_BTD, length, batch.segments, batch.valid)
 
     def _now(self) -> Now:
         cfg, step, steps = self.config.training, self.step, self.config.steps
@@ -156,6 +168,9 @@ class Member:
         """All that a step does on the device."""
         if isinstance(now, Tensor):
             now = Now(*now.unbind())
+        # A ramp is above 0 from its first step on.
+        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
+        weights = self._weights(valid_BT, segments_BT) if is_temporal else None
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             output = self.forward(
                 x_BTD,
@@ -167,10 +182,11 @@ class Member:
                 generator=generator_for(self.config.seed, "pairs", self.step),
             )
         losses = dict(output.losses)
-        # A ramp is above 0 from its first step on.
-        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
-        if is_temporal:
-            losses["consistency"] = now.weight * self._penalty(output, valid_BT, segments_BT)
+        if weights is not None:
+            penalty = self.consistency(
+                features_of(output), segments=segments_BT, valid=valid_BT, weights=weights()
+            )
+            losses["consistency"] = now.weight * penalty
         total = torch.stack(list(losses.values())).sum()
         self._watch(losses, now.step)
         self._update(total, now.lr)
@@ -207,16 +223,15 @@ class Member:
         warmup = ramp(self.step, self.config.steps, min(share, REACHED))
         return warmup * self.controller.multiplier(self.step)
 
-    def _penalty(self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor) -> Tensor:
+    def _weights(self, valid_BT: Tensor, segments_BT: Tensor) -> Callable[[], Weights | None]:
+        """What the temporal loss takes from a batch's masks, made beside the SAE's own pass."""
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
-        return self.consistency(
-            features_of(output),
-            segments=segments_BT,
-            valid=valid_BT,
-            generator=generator,
+        make = partial(
+            self.consistency.weights, segments=segments_BT, valid=valid_BT, generator=generator
         )
+        return self.products.aside(valid_BT.device, make)
 
     def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -85,10 +85,10 @@ def test_the_arms_of_the_experiment_have_one_l0() -> None:
     assert all(set(arm.evaluation.meaning) == set(INSTRUMENTS) for arm in arms)
     losses = {
         (arm.sae.architecture, arm.consistency.form)
-        + (arm.consistency.features, arm.consistency.shuffle_positions)
+        + (arm.consistency.features, arm.consistency.shuffle_positions, arm.training.average)
         for arm in arms
     }
-    assert len(losses) == len(arms) == 7
+    assert len(losses) == len(arms) == 8
 
 
 def test_the_door_finds_what_the_run_found(
