@@ -25,7 +25,14 @@ _NAME_LENGTH = 128
 _RUN = RunFiles("")
 _REPORT_FILES = tuple(
     path.as_posix()
-    for path in (_RUN.report, _RUN.notes, _RUN.config, _RUN.final_info, _RUN.eval.path / "*.json")
+    for path in (
+        _RUN.report,
+        _RUN.report_features / "*" / "*.js",
+        _RUN.notes,
+        _RUN.config,
+        _RUN.final_info,
+        _RUN.eval.path / "*.json",
+    )
 )
 _COMPARISON_FILES = ("comparison.*", REPORT, NOTES, STABILITY)
 
