@@ -41,6 +41,7 @@ from tcsae.losses.laplacian import Window, window_laplacian
 from tcsae.losses.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 from tcsae.products import products_for
 from tcsae.products.penalty import Weights
+from tcsae.tensors.over_ranks import summed
 from tcsae.tensors.positions import permute_within_segments
 from tcsae.tensors.sparse import SparseCodes
 
@@ -113,18 +114,20 @@ def window_moments(
     laplacian = window_laplacian(
         window, features.shape[1], segments=segments, valid=valid, dtype=wide
     )
-    total = laplacian.n_windows.clamp(min=1)
+    total = summed(laplacian.n_windows).clamp(min=1)
     # Q is blind to a mean and to invalid positions; without this, features far from zero would
     # cancel in float32, and a huge invalid value would.
     with torch.no_grad():
         sums = [_kept(f, v, wide).sum((0, 1)) for f, v in _pieces(features, valid)]
-        mean_F = torch.stack(sums).sum(0) / valid.sum().clamp(min=1)
+        n_valid = summed(valid.sum()).clamp(min=1)
+        mean_F = summed(torch.stack(sums).sum(0)) / n_valid
     energy_F, sum_F, square_F = features.new_zeros(3, features.shape[2], dtype=wide)
     for f, v, within_BTT in _pieces(features, valid, laplacian.matrix):
         centred = _kept(f - mean_F, v, wide)
         drawn = within_BTT.diagonal(dim1=-2, dim2=-1)[..., None] * centred
         energy_F = energy_F + (centred * (within_BTT @ centred)).sum((0, 1))
         sum_F, square_F = sum_F + drawn.sum((0, 1)), square_F + (drawn * centred).sum((0, 1))
+    energy_F, sum_F, square_F = summed(energy_F), summed(sum_F), summed(square_F)
     return WindowMoments(energy_F / total, square_F / total - (sum_F / total).square())
 
 
@@ -155,15 +158,17 @@ def _sparse_moments(
         raise ValueError("sparse codes say nothing of contexts: their moments need `valid`")
     wide = codes.values_M.dtype
     laplacian = window_laplacian(window, valid.shape[1], segments=segments, valid=valid, dtype=wide)
-    total = laplacian.n_windows.clamp(min=1)
+    total = summed(laplacian.n_windows).clamp(min=1)
     products = products_for(codes.values_M.device)
     f_M = codes.values_M.index_select(0, codes.order_M)
     measure_BT = laplacian.matrix.diagonal(dim1=-2, dim2=-1)
     drawn_M = f_M * measure_BT.reshape(-1).index_select(0, codes.sorted_token_M)
     # Sums of bfloat16 products would be coarser than the codes themselves.
     smooth_M = products.smooth(codes._replace(dtype=wide), f_M, laplacian.matrix)
-    energy_F = products.sorted_sums(codes, smooth_M, f_M)
-    sum_F, square_F = (products.sorted_sums(codes, drawn_M, factor) for factor in (None, f_M))
+    energy_F = summed(products.sorted_sums(codes, smooth_M, f_M))
+    sum_F, square_F = (
+        summed(products.sorted_sums(codes, drawn_M, factor)) for factor in (None, f_M)
+    )
     return WindowMoments(energy_F / total, square_F / total - (sum_F / total).square())
 
 
@@ -227,12 +232,12 @@ class _PositionPairs(NamedTuple):
 def _position_pairs(valid: Tensor, dtype: torch.dtype) -> _PositionPairs:
     if len(valid) < 2:
         raise ValueError("the position term compares contexts: a batch of one has no pair of them")
-    count_T = valid.sum(0).to(dtype)
+    count_T = summed(valid.sum(0)).to(dtype)
     counted_T = (count_T >= 2).to(dtype)
     n_tokens = (count_T * counted_T).sum().clamp(min=1)
     spread_T = counted_T / ((count_T - 1).clamp(min=1) * n_tokens)
     by_context_B = valid.to(dtype) @ counted_T
-    n_pairs = by_context_B.sum().square() - by_context_B.square().sum()
+    n_pairs = summed(by_context_B.sum()).square() - summed(by_context_B.square().sum())
     joint = torch.where(n_pairs > 0, 1 / n_pairs.clamp(min=1), 0)
     return _PositionPairs(spread_T, joint, counted_T)
 
@@ -318,7 +323,7 @@ def _batch_weights(
     laplacian = window_laplacian(
         window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
     )
-    within_BTT, n_windows = laplacian.matrix, laplacian.n_windows.clamp(min=1)
+    within_BTT, n_windows = laplacian.matrix, summed(laplacian.n_windows).clamp(min=1)
     # Copied: the diagonal of what the position term is added to.
     measure_BT = within_BTT.diagonal(dim1=-2, dim2=-1).clone()
     if options.variance_over == "positions":

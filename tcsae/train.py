@@ -28,7 +28,7 @@ from tcsae.config.mistakes import for_the_user
 from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run, trains_nothing
 from tcsae.launch.plan import cost_lines
 from tcsae.launch.prepare import prepare
-from tcsae.launch.together import agree, help_harvest, only_warnings
+from tcsae.launch.together import agree, only_warnings, run_shared
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,7 @@ def _task(composed: DictConfig) -> float | None:
             _before(config, instantiate(HydraConfig.get().launcher))
             return None
         folder = Path(HydraConfig.get().runtime.output_dir)
-        agree([config], folder)
-        if not ranks.here().is_first:
-            help_harvest(config, folder)
-            return None
-        from tcsae.jobs.bank import run
-
-        info = run(config, folder)
+        info = run_shared(config, folder)
     except Interrupted as stopped:
         # Into the log too: a job that was preempted shows there why it ended.
         log.warning(f"{stopped}; the same command goes on from here")
@@ -94,6 +88,8 @@ def _task(composed: DictConfig) -> float | None:
             raise  # a defect; or one job of several, which must not hide the others'
         # Here, because Hydra adds a line of its own to what it gets to see.
         cli.refuse(line)
+    if info is None:
+        return None
     return info["metrics"]["reconstruction_quality"]["explained_variance"]
 
 

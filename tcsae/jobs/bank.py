@@ -39,6 +39,7 @@ from tcsae.jobs.job import (
 )
 from tcsae.jobs.side_by_side import at_once, side_by_side, tell
 from tcsae.measure.evaluation import on_the_model
+from tcsae.training.share import Share
 from tcsae.training.trainer import train_bank
 
 log = logging.getLogger(__name__)
@@ -47,22 +48,26 @@ Before = TypeVar("Before", Claimed, Training, Examined)
 After = TypeVar("After")
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path, share: Share | None = None) -> dict[str, Any]:
     """Run the job in `folder`, or what is left of it; returns the content of final_info.json.
+
+    With `share` the other ranks train along (jobs/along.py).
 
     Raises:
         UserError: what the user can mend, in one line.
         Interrupted: a signal came; calling it again goes on.
     """
     with stop_on_signal() as stop:
-        outcome = run_bank([(config, folder)], stop)[0]
+        outcome = run_bank([(config, folder)], stop, share)[0]
     if outcome.error is not None:
         raise outcome.error
     assert outcome.info is not None
     return outcome.info
 
 
-def run_bank(jobs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[Outcome]:
+def run_bank(
+    jobs: Sequence[tuple[Config, Path]], stop: StopRequest, share: Share | None = None
+) -> list[Outcome]:
     """Train the jobs side by side on one stream; returns one outcome a job, in their order.
 
     A job that fails leaves the others alone; what they share (the stream) fails them all.
@@ -80,7 +85,7 @@ def run_bank(jobs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[Out
         waiting = [job for job in bank if job.outcome is None]
         try:
             if waiting:
-                _work(waiting, stop)
+                _work(waiting, stop, share)
         except Interrupted:
             raise
         except Exception as error:
@@ -101,14 +106,14 @@ def _check_agreement(configs: Sequence[Config]) -> None:
             raise ValueError(f"the jobs of a bank must agree in {', '.join(different)}")
 
 
-def _work(bank: list[Job], stop: StopRequest) -> None:
+def _work(bank: list[Job], stop: StopRequest, share: Share | None) -> None:
     started = time.monotonic()
     keep_large_blocks()
     for job in bank:
         job.state.begin()
         job.state.stage("load the model")
     with timing() as shared:
-        stream, scored, n_at_once = _share(bank, stop)
+        stream, scored, n_at_once = _share(bank, stop, share)
     for phase in side_by_side(scored, stream, n_at_once, stop):
         job, own = phase.job, phase.seconds
         with listening(partial(tell, [job])), timing() as rest:
@@ -120,7 +125,9 @@ def _spent(shared: Seconds, own: Seconds, rest: Seconds, n_jobs: int) -> dict[st
     return account(shared, {**own, **rest}, n_jobs)
 
 
-def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored], int]:
+def _share(
+    bank: list[Job], stop: StopRequest, share: Share | None
+) -> tuple[Stream, list[Scored], int]:
     """What the jobs share: everything but their own measurements, and how many of these are to be
     made at the same time."""
     with listening(partial(tell, bank)):
@@ -128,7 +135,7 @@ def _share(bank: list[Job], stop: StopRequest) -> tuple[Stream, list[Scored], in
             stream = open_stream(bank[0].config, stop)
         training = _each([Claimed(job) for job in bank], partial(begin, stream))
     with listening(partial(_tell_training, training)), stage("train"):
-        _train(training, stream, stop)
+        _train(training, stream, stop, share)
     with listening(partial(tell, [phase.job for phase in training])):
         trained = _each(training, partial(keep, stream))
         give_back()
@@ -156,9 +163,11 @@ def _each(phases: list[Before], step: Callable[[Before], After]) -> list[After]:
     return made
 
 
-def _train(training: Sequence[Training], stream: Stream, stop: StopRequest) -> None:
+def _train(
+    training: Sequence[Training], stream: Stream, stop: StopRequest, share: Share | None
+) -> None:
     try:
-        train_bank([phase.seat for phase in training], stream.train, stop)
+        train_bank([phase.seat for phase in training], stream.train, stop, share)
     finally:
         for phase in training:
             if phase.seat.error is not None:

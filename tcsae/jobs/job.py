@@ -193,17 +193,23 @@ def begin(stream: Stream, claimed: Claimed) -> Training:
     job = claimed.job
     _check_content(stream, job.files)
     _check_windows(job.config, stream)
-    torch.manual_seed(job.config.seed)
-    choose(job.config.training.products, stream.model.device)
     tracker = job.tracker = Tracker(job.config, job.files.path)
-    member = Member(
-        job.config,
+    member = new_member(job.config, stream)
+    return Training(job, tracker, Seat(member, job.files.path, tracker))
+
+
+def new_member(config: Config, stream: Stream) -> Member:
+    """The SAE of a config, at its start, on the stream's device."""
+    device = stream.model.device
+    torch.manual_seed(config.seed)
+    choose(config.training.products, device)
+    return Member(
+        config,
         stream.model.d_in,
         stream.train.calibration,
-        stream.model.device,
-        autocast=_bfloat16_products(job.config, stream.model.device),
+        device,
+        autocast=_bfloat16_products(config, device),
     )
-    return Training(job, tracker, Seat(member, job.files.path, tracker))
 
 
 def keep(stream: Stream, training: Training) -> Trained:

@@ -7,13 +7,12 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.ranks import code_digest, gpu_problem, here, join
-from tcsae.base.run_files import RunFiles
 from tcsae.config import Config, run_id
 from tcsae.launch.jobs import GridJob
-from tcsae.launch.prepare import prepare
 
 
 def check_alone(launcher: str) -> None:
@@ -32,11 +31,11 @@ def only_warnings() -> None:
             handler.setLevel(logging.WARNING)
 
 
-def agree(configs: Sequence[Config], place: Path) -> None:
+def agree(configs: Sequence[Config], place: Path, problem: str | None = None) -> None:
     """Meet the other ranks; nothing for a process alone.
 
     Raises UserError, in one of the ranks, if they differ in the jobs, in their folder or in code,
-    or if one has no GPU of its own.
+    or if one has no GPU of its own, or the `problem` given.
     """
     group = join()
     if group is None:
@@ -50,7 +49,7 @@ def agree(configs: Sequence[Config], place: Path) -> None:
         "code version": code_digest(),
     }
     uses_gpu = any(config.model.device != "cpu" for config in configs)
-    group.agree(facts, gpu_problem() if uses_gpu else None)
+    group.agree(facts, (gpu_problem() if uses_gpu else None) or problem)
 
 
 def packs_of_first(
@@ -64,8 +63,23 @@ def packs_of_first(
     return [[known[number] for number in pack] for pack in numbers]
 
 
-def help_harvest(config: Config, folder: Path) -> None:
-    """What the other ranks do for one run, which the first one trains."""
-    is_done = RunFiles(folder).is_finished and not config.rerun
-    if config.store.mode == "disk" and not is_done:
-        prepare([config], "activations")
+def run_shared(config: Config, folder: Path) -> dict[str, Any] | None:
+    """`run` of one job; where there are several ranks each trains on its contexts of every batch.
+
+    Returns the content of final_info.json; None in the ranks that only train along.
+    """
+    from tcsae.jobs.bank import run
+
+    ranks = join()
+    if ranks is None:
+        return run(config, folder)
+    from tcsae.jobs.along import shared, train_along
+    from tcsae.training.share import why_not_shared
+
+    agree([config], folder, why_not_shared(config, here().size))
+    share = shared(config, folder, ranks)
+    if here().is_first:
+        return run(config, folder, share)
+    if share is not None:
+        train_along(config, folder, share)
+    return None

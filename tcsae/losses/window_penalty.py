@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tcsae.products import products_for
 from tcsae.products.penalty import Weights
+from tcsae.tensors.over_ranks import summed
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.tensors.sums import column_sums, position_sums
 
@@ -64,13 +65,14 @@ class WindowPenalty(torch.autograd.Function):
         e_F = e_F / weights.n_windows
         half_TF = None
         if weights.spread_T is not None:
-            between_F, half_TF = weights.between(position_sums(features_BTF, weights.place_BT))
+            sums_TF = summed(position_sums(features_BTF, weights.place_BT))
+            between_F, half_TF = weights.between(sums_TF)
             e_F = e_F + between_F
         kept = (smooth_BTF, weights.n_windows, half_TF, weights.place_BT)
         if form == "window_variance":
             ctx.save_for_backward(*kept)
             return e_F.sum()
-        total = measure_BT.sum(dtype=square_F.dtype).clamp(min=1)
+        total = summed(measure_BT.sum(dtype=square_F.dtype)).clamp(min=1)
         mean_F = mean_F / total
         share_F, ratio_F = _normalised(form, e_F, mean_F, square_F / total - mean_F.square())
         pull_F = 2 * share_F * ratio_F / total
@@ -157,7 +159,7 @@ def _smoothed(
             sum_F += (weights_C1T @ f_CTF).to(wide).sum((0, 1))
             torch.mul(f_CTF, f_CTF, out=held)
             square_F += (weights_C1T @ held).to(wide).sum((0, 1))
-    return smooth_BTF, energy_F, sum_F, square_F
+    return smooth_BTF, summed(energy_F), summed(sum_F), summed(square_F)
 
 
 class SparseWindowPenalty(torch.autograd.Function):

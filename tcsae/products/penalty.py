@@ -6,12 +6,12 @@ what a batch's windows and pairs weigh and says what is computed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from tcsae.tensors.over_ranks import summed
 from tcsae.tensors.sparse import SparseCodes, split_tokens
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ def penalty_of_entries(
     with it the gradient is blind to the scale of a feature."""
     order_M, feature_M = codes.order_M, codes.sorted_feature_M
     f_M = values_M.index_select(0, order_M)
-    sums = functools.partial(products.sorted_sums, codes)
+
+    def sums(*factors_M: Tensor) -> Tensor:
+        return summed(products.sorted_sums(codes, *factors_M))
+
     smooth_M = products.smooth(codes, f_M, weights.within_BTT)
     e_F = sums(smooth_M, f_M) / weights.n_windows
     half_M = None
@@ -73,7 +76,7 @@ def penalty_of_entries(
         gradient_M = smooth_M.mul_(2 / weights.n_windows)
     else:
         rounded_BT = weights.measure_BT.to(codes.dtype).to(f_M)
-        total = rounded_BT.sum().clamp(min=1)
+        total = summed(rounded_BT.sum()).clamp(min=1)
         measure_M = rounded_BT.view(-1).index_select(0, codes.sorted_token_M)
         drawn_M = measure_M * f_M
         mean_F, square_F = sums(drawn_M) / total, sums(drawn_M, f_M) / total
@@ -100,7 +103,7 @@ def _between_entries(
     position_M = split_tokens(codes.sorted_token_M, n_positions)[1]
     if weights.place_BT is not None:
         position_M = weights.place_BT.view(-1).index_select(0, codes.sorted_token_M)
-    sums_FT = products.position_sums(codes, f_M, position_M, n_positions)
+    sums_FT = summed(products.position_sums(codes, f_M, position_M, n_positions))
     between_F, half_TF = weights.between(sums_FT.T)
     at_M = position_M.add(codes.sorted_feature_M, alpha=n_positions)
     return between_F, half_TF.T.reshape(-1).index_select(0, at_M)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from tcsae.products import kernels
 from tcsae.products.penalty import Normalised, Weights
 from tcsae.products.plain import GPU, Adam, Chosen
+from tcsae.tensors.over_ranks import is_shared
 from tcsae.tensors.sparse import SparseCodes
 
 GROUP = 8
@@ -203,7 +204,8 @@ class Triton(GPU):
         self, codes: SparseCodes, values_M: Tensor, weights: Weights, normalised: Normalised | None
     ) -> tuple[Tensor, Tensor]:
         n_positions = weights.measure_BT.shape[1]
-        if n_positions > MOST_PLACES or not len(values_M):
+        # The kernels that take sums and use them at once know of no other rank's.
+        if n_positions > MOST_PLACES or not len(values_M) or is_shared():
             return super().window_penalty(codes, values_M, weights, normalised)
         d_sae, n_entries, device = codes.d_sae, len(values_M), values_M.device
         is_placed, has_term = weights.place_BT is not None, weights.spread_T is not None

@@ -18,6 +18,7 @@ from tcsae.config.sae import SAEConfig
 from tcsae.products import products_for
 from tcsae.sae.codes import Codes, Moment, Places, SAELensState, TrainingOutput
 from tcsae.sae.statistics import geometric_median, total_variance
+from tcsae.tensors.over_ranks import largest
 
 
 class SparseAutoencoder(nn.Module, ABC):
@@ -34,6 +35,9 @@ class SparseAutoencoder(nn.Module, ABC):
     config_class: ClassVar[type[SAEConfig]]
     preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers that scale with the input: biases and thresholds."""
+    shares_batches: ClassVar[bool] = False
+    """Whether several ranks may each pass some of a batch's contexts: nothing but sums, which they
+    take together (tensors/over_ranks.py), joins its tokens."""
     sequential: ClassVar[bool] = False
     """Whether the code of a token depends on the tokens before it."""
     is_recordable: ClassVar[bool] = False
@@ -263,7 +267,7 @@ class SparseAutoencoder(nn.Module, ABC):
         say which ones are dead agree in value and gradients.
         """
         pre_NJ = self.dead_pre_activations(centred_ND, among_J) * places.valid_N1
-        silent_J = pre_NJ.amax(0) <= 0
+        silent_J = largest(pre_NJ.amax(0)) <= 0
         pre_NJ = torch.where(silent_J, pre_NJ, pre_NJ.relu())
         if dead_J is not None:
             pre_NJ = torch.where(dead_J, pre_NJ, -torch.inf)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tcsae.tensors.over_ranks import any_of, summed
 from tcsae.tensors.sparse import SparseCodes
 
 
@@ -20,7 +21,7 @@ class Places(NamedTuple):
     segments_BT: Tensor
     """Document of every position."""
     n_valid: Tensor
-    """At least 1."""
+    """Of all ranks; at least 1."""
     generator: torch.Generator | None = None
     """On the CPU, for what is drawn at random in a pass."""
 
@@ -38,7 +39,8 @@ class Places(NamedTuple):
         """Without segments every context is one document."""
         if segments_BT is None:
             segments_BT = torch.zeros_like(valid_BT, dtype=torch.int32)
-        return cls(valid_BT, segments_BT, valid_BT.sum().clamp(min=1), generator)
+        n_valid = summed(valid_BT.sum()).clamp(min=1)
+        return cls(valid_BT, segments_BT, n_valid, generator)
 
 
 class Moment(NamedTuple):
@@ -92,19 +94,19 @@ class Codes:
 
     @torch.no_grad()
     def fired_F(self) -> Tensor:
-        """[d_sae] bool: which features are above zero at some token."""
+        """[d_sae] bool: which features are above zero at some token, of any rank."""
         if self.sparse is not None:
-            return self.sparse.firings() > 0
+            return any_of(self.sparse.firings() > 0)
         if self.sums_F is not None:  # of features that are nowhere below zero
-            return self.sums_F > 0
-        return self.features_NF.amax(0) > 0
+            return any_of(self.sums_F > 0)
+        return any_of(self.features_NF.amax(0) > 0)
 
     @torch.no_grad()
     def n_active(self) -> Tensor:
-        """How many features are above zero, summed over tokens."""
+        """How many features are above zero, summed over the tokens of all ranks."""
         if self.sparse is not None:
-            return (self.sparse.values_M > 0).sum()
-        return (self.features_NF > 0).sum()
+            return summed((self.sparse.values_M > 0).sum())
+        return summed((self.features_NF > 0).sum())
 
 
 class TrainingOutput(NamedTuple):

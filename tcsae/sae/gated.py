@@ -30,6 +30,7 @@ class GatedSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = GatedConfig
+    shares_batches: ClassVar[bool] = True
     preactivation_units: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag")
     cfg: GatedConfig
 

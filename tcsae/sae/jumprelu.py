@@ -45,6 +45,7 @@ class JumpReLUSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = JumpReLUConfig
+    shares_batches: ClassVar[bool] = True
     preactivation_units: ClassVar[tuple[str, ...]] = ("b_enc", "scaled_threshold")
     cfg: JumpReLUConfig
 

@@ -17,6 +17,7 @@ from tcsae.config.sae import PAnnealConfig, SAEConfig
 from tcsae.products import products_for
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import Codes, Moment, Places, SAELensState
+from tcsae.tensors.over_ranks import summed
 
 # An entry near 0 would have a gradient of f^(p - 1) without bound, in one batch worth more than all
 # others together; this much, as a share of the inputs' norm, bounds it.
@@ -36,6 +37,7 @@ class PAnnealSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = PAnnealConfig
+    shares_batches: ClassVar[bool] = True
     cfg: PAnnealConfig
     exponent: Tensor
     strength: Tensor
@@ -86,8 +88,8 @@ class PAnnealSAE(SparseAutoencoder):
         exponent = self.scheduled_exponent(progress)
         if not self._falls(exponent):
             return self.strength.clone()  # the graph keeps it, and `after_step` changes it
-        old = self._penalty(features_NF, self.exponent_now)
-        new = self._penalty(features_NF, exponent)
+        old = summed(self._penalty(features_NF, self.exponent_now))
+        new = summed(self._penalty(features_NF, exponent))
         # A batch in which nothing fires says nothing about the ratio.
         return self.strength * torch.where((old > 0) & (new > 0), old / new, 1)
 

@@ -29,6 +29,7 @@ class StandardSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = StandardConfig
+    shares_batches: ClassVar[bool] = True
     cfg: StandardConfig
 
     def activation(self, pre: Tensor) -> Tensor:

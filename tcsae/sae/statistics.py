@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcsae.tensors.over_ranks import summed
+
 
 def total_variance(centred_ND: Tensor, n_valid: Tensor) -> Tensor:
     """Variance summed over d_in of the valid tokens; the others must be zero.
 
     0 where it is not above float32's rounding of the mean square: a single token has none.
     """
-    mean_D = centred_ND.sum(0) / n_valid
-    mean_square = centred_ND.square().sum() / n_valid
+    mean_D = summed(centred_ND.sum(0)) / n_valid
+    mean_square = summed(centred_ND.square().sum()) / n_valid
     variance = mean_square - mean_D.square().sum()
     return torch.where(variance > 1e-6 * mean_square, variance, 0)
 

@@ -33,6 +33,7 @@ class TopKSAE(SparseAutoencoder):
     """
 
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
+    shares_batches: ClassVar[bool] = True
     is_recordable: ClassVar[bool] = True
     # At 0.2, as for ReLU, a resampled feature hardly gets among the k largest.
     resampled_encoder_norm: ClassVar[float] = 1.0

@@ -21,6 +21,7 @@ from tcsae.products.penalty import Weights
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
+from tcsae.tensors.over_ranks import add_up, is_shared, n_ranks, summed
 from tcsae.tensors.positions import block_means
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
@@ -45,6 +46,21 @@ def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 def hash_int(text: str) -> int:
     """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _over_ranks(losses: dict[str, Tensor], total: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms and their sum as of the whole batch; those of this process alone as they are.
+
+    Every rank has its part of each mean, and all of the temporal loss, which is made from sums that
+    they took together: its gradient is by this rank's contexts.
+    """
+    if not is_shared():
+        return losses, total
+    names = [name for name in losses if name != "consistency"]
+    values = summed(torch.stack([losses[name].detach() for name in names]))
+    whole = {name: value for name, value in losses.items() if name == "consistency"}
+    whole = dict(zip(names, values, strict=True)) | whole
+    return whole, torch.stack([value.detach() for value in whole.values()]).sum()
 
 
 class Now(NamedTuple):
@@ -122,6 +138,11 @@ class Member:
             and cfg.sae.revival != "resample"
         )
 
+    @property
+    def tokens_a_step(self) -> int:
+        """Of all ranks, valid or not."""
+        return self.config.training.batch_contexts * self.config.dataset.context_size
+
     # ------------------------------------------------------------------ one step
 
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
@@ -131,6 +152,8 @@ class Member:
         tensors = (x_BTD, batch.valid, batch.segments)
         if self.graphed is None:
             output, losses = self._computed(*tensors, now, dead)
+        elif is_shared():  # the sums over ranks are not of a recorded step
+            output, losses = self._computed(*tensors, now.on(x_BTD.device), dead)
         elif dead is None or not len(dead):
             output, losses = self.graphed(*tensors, now.on(x_BTD.device))
         else:  # no two steps with features to revive have the same shapes
@@ -188,14 +211,15 @@ class Member:
             )
             losses["consistency"] = now.weight * penalty
         total = torch.stack(list(losses.values())).sum()
+        losses, whole = _over_ranks(losses, total)
         self._watch(losses, now.step)
         self._update(total, now.lr)
         self._after_step(output, valid_BT, now.progress, is_temporal)
         self._count(output, valid_BT)
         if self.controller is not None:
-            l0 = output.codes.n_active() / valid_BT.sum().clamp(min=1)
+            l0 = output.codes.n_active() / summed(valid_BT.sum()).clamp(min=1)
             self.controller.observe(self.step, l0)
-        self.last_loss.copy_(total.detach())
+        self.last_loss.copy_(whole.detach())
         return output, losses
 
     def _dead(self, batch: Batch) -> Tensor | None:
@@ -206,7 +230,8 @@ class Member:
         the dead features cost, and nothing while there are none.
         """
         after, every = self.config.sae.dead_after_tokens, self.products.dead_every
-        if self.step * batch.valid.numel() < after:
+        tokens = self.tokens_a_step if is_shared() else batch.valid.numel()
+        if self.step * tokens < after:
             return None
         if every == 1:
             return self.tokens_since_fired >= after
@@ -236,6 +261,9 @@ class Member:
     def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        for parameter in self.sae.parameters():
+            if parameter.grad is not None:
+                add_up(parameter.grad)
         if self.optimizer.decoder is None:
             self.sae.project_decoder_gradient()
         for group in self.optimizer.param_groups:
@@ -266,7 +294,7 @@ class Member:
 
     @torch.no_grad()
     def _count(self, output: TrainingOutput, valid_BT: Tensor) -> None:
-        n_valid = valid_BT.sum()
+        n_valid = summed(valid_BT.sum())
         self.tokens_since_fired += n_valid
         self.tokens_since_fired.masked_fill_(output.codes.fired_F(), 0)
         self.tokens_seen += n_valid
@@ -336,7 +364,11 @@ class Member:
         otherwise."""
         device = torch.device(self.device).type
         width = "bfloat16" if self.autocast else "float32"
-        return f"{self.products.name} products in {width} on {device}, torch {torch.__version__}"
+        ranks = f", {n} ranks" if (n := n_ranks()) > 1 else ""
+        return (
+            f"{self.products.name} products in {width} on {device}{ranks}, torch "
+            f"{torch.__version__}"
+        )
 
     def checkpoint(self, facts: dict[str, Any]) -> Checkpoint:
         tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}

@@ -8,6 +8,7 @@ from torch import Tensor
 from tcsae.consistency import window_moments
 from tcsae.losses.laplacian import Window
 from tcsae.sae.codes import TrainingOutput
+from tcsae.tensors.over_ranks import summed
 from tcsae.tensors.sparse import SparseCodes
 
 
@@ -25,10 +26,10 @@ def step_metrics(
 
     Sparse codes are never made dense for it.
     """
-    kept_BT1, n_valid = valid_BT[..., None], valid_BT.sum().clamp(min=1)
-    mean_D = torch.where(kept_BT1, x_BTD, 0).sum((0, 1)) / n_valid
-    spread = torch.where(kept_BT1, x_BTD - mean_D, 0).square().sum()
-    error = torch.where(kept_BT1, x_BTD - output.reconstruction, 0).square().sum()
+    kept_BT1, n_valid = valid_BT[..., None], summed(valid_BT.sum()).clamp(min=1)
+    mean_D = summed(torch.where(kept_BT1, x_BTD, 0).sum((0, 1))) / n_valid
+    spread = summed(torch.where(kept_BT1, x_BTD - mean_D, 0).square().sum())
+    error = summed(torch.where(kept_BT1, x_BTD - output.reconstruction, 0).square().sum())
     within_F, measured_F = window_moments(
         features_of(output), window, segments=segments_BT, valid=valid_BT
     )

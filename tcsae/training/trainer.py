@@ -7,19 +7,22 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from tcsae.base.errors import UserError
+from tcsae.base.errors import Interrupted, UserError
 from tcsae.base.progress import Progress
 from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.config import run_id
 from tcsae.data.batches import ActivationBatches, Batch, read_ahead, shuffled_indices
+from tcsae.tensors.over_ranks import is_shared, shared_batch
 from tcsae.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tcsae.training.member import Member
+from tcsae.training.share import Share, check_alike
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class Seat:
     last_metrics: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
     """Why the member trains no further; the others of its bank do."""
+    writes: bool = True
+    """False: of a rank that trains along, whose first one writes."""
 
     @property
     def steps(self) -> int:
@@ -85,7 +90,9 @@ class Seat:
             {"seconds": self.seconds, "made_by": self.member.made_by}
         )
         _check_finite_weights(checkpoint, self.last_good)
-        save_checkpoint(self.checkpoints, checkpoint)
+        check_alike(self.member.sae)
+        if self.writes:
+            save_checkpoint(self.checkpoints, checkpoint)
         self.saved_step = self.member.step
 
     def resume(self) -> None:
@@ -117,29 +124,37 @@ def _check_finite_weights(checkpoint: Checkpoint, last_good: str) -> None:
             )
 
 
-def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest) -> None:
+def train_bank(
+    seats: list[Seat], batches: ActivationBatches, stop: StopRequest, share: Share | None = None
+) -> None:
     """Train every member to its last step, from its last checkpoint if there is one.
 
     The members share the order of data and the batch size, and nothing else: each ends with the
     very weights it would have alone. A member's error (a loss that is not finite, say) is kept in
-    `seat.error`; its last good checkpoint stays.
+    `seat.error`; its last good checkpoint stays. With `share` every rank does so at once, on its
+    contexts of each batch.
 
     Raises Interrupted if a signal came; every member has saved.
     """
-    for seat in seats:
-        with _own_error(seat):
-            seat.resume()
+    share = share or Share()
     if not seats:
         return
+    with shared_batch(share.group):
+        share.in_turn(partial(_resume_all, seats))
+        _train(seats, batches, stop, share)
+
+
+def _train(seats: list[Seat], batches: ActivationBatches, stop: StopRequest, share: Share) -> None:
+    """Every step that is left."""
     config = seats[0].member.config
     size = config.training.batch_contexts
     per_step = size * config.dataset.context_size
     first = min(seat.member.step for seat in seats)
     steps = range(first, max(seat.steps for seat in seats))
-    indices = (shuffled_indices(s, size, len(batches), config.dataset.seed) for s in steps)
+    whole = (shuffled_indices(s, size, len(batches), config.dataset.seed) for s in steps)
     progress = Progress("train", steps.stop * per_step, done=first * per_step)
     started = time.monotonic()
-    with progress, contextlib.closing(read_ahead(batches, indices)) as ahead:
+    with progress, contextlib.closing(read_ahead(batches, map(share.of, whole))) as ahead:
         for step, batch in zip(steps, ahead, strict=True):
             working = [seat for seat in seats if seat.works_at(step)]
             if all(seat.error for seat in seats):
@@ -149,17 +164,26 @@ def train_bank(seats: list[Seat], batches: ActivationBatches, stop: StopRequest)
                 with _own_error(seat):
                     started = _one_step(seat, batch, scaled, started)
             progress.update(per_step, _note(seats[0]))
-            if stop:
+            if share.any_stops(stop):
                 _save_all(seats)
                 stop.check()
+                raise Interrupted("stopped with the other ranks, everything up to here is saved")
             started = time.monotonic()
     _save_all(seats)
+
+
+def _resume_all(seats: list[Seat]) -> None:
+    for seat in seats:
+        with _own_error(seat):
+            seat.resume()
 
 
 @contextlib.contextmanager
 def _own_error(seat: Seat) -> Iterator[None]:
     try:
         yield
+    except Interrupted:  # of all ranks
+        raise
     except Exception as error:
         seat.error = error
 
@@ -180,7 +204,7 @@ def _one_step(seat: Seat, batch: Batch, scaled: ScaledBatch, started: float) -> 
     seat.seconds += time.monotonic() - started
     if metrics is not None:
         member.check_finite(seat.last_good)
-        tokens = member.step * batch.valid.numel()
+        tokens = member.step * (member.tokens_a_step if is_shared() else batch.valid.numel())
         metrics |= {"tokens": tokens, "tokens_per_second": tokens / seat.seconds}
         seat.metrics.log(metrics, member.step)
         seat.last_metrics = metrics

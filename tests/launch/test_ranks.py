@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     Outcome,
     digest,
@@ -23,6 +24,7 @@ from helpers import (
     start,
     weights_digest,
 )
+from safetensors.torch import load_file
 from sweeps import Grid, folders, grid_maker, wait_for
 
 from tcsae.base import ranks
@@ -150,6 +152,23 @@ def test_the_death_of_a_rank_ends_the_job_which_then_goes_on(
     assert [outcome.code for outcome in said] == [75, 75]
     logs = [(folder / "train.log").read_text() for folder in folders(sweep).values()]
     assert all("resuming at step" in log for log in logs)
+
+
+def test_one_run_of_two_ranks_is_that_of_one_but_for_rounding(
+    tiny_gpt2: Path, texts: Path, store: Path, alone: Path, tmp_path: Path
+) -> None:
+    fixed = {"window": "4", "lambda": "0.1", "layer": "1", "store__dir": str(store)}
+    first, second = together(2, *small_job(tiny_gpt2, texts, tmp_path / "run", **fixed))
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    assert "held-out results" in first.stderr and second.stderr == ""
+    one = folders(alone)["window=4,lambda=0.1"]
+    weights = [load_file(f / "sae" / "sae_weights.safetensors") for f in (tmp_path / "run", one)]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-5)
+    for ours, other in zip(metric_lines(tmp_path / "run"), metric_lines(one), strict=True):
+        assert ours == pytest.approx(other, rel=1e-3, abs=1e-5)
+    state = read_state(tmp_path / "run")
+    assert state is not None and (state.state, state.attempt) == ("done", 1)
 
 
 def test_torchrun_starts_a_run_of_its_own_as_it_is_alone(
