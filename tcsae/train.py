@@ -28,7 +28,7 @@ from tcsae.config.mistakes import for_the_user
 from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run, trains_nothing
 from tcsae.launch.plan import cost_lines
 from tcsae.launch.prepare import prepare
-from tcsae.launch.together import agree, only_warnings, run_shared
+from tcsae.launch.together import agree, run_shared, speak_less
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _before(config: Config, launcher: Any) -> None:
 
 def _task(composed: DictConfig) -> float | None:
     single = HydraConfig.get().mode == RunMode.RUN
-    only_warnings()
+    speak_less(logging.ERROR)
     try:
         if single:
             refuse_of_one_run(HydraConfig.get())

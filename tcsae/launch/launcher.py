@@ -36,7 +36,7 @@ from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.prepare import prepare
 from tcsae.launch.results import results_of, table
 from tcsae.launch.sweep_folder import SweepFolder
-from tcsae.launch.together import agree, check_alone, only_warnings, packs_of_first
+from tcsae.launch.together import agree, check_alone, packs_of_first, speak_less
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class GridLauncher(Launcher):
         console()
         if place.size > 1:
             check_alone(self.kind)
-            only_warnings()
+            speak_less()
         assert self.config is not None
         refuse_of_a_sweep(self.config.hydra)
         set_environment(self.config.hydra)

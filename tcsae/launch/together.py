@@ -24,11 +24,11 @@ def check_alone(launcher: str) -> None:
         )
 
 
-def only_warnings() -> None:
-    """On the terminal, of every rank but the first, which do the same at the same time."""
+def speak_less(level: int = logging.WARNING) -> None:
+    """Of every rank but the first nothing below `level` is shown: it does much the same."""
     if not here().is_first:
         for handler in logging.getLogger().handlers:
-            handler.setLevel(logging.WARNING)
+            handler.setLevel(level)
 
 
 def agree(configs: Sequence[Config], place: Path, problem: str | None = None) -> None:
