@@ -37,6 +37,6 @@ class HereLauncher(GridLauncher):
         except Interrupted as stopped:
             log.warning(f"{stopped}; the same command goes on from here")
             sys.exit(INTERRUPTED_EXIT_CODE)
-        if self.options.compare:
+        if self.compares:
             write_sweep_page(sweep.path)
         return said
