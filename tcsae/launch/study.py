@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tcsae.base.errors import UserError, first_line
 from tcsae.base.files import Lock, locked, make_folder
-from tcsae.base.run_files import STUDY_FILE
+from tcsae.base.run_files import STUDY_FILE, STUDY_LOCK
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -59,7 +59,7 @@ def study_in(folder: Path, direction: str, about: Mapping[str, Any]) -> Iterator
     """
     library = optuna()
     file = make_folder(folder) / STUDY_FILE
-    with locked(file.with_name(f".{STUDY_FILE}.lock")) as lock:
+    with locked(folder / STUDY_LOCK) as lock:
         if lock is Lock.BUSY:
             raise UserError(f"another command is at work on {file}: wait for its end")
         try:
