@@ -22,7 +22,7 @@ from pages import processor, publish, with_interval
 
 from tcsae.base.labels import label, markdown_table
 from tcsae.report.paired import Term, combine
-from tcsae.report.runs import Run, settings_of
+from tcsae.report.runs import AVERAGED, Run, settings_of
 
 RESULTS = ROOT / "docs" / "synthetic.json"
 PAGES = (ROOT / "docs" / "meaning.md",)
@@ -54,6 +54,8 @@ def arm_of(run: Run) -> str:
     architecture = settings["sae.architecture"]
     if architecture == "tsae":
         return "T-SAE, control" if settings["sae.shuffle_positions"] else TSAE
+    if settings["consistency"] == AVERAGED:
+        return f"{architecture}, averaged"
     if settings["lambda"] == 0:
         return f"{architecture}, none"
     features = "first group" if "first group" in settings["consistency"] else "all features"

@@ -31,23 +31,20 @@ over contexts S_t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tcsae.losses.laplacian import Laplacian, Window, window_laplacian
-from tcsae.losses.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
+from tcsae.losses.laplacian import Window, window_laplacian
+from tcsae.losses.window_penalty import Form, SparseWindowPenalty, WindowPenalty
+from tcsae.products import products_for
+from tcsae.products.penalty import Weights
 from tcsae.tensors.positions import permute_within_segments
 from tcsae.tensors.sparse import SparseCodes
 
 VarianceOver = Literal["windows", "positions"]
-
-
-def _expanded_count(laplacian: Laplacian, n_contexts: int) -> Tensor:
-    repeats = n_contexts if laplacian.matrix.shape[0] == 1 else 1
-    return (laplacian.n_windows * repeats).clamp(min=1)
 
 
 def window_variance(
@@ -98,28 +95,76 @@ class WindowMoments(NamedTuple):
 
 
 def window_moments(
-    features: Tensor,
+    features: Tensor | SparseCodes,
     window: Window,
     *,
     segments: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> WindowMoments:
-    """Both variances of every feature; arguments as of `window_variance`."""
+    """Both variances of every feature; arguments as of `window_variance`.
+
+    Sparse codes, zero where `valid` [B, T] (which they need) is false, are taken by their entries.
+    """
+    if not isinstance(features, Tensor):
+        return _sparse_moments(features, window, segments, valid)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    if valid is None:
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     laplacian = window_laplacian(
-        window,
-        features.shape[1],
-        segments=segments,
-        valid=valid,
-        device=features.device,
-        dtype=features.dtype if features.dtype == torch.float64 else torch.float32,
+        window, features.shape[1], segments=segments, valid=valid, dtype=wide
     )
-    centred = _centred(features.to(laplacian.matrix.dtype), valid)
-    total = _expanded_count(laplacian, features.shape[0])
-    within_F = (centred * (laplacian.matrix @ centred)).sum((0, 1)) / total
-    measure_BT1 = laplacian.matrix.diagonal(dim1=-2, dim2=-1)[..., None]
-    drawn = measure_BT1 * centred
-    mean_F = drawn.sum((0, 1)) / total
-    return WindowMoments(within_F, (drawn * centred).sum((0, 1)) / total - mean_F.square())
+    total = laplacian.n_windows.clamp(min=1)
+    # Q is blind to a mean and to invalid positions; without this, features far from zero would
+    # cancel in float32, and a huge invalid value would.
+    with torch.no_grad():
+        sums = [_kept(f, v, wide).sum((0, 1)) for f, v in _pieces(features, valid)]
+        mean_F = torch.stack(sums).sum(0) / valid.sum().clamp(min=1)
+    energy_F, sum_F, square_F = features.new_zeros(3, features.shape[2], dtype=wide)
+    for f, v, within_BTT in _pieces(features, valid, laplacian.matrix):
+        centred = _kept(f - mean_F, v, wide)
+        drawn = within_BTT.diagonal(dim1=-2, dim2=-1)[..., None] * centred
+        energy_F = energy_F + (centred * (within_BTT @ centred)).sum((0, 1))
+        sum_F, square_F = sum_F + drawn.sum((0, 1)), square_F + (drawn * centred).sum((0, 1))
+    return WindowMoments(energy_F / total, square_F / total - (sum_F / total).square())
+
+
+IN_CACHE, AT_MOST = 2**20, 2**27
+"""Numbers in a piece of features that stays in a CPU's cache as float32, and in one of which a GPU
+may make a few copies."""
+
+
+def _pieces(features_BTF: Tensor, *others_BT: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few contexts at a time."""
+    n_contexts, per_context = len(features_BTF), max(features_BTF[0].numel(), 1)
+    products = products_for(features_BTF.device)
+    contexts = products.at_once(n_contexts, max(IN_CACHE // per_context, 1))
+    contexts = min(contexts, max(AT_MOST // per_context, 1))
+    tensors = (features_BTF, *others_BT)
+    return zip(*(tensor.split(contexts) for tensor in tensors), strict=True)
+
+
+def _kept(features_BTF: Tensor, valid_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(valid_BT[..., None], features_BTF, 0).to(dtype)
+
+
+def _sparse_moments(
+    codes: SparseCodes, window: Window, segments: Tensor | None, valid: Tensor | None
+) -> WindowMoments:
+    """Not centred: a feature that is off at most tokens has its mean near 0."""
+    if valid is None:
+        raise ValueError("sparse codes say nothing of contexts: their moments need `valid`")
+    wide = codes.values_M.dtype
+    laplacian = window_laplacian(window, valid.shape[1], segments=segments, valid=valid, dtype=wide)
+    total = laplacian.n_windows.clamp(min=1)
+    products = products_for(codes.values_M.device)
+    f_M = codes.values_M.index_select(0, codes.order_M)
+    measure_BT = laplacian.matrix.diagonal(dim1=-2, dim2=-1)
+    drawn_M = f_M * measure_BT.reshape(-1).index_select(0, codes.sorted_token_M)
+    # Sums of bfloat16 products would be coarser than the codes themselves.
+    smooth_M = products.smooth(codes._replace(dtype=wide), f_M, laplacian.matrix)
+    energy_F = products.sorted_sums(codes, smooth_M, f_M)
+    sum_F, square_F = (products.sorted_sums(codes, drawn_M, factor) for factor in (None, f_M))
+    return WindowMoments(energy_F / total, square_F / total - (sum_F / total).square())
 
 
 def _centred(features_BTF: Tensor, valid_BT: Tensor | None) -> Tensor:
@@ -255,8 +300,9 @@ def _blind_to_offsets(
     """A form that divides by v_j: taking out the mean keeps float32 from cancelling."""
     if valid is None:
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    centred = _centred(features, valid)
-    return _window_penalty(centred, window, segments, valid, options)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    weights = _batch_weights(window, segments, valid, options, None, wide)
+    return _penalty(_centred(features, valid), weights, options.form)
 
 
 def _batch_weights(
@@ -293,25 +339,15 @@ def _batch_weights(
     return Weights(within_BTT, n_windows, measure_BT, spread_T, joint, counted_T, place_BT)
 
 
-def _window_penalty(
-    features: Tensor | SparseCodes,
-    window: Window,
-    segments: Tensor | None,
-    valid: Tensor,
-    options: _Options,
-    *,
-    order_BT: Tensor | None = None,
-) -> Tensor:
-    """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
+def _dtype_of(features: Tensor | SparseCodes) -> torch.dtype:
+    return features.dtype if isinstance(features, Tensor) else features.values_M.dtype
 
-    `order_BT` as of `_batch_weights`.
-    """
-    dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = _batch_weights(window, segments, valid, options, order_BT, wide)
+
+def _penalty(features: Tensor | SparseCodes, weights: Weights, form: Form) -> Tensor:
+    """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes."""
     if not isinstance(features, Tensor):
-        return SparseWindowPenalty.apply(features.values_M, features, weights, options.form)
-    return WindowPenalty.apply(features, weights, options.form)
+        return SparseWindowPenalty.apply(features.values_M, features, weights, form)
+    return WindowPenalty.apply(features, weights, form)
 
 
 class Consistency(nn.Module):
@@ -354,6 +390,28 @@ class Consistency(nn.Module):
             self.n_older = 0  # `filled`, as the host knows it
             self.register_load_state_dict_post_hook(_read_filled)
 
+    def weights(
+        self,
+        *,
+        segments: Tensor,
+        valid: Tensor,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Weights | None:
+        """All that the penalty of a batch takes from its masks; None: nothing. `dtype`: in which.
+
+        Raises:
+            ValueError: a position term of a single context.
+        """
+        if self.form in ("none", "batch_history"):
+            return None
+        order_BT = None
+        if self.shuffle_positions:
+            assert generator is not None
+            order_BT = permute_within_segments(segments, valid, generator)
+        window = 2 if self.form == "slow" else self.window
+        return _batch_weights(window, segments, valid, self.options, order_BT, dtype)
+
     def forward(
         self,
         features: Tensor | SparseCodes,
@@ -361,11 +419,12 @@ class Consistency(nn.Module):
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
         `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
-        them.
+        them. `weights`: those of the batch, where they are at hand already.
 
         Raises:
             ValueError: a position term of a single context.
@@ -375,18 +434,11 @@ class Consistency(nn.Module):
         features = self._chosen(features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
-        order_BT = None
-        if self.shuffle_positions:
-            assert generator is not None
-            order_BT = permute_within_segments(segments, valid, generator)
-        return _window_penalty(
-            features,
-            2 if self.form == "slow" else self.window,
-            segments,
-            valid,
-            self.options,
-            order_BT=order_BT,
-        )
+        if weights is None:
+            wide = torch.promote_types(_dtype_of(features), torch.float32)
+            weights = self.weights(segments=segments, valid=valid, generator=generator, dtype=wide)
+            assert weights is not None
+        return _penalty(features, weights, self.options.form)
 
     @torch.no_grad()
     def after_step(self, features: Tensor | SparseCodes, *, valid: Tensor) -> None:

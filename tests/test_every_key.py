@@ -144,6 +144,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "dataset.revision": (HUB, "dataset.revision=main", ID),
     "dataset.text_field": (HUB, "dataset.text_field=content", ID),
     "dataset.separator": (FILES, "dataset.separator=null", ID),
+    "dataset.chat": (FILES, "dataset.chat=plain", ID),
+    "dataset.segments": (FILES, "dataset.segments=turn", ID),
     "dataset.n_contexts": (NONE, "dataset.n_contexts=64", ID),
     "dataset.n_eval_contexts": (NONE, "dataset.n_eval_contexts=64", ID),
     "dataset.eval_fraction": (NONE, "dataset.eval_fraction=0.2", ID),
@@ -169,6 +171,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "training.adam_betas": (NONE, "training.adam_betas=[0.5,0.9]", ID),
     "training.grad_clip": (NONE, "training.grad_clip=null", ID),
     "training.ema_decay": (NONE, "training.ema_decay=0.9", ID),
+    "training.average": (("consistency=none",), "training.average=window", ID),
     "training.target_l0": (NONE, "training.target_l0=16", ID),
     "training.precision": (NONE, "training.precision=float32", ID),
     "training.products": (
@@ -257,6 +260,8 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 IDLE: list[tuple[str, str]] = [
     ("dataset.split=test", "this text has no splits"),
     ("dataset.text_field=content", "this text has no fields"),
+    ("dataset.chat=plain", "there are no conversations"),
+    ("dataset.segments=turn", "there are no turns"),
     ("dataset.subset=de", "subset=speech"),
     ("dataset.revision=main", "leave it out"),
     ("dataset.separator=null", "leave it out"),

@@ -93,7 +93,7 @@ def test_every_point_of_the_large_preset_is_a_job_on_one_stream(world: str) -> N
         config_of("+experiment=synthetic", f"world={world}", *point.split())
         for point in points("synthetic")
     ]
-    assert len({run_id(config) for config in configs}) == 29
+    assert len({run_id(config) for config in configs}) == 30
     assert all(shared_by_a_bank(c) == shared_by_a_bank(configs[0]) for c in configs)
     architectures = {config.sae.architecture for config in configs}
     assert {"standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"} <= architectures

@@ -60,6 +60,8 @@ _NO_CONTRAST = "sae.pair_loss=squared_difference contrasts nothing, and sae.pair
 MEASURED = (
     Rule("dataset.split", ("train",), _has_no_choice_of_text, "this text has no splits"),
     Rule("dataset.text_field", ("text",), _has_no_choice_of_text, "this text has no fields"),
+    Rule("dataset.chat", ("template",), _has_no_choice_of_text, "there are no conversations"),
+    Rule("dataset.segments", ("document",), _has_no_choice_of_text, "there are no turns"),
     Rule("dataset.path", (None,), _is_a_world, _NO_TEXT),
     Rule("dataset.subset", (None,), _is_a_world, _NO_TEXT),
     Rule(

@@ -116,9 +116,5 @@ def checked(kind: type[Chosen], given: dict[str, Any], node: str = "hydra.launch
 
 
 def _in_words(detail: Any, node: str) -> str:
-    key, message = detail["loc"], detail["msg"].removeprefix("Value error, ")
-    return f"{'.'.join((node, *map(str, key)))}{_given(detail)}: {message}"
-
-
-def _given(detail: Any) -> str:
-    return f" = {detail['input']}" if detail["loc"] else ""
+    key, message = detail["loc"][:1], detail["msg"].removeprefix("Value error, ")
+    return f"{node}.{key[0]} = {detail['input']}: {message}" if key else f"{node}: {message}"

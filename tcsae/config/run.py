@@ -71,6 +71,10 @@ class DatasetConfig(StrictModel):
     text_field: str = "text"
     separator: Annotated[str, Field(min_length=1)] | None = "auto"
     """What stands between the documents of a local file; auto: <|endoftext|> and its like."""
+    chat: Literal["template", "plain"] = "template"
+    """How conversations become text: by the tokenizer's chat template if there is one, or plain."""
+    segments: Literal["document", "turn"] = "document"
+    """What no window of the loss crosses; turn is for conversations."""
     n_contexts: Count | None = None
     """Training contexts; null: all that a finite text gives."""
     n_eval_contexts: Count = 256
@@ -159,6 +163,9 @@ class TrainingConfig(StrictModel):
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """Features active on a token, on average: the sparsity coefficient is steered until it is so
     (tcsae/training/sparsity.py), or k set to it."""
+    average: Literal["none", "window", "document"] = "none"
+    """What is trained on in place of single tokens: the mean activation of every `window` of
+    positions or of every document of a context (the baseline of turn-averaged SAEs)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     products: Literal["auto", "plain", "triton"] = "auto"
     """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
@@ -409,6 +416,11 @@ class Config(Measured):
                 f"consistency.features = first_group: sae={self.sae.architecture} has no groups "
                 "(matryoshka and tsae have)"
             )
+        if self.training.average != "none" and (of_order := self._what_sees_order()):
+            raise ValueError(
+                f"training.average = {self.training.average}: the codes of a mean are the same for "
+                f"all its tokens, and {of_order}"
+            )
         if (
             self.has_temporal_loss
             and self.consistency.position_weight > 0
@@ -419,6 +431,24 @@ class Config(Measured):
                 "(or consistency.position_weight=0)"
             )
         return self
+
+    def _what_sees_order(self) -> str:
+        """What of the job looks at the order of tokens, and the way out; empty: nothing."""
+        if self.lambda_ > 0 and self.consistency.form != "none":
+            return f"consistency={self.consistency.form} is about their order: consistency=none"
+        # The control of an architecture shuffles what it sees of the order.
+        if hasattr(self.sae, "shuffle_positions"):
+            return f"sae={self.sae.architecture} is about their order: take another (topk)"
+        return ""
+
+    @property
+    def averaged(self) -> str:
+        """What was trained on in place of single tokens, in words; empty: single tokens."""
+        if self.training.average == "none":
+            return ""
+        if self.training.average == "document" or self.window == "document":
+            return "the mean of every document of a context"
+        return f"the mean of every {self.window} positions"
 
     @property
     def has_temporal_loss(self) -> bool:
@@ -546,6 +576,7 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key, unused in (
         ("training", "target_l0", None),
         ("training", "compile", False),
+        ("training", "average", "none"),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
         ("evaluation", "label_fields", []),
@@ -553,6 +584,8 @@ def identity(config: Measured) -> dict[str, Any]:
         ("model", "world", None),
         ("dataset", "eval_key", 0),
         ("dataset", "separator", "auto"),
+        ("dataset", "chat", "template"),
+        ("dataset", "segments", "document"),
         ("sae", "same_document_negatives", False),
         ("sae", "encoder_scale", 1.0),
         ("sae", "selection", "batch"),

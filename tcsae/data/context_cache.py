@@ -34,7 +34,7 @@ from tcsae.data.store import content_key
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Part of the identity of packed contexts, beside that of activations (tcsae/data/store.py)."""
 
 MIN_DOCUMENTS = 16
@@ -52,7 +52,10 @@ def _load_contexts(path: Path) -> Contexts:
     return Contexts(**tensors, groups=tuple(json.loads(metadata["groups"])))
 
 
-_PACKING = {"n_contexts", "n_eval_contexts", "eval_fraction", "context_size", "seed", "eval_key"}
+_PACKING = {
+    *("n_contexts", "n_eval_contexts", "eval_fraction", "context_size", "seed", "eval_key"),
+    *("chat", "segments"),
+}
 
 
 def load_or_build_contexts(

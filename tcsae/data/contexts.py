@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.config import DatasetConfig
+from tcsae.data.chat import IDS, START, ChatTokens
 from tcsae.data.documents import HASHES, Corpus, Document, Shuffled
 from tcsae.data.documents import text_hash as _hash
 from tcsae.data.held_out import HeldOut
@@ -85,6 +86,13 @@ def segments_of(ids: Tensor, boundary_ids: frozenset[int]) -> Tensor:
     return boundaries.cumsum(dim=-1).to(torch.int16)
 
 
+def _marked_segments(marked: Tensor, boundary_ids: frozenset[int]) -> Tensor:
+    """The same of tokens that may be marked: those of conversations start a segment by a mark
+    alone."""
+    boundaries = torch.isin(marked, torch.tensor(sorted(boundary_ids), dtype=marked.dtype))
+    return (boundaries | (marked & START > 0)).cumsum(dim=-1).to(torch.int16)
+
+
 def valid_of(ids: Tensor, special_ids: frozenset[int]) -> Tensor:
     """Which tokens count: bool as `ids` [N, T], False at position 0 and at `special_ids`."""
     valid = ~torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype))
@@ -100,7 +108,8 @@ def pack(
     A BOS in the stream at a cut is the one that leads the context; it is not doubled.
 
     Args:
-        stream: int32 [number of tokens], documents with one BOS between them.
+        stream: int32 [number of tokens], documents with one BOS between them; those of
+            conversations may be marked (tcsae/data/chat.py).
         limit: contexts at most (None: as many as there are).
 
     Returns:
@@ -119,7 +128,7 @@ def _starts(stream: np.ndarray, bos: int, size: int, limit: int | None) -> list[
     starts: list[int] = []
     at = 0
     while limit is None or len(starts) < limit:
-        if at < len(stream) and stream[at] == bos:
+        if at < len(stream) and stream[at] & IDS == bos:
             at += 1
         if at + size - 1 > len(stream):
             break
@@ -157,8 +166,9 @@ def build_contexts(
         )
     started = time.perf_counter()
     size, bos = cfg.context_size, special.bos
-    train = _Training(cfg.n_contexts, size, tokenizer, bos, cfg.seed)
-    held_out = HeldOut(cfg.n_eval_contexts, size, tokenizer, bos, cfg.eval_key)
+    chat = ChatTokens(tokenizer, bos, cfg.chat, by_turn=cfg.segments == "turn")
+    train = _Training(cfg.n_contexts, size, tokenizer, bos, cfg.seed, chat)
+    held_out = HeldOut(cfg.n_eval_contexts, size, tokenizer, bos, cfg.eval_key, chat)
     report = _reporter(progress, train, held_out)
     if corpus.finite:
         _fill_from_finite(corpus, cfg, (train, held_out), report)
@@ -171,6 +181,7 @@ def build_contexts(
             "%s: tokens are taken as they are, as this model's, and a row is one document",
             corpus.describe(),
         )
+    _say_chats(corpus, cfg, chat, train.chats + held_out.chats)
     logger.info(
         "%s: %d training and %d evaluation contexts of %d tokens in %.1f s",
         corpus.describe(),
@@ -182,15 +193,40 @@ def build_contexts(
     return contexts[0], contexts[1]
 
 
+def _say_chats(corpus: Corpus, cfg: DatasetConfig, chat: ChatTokens, n: int) -> None:
+    """How conversations became text. Raises UserError where a key is about them and there is none,
+    or would change nothing."""
+    if n:
+        how = "the tokenizer's chat template" if chat.templated else "plain text, role: text"
+        of = "turns" if chat.by_turn else "conversations"
+        logger.info("%s: conversations as %s; segments are %s", corpus.describe(), how, of)
+        return
+    for key, value, usual in (
+        ("segments", cfg.segments, "document"),
+        ("chat", cfg.chat, "template"),
+    ):
+        if value != usual:
+            raise UserError(
+                f"dataset.{key}={value} is for conversations, and {corpus.describe()} has none in "
+                f"field {cfg.text_field}: leave the key out, or set dataset.text_field=messages"
+            )
+
+
 class _Training(Side):
     """Documents in an order drawn with `seed`, in one stream that is cut into contexts."""
 
     name = "training"
 
     def __init__(
-        self, n_contexts: int | None, size: int, tokenizer: Any, bos: int, seed: int
+        self,
+        n_contexts: int | None,
+        size: int,
+        tokenizer: Any,
+        bos: int,
+        seed: int,
+        chat: ChatTokens,
     ) -> None:
-        super().__init__(n_contexts, size, tokenizer, bos)
+        super().__init__(n_contexts, size, tokenizer, bos, chat)
         self.seed = seed
         # A context uses at most `size` tokens of the stream: its own and a BOS at the cut.
         self.wanted = math.inf if n_contexts is None else n_contexts * size
@@ -329,10 +365,10 @@ def _contexts_of(side: Side, special: SpecialIds, cfg: DatasetConfig) -> Context
     packed, documents, groups = side.packed()
     if len(packed) < (side.n_contexts or 1):
         raise _too_little(side, len(packed), max(side.n_tokens - 1, 0), cfg)
-    ids = torch.from_numpy(packed)
+    ids = torch.from_numpy(packed & IDS)
     return Contexts(
         ids=ids,
-        segments=segments_of(ids, special.boundaries),
+        segments=_marked_segments(torch.from_numpy(packed), special.boundaries),
         valid=valid_of(ids, special.masked),
         groups=tuple(sorted(groups)),
         documents=torch.from_numpy(documents),

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcsae.base.errors import UserError, first_line
 from tcsae.base.files import refuse_lfs_pointer
 from tcsae.config import DatasetConfig
 from tcsae.data.documents import (
     AUTO,
     LOCAL_ADVICE,
+    Content,
     Corpus,
     Document,
     content_group,
@@ -29,7 +28,7 @@ from tcsae.data.documents import (
     parts_of,
 )
 from tcsae.data.plays import SPEECH, PlaysCorpus
-from tcsae.data.readers import READERS, ROWS, Content, kind_of, reading, row_content
+from tcsae.data.readers import READERS, ROWS, kind_of, reading, row_content
 from tcsae.data.which_files import which_files
 
 logger = logging.getLogger(__name__)
@@ -152,8 +151,10 @@ class FilesCorpus:
 
     def _parts(self, id_: str, whole: Content) -> Iterator[Document]:
         """The documents in a text or a row; none in a blank one."""
-        if isinstance(whole, np.ndarray):
-            yield Document(id_, "", content_group(whole), whole)
+        if not isinstance(whole, str):
+            document = Document.of(id_, whole)
+            if document.ids is not None or any(turn.content.strip() for turn in document.turns):
+                yield document
             return
         parts = parts_of(whole, self.separator)
         for place, text in enumerate(parts):
@@ -228,7 +229,7 @@ class HubCorpus:
 
     def documents(self) -> Iterator[Document]:
         where = f"dataset {self.name}"
-        rows = self._rows()
+        rows, number = self._rows(), 0
         while True:
             try:
                 row = next(rows, None)
@@ -239,13 +240,13 @@ class HubCorpus:
                 raise UserError(f"{where}: {reason}: {_hub_advice(self.name, error)}") from error
             if row is None:
                 return
-            text = row_content(row, where, self.text_field)
-            if isinstance(text, np.ndarray):
-                key = content_group(text)
-                yield Document(key, "", key, text)
-            elif text.strip():
-                key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                yield Document(key, text, content_group(text))
+            content = row_content(row, f"{where} row {number}", self.text_field)
+            number += 1
+            document = Document.of("", content)
+            if document.ids is not None:
+                yield replace(document, id=document.group)
+            elif document.text.strip():
+                yield replace(document, id=hashlib.sha256(document.text.encode()).hexdigest()[:32])
 
     def shuffled_with(self, seed: int) -> HubCorpus:
         return replace(self, seed=seed)

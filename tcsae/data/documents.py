@@ -10,9 +10,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from tcsae.data.chat import Turns, part_of, plain_text
+
 CHARS_A_TOKEN = 4
 """Of English text, about; sizes are counted in characters."""
 LOCAL_ADVICE = "or use local text: dataset=files dataset.path=FOLDER_OR_FILE"
+
+
+Content = str | np.ndarray | Turns
+"""What a row holds: its text, its tokens int32 [tokens], or the turns of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,18 @@ class Document:
     """What stays together on one side of the train/evaluation split: a play, copies of a text."""
     ids: np.ndarray | None = field(default=None, compare=False)
     """int32 [tokens]; given where the text was had as tokens, and `text` is then empty."""
+    turns: Turns = field(default=(), compare=False)
+    """Of a conversation, whose `text` is then its plain form (tcsae/data/chat.py)."""
+
+    @classmethod
+    def of(cls, id_: str, content: Content) -> Document:
+        """The document that a row holds, in one group with copies of it."""
+        if isinstance(content, np.ndarray):
+            return cls(id_, "", content_group(content), content)
+        if isinstance(content, str):
+            return cls(id_, content, content_group(content))
+        text = plain_text(content)
+        return cls(id_, text, content_group(text), turns=content)
 
     @property
     def n_chars(self) -> int:
@@ -34,6 +52,9 @@ class Document:
 
     def part(self, start: int, n_chars: int) -> Document:
         """The document's `n_chars` from character `start` on."""
+        if self.turns:
+            turns = part_of(self.turns, start, n_chars)
+            return replace(self, turns=turns, text=plain_text(turns))
         if self.ids is None:
             return replace(self, text=self.text[start : start + n_chars])
         first = start // CHARS_A_TOKEN

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tcsae.data.chat import IDS, ChatTokens
 from tcsae.data.documents import Document, text_hash
 from tcsae.data.sides import Side
 
@@ -63,16 +64,24 @@ class HeldOut(Side):
 
     Args:
         asked: contexts.
-        size, tokenizer, bos: as of `Side`.
+        size, tokenizer, bos, chat: as of `Side`.
         key: `dataset.eval_key`.
     """
 
     name = "evaluation"
 
-    def __init__(self, asked: int, size: int, tokenizer: Any, bos: int, key: int) -> None:
+    def __init__(
+        self,
+        asked: int,
+        size: int,
+        tokenizer: Any,
+        bos: int,
+        key: int,
+        chat: ChatTokens | None = None,
+    ) -> None:
         self.asked, self.key = asked, key
         self.counted_tokens = size
-        super().__init__(asked, size, tokenizer, bos)
+        super().__init__(asked, size, tokenizer, bos, chat)
 
     def clear(self) -> None:
         super().clear()
@@ -119,7 +128,7 @@ class HeldOut(Side):
         if self.full:
             return
         if len(self._passage) < min(len(ids), self._passage_length):
-            self._passage = ids[: self._passage_length].copy()
+            self._passage = ids[: self._passage_length] & IDS
         if len(ids) < self.size - 1:
             self._share(document, ids.tolist())
             return

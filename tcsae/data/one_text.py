@@ -35,8 +35,8 @@ class PartedText:
 
     def documents(self) -> Iterator[Document]:
         whole = next(self.of.documents())  # any other is a copy of it
-        if whole.ids is not None:
-            yield from self._of_tokens(whole)
+        if whole.ids is not None or whole.turns:
+            yield from self._of_parts(whole)
             return
         length = len(whole.text) / self.n
         ends = [_after_a_word(whole.text, round(length * k)) for k in range(self.n + 1)]
@@ -46,7 +46,7 @@ class PartedText:
             if text.strip():
                 yield Document(f"{whole.id}#{k}", text, f"{whole.group}#{k}")
 
-    def _of_tokens(self, whole: Document) -> Iterator[Document]:
+    def _of_parts(self, whole: Document) -> Iterator[Document]:
         length = whole.n_chars / self.n
         for k in range(self.n):
             start = round(length * k) + GAP * (k > 0)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from tcsae.base.errors import UserError, first_line
+from tcsae.data.chat import turns_of
+from tcsae.data.documents import Content
 
-Content = str | np.ndarray
-"""A document: its text, or its tokens int32 [tokens]."""
 Reader = Callable[..., Iterator[Any]]
 """(file, field of the text in a row) -> the documents in it, Content each, blank ones included.
 Of rows also (file, field, take): `take(row, where, field)` of each, in place of `row_content`."""
@@ -140,8 +140,9 @@ def row_content(row: Any, where: str, field: str) -> Content:
             if not isinstance(value, dict) or name not in value:
                 raise missing(where, field, map(str, row if isinstance(row, dict) else ()))
             value = value[name]
-    if isinstance(value, list) and value and all(_is_message(part) for part in value):
-        value = "\n\n".join(f"{part['role']}: {_content(part['content'])}" for part in value)
+    if (turns := turns_of(value, f"{where}: field {field}")) is not None:
+        return turns
+    value = None if value == [] else value
     if isinstance(value, list) and value and all(type(part) is int for part in value):
         return _tokens(value, f"{where}: field {field}")
     if value is not None and not isinstance(value, str):
@@ -159,16 +160,6 @@ def _tokens(value: list[int], where: str) -> np.ndarray:
         bad = lowest if lowest < 0 else "a number of more than 31 bits"
         raise UserError(f"{where} holds {bad}, which is no token: give lists of token ids, or text")
     return np.array(value, dtype=np.int32)
-
-
-def _is_message(part: Any) -> bool:
-    return isinstance(part, dict) and "role" in part and isinstance(part.get("content"), str | list)
-
-
-def _content(content: str | list[Any]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(p["text"] for p in content if isinstance(p, dict) and "text" in p)
 
 
 @_whole
@@ -214,9 +205,10 @@ def _read_parquet(path: Path, field: str, take: Take = row_content) -> Iterator[
 
     with pq.ParquetFile(path) as file:
         column = _column(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield take({column: value}, str(path), field)
+        batches = file.iter_batches(batch_size=1024, columns=[column])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for number, value in enumerate(values):
+            yield take({column: value}, f"{path} row {number}", field)
 
 
 @_whole
@@ -231,9 +223,9 @@ def _read_arrow(path: Path, field: str, take: Take = row_content) -> Iterator[An
         column = _column(str(path), field, reader.schema.names)
         count = reader.num_record_batches if seekable else None
         batches = map(reader.get_batch, range(count)) if count is not None else iter(reader)
-        for batch in batches:
-            for value in batch.column(column).to_pylist():
-                yield take({column: value}, str(path), field)
+        values = (value for batch in batches for value in batch.column(column).to_pylist())
+        for number, value in enumerate(values):
+            yield take({column: value}, f"{path} row {number}", field)
 
 
 def _column(where: str, field: str, names: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tcsae.base.errors import UserError
+from tcsae.data.chat import ChatTokens
 from tcsae.data.documents import Document
 
 BATCH_CHARS = 1_000_000
@@ -69,19 +70,28 @@ class Side(abc.ABC):
         size: tokens a context, BOS included.
         tokenizer: Hugging Face fast tokenizer.
         bos: the id that leads a context and stands between two documents.
+        chat: makes tokens of conversations; None: as by default.
     """
 
     name: str
     counted_tokens: float = math.inf
     """Tokens of one document that bring the side nearer to being full."""
 
-    def __init__(self, n_contexts: int | None, size: int, tokenizer: Any, bos: int) -> None:
+    def __init__(
+        self,
+        n_contexts: int | None,
+        size: int,
+        tokenizer: Any,
+        bos: int,
+        chat: ChatTokens | None = None,
+    ) -> None:
         self.n_contexts = n_contexts
         self.size = size
         self.bos = bos
         self.chars_per_token = 8
         """A guess, raised where the text kept by it was too little."""
         self._tokenizer = tokenizer
+        self._chat = chat or ChatTokens(tokenizer, bos)
         self.clear()
 
     def clear(self) -> None:
@@ -89,6 +99,8 @@ class Side(abc.ABC):
         """Of the documents taken and the BOS after each."""
         self.tokens_given = False
         """Whether documents came as tokens."""
+        self.chats = 0
+        """Documents that came as conversations."""
         self._pending: list[Document] = []
         self._pending_chars = self._pending_counted = 0.0
 
@@ -104,7 +116,7 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     def take(self, document: Document, ids: np.ndarray) -> None:
-        """Take a document's tokens, int32 [one or more]."""
+        """Take a document's tokens, int32 [one or more], of conversations marked ones (chat.py)."""
 
     @abc.abstractmethod
     def contexts_so_far(self) -> int:
@@ -112,7 +124,8 @@ class Side(abc.ABC):
 
     @abc.abstractmethod
     def packed(self) -> tuple[np.ndarray, np.ndarray, set[str]]:
-        """Contexts int32 [N, T], the document of each int64 [N], and the groups they are from."""
+        """Contexts int32 [N, T] of tokens as `take` had them, the document of each int64 [N], and
+        the groups they are from."""
 
     def shortened(self, document: Document) -> Document:
         """The document without text that would surely not be used."""
@@ -177,10 +190,14 @@ class Side(abc.ABC):
 
     def _tokens(self, documents: list[Document]) -> Iterator[np.ndarray]:
         """The tokens of each document, int32 [none or more]."""
-        texts = [document.text for document in documents if document.ids is None]
+        texts = [d.text for d in documents if d.ids is None and not d.turns]
         tokenised = iter(token_ids(self._tokenizer, texts) if texts else ())
+        talks = self._chat([(d.id, d.turns) for d in documents if d.turns])
         for document in documents:
-            if document.ids is None:
+            if document.turns:
+                self.chats += 1
+                yield next(talks)
+            elif document.ids is None:
                 yield np.array(next(tokenised), dtype=np.int32)
             else:
                 self.tokens_given = True

@@ -74,17 +74,18 @@ def pieces_kernel(
 
 
 @triton.jit
-def join_kernel(out, partial, start, first_part, F, M, D, S, BLOCK: tl.constexpr):
-    """Features of several pieces: the sum of their parts, in order. Grid (F, D / BLOCK)."""
-    j = tl.program_id(0)
-    n = tl.load(start + j + 1, mask=j + 1 < F, other=M) - tl.load(start + j)
-    if n > S:
+def join_kernel(out, partial, several, start, first_part, F, M, D, S, BLOCK: tl.constexpr):
+    """Features of several pieces: the sum of their parts, in order. `several` lists them, F at its
+    unused end. Grid (at most M / S, D / BLOCK)."""
+    j = tl.load(several + tl.program_id(0)).to(tl.int64)
+    if j < F:
+        n = tl.load(start + j + 1, mask=j + 1 < F, other=M) - tl.load(start + j)
         d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         part = partial + tl.load(first_part + j).to(tl.int64) * D + d
         acc = tl.zeros([BLOCK], tl.float32)
         for p in range(0, (n + S - 1) // S):
             acc += tl.load(part + p * D, mask=d < D, other=0.0)
-        tl.store(out + j.to(tl.int64) * D + d, acc, mask=d < D)
+        tl.store(out + j * D + d, acc, mask=d < D)
 
 
 @triton.jit
@@ -126,46 +127,132 @@ def sums_kernel(out, a, b, start, F, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def position_sums_kernel(
-    out, f, position, start, F, M, T, BLOCK: tl.constexpr, PLACES: tl.constexpr
-):
-    """out[j, t] = sum of f over the entries of feature j at position t. Grid (F,)."""
+def penalty_sums_kernel(
+    sums, half, f, smooth, token, measure, place, spread, counted, joint, start, F, M, T,
+    POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Of feature j: sums[0] of smooth f, [1] of measure f, [2] of measure f^2 and, with POSITIONS,
+    [3] its part between contexts and half[j] that part's half gradient by position. Grid (F,)."""
     j = tl.program_id(0)
     first, last = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
+    energy = tl.zeros([BLOCK], tl.float32)
+    drawn = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
     t = tl.arange(0, PLACES)
-    acc = tl.zeros([PLACES], tl.float32)
+    at_place = tl.zeros([PLACES], tl.float32)
     for m in range(first, last, BLOCK):
         at = m + tl.arange(0, BLOCK)
-        x = tl.load(f + at, mask=at < last, other=0.0).to(tl.float32)
-        p = tl.load(position + at, mask=at < last, other=-1)
-        acc += tl.sum(tl.where(p[:, None] == t[None, :], x[:, None], 0.0), axis=0)
-    tl.store(out + j.to(tl.int64) * T + t, acc, mask=t < T)
+        is_m = at < last
+        x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+        n = tl.load(token + at, mask=is_m, other=0)
+        w = tl.load(measure + n, mask=is_m, other=0.0).to(tl.float32)
+        energy += x * tl.load(smooth + at, mask=is_m, other=0.0).to(tl.float32)
+        drawn += w * x
+        square += w * x * x
+        if POSITIONS:
+            p = tl.load(place + n, mask=is_m, other=-1) if PLACED else n % T
+            here = (p[:, None] == t[None, :]) & is_m[:, None]
+            at_place += tl.sum(tl.where(here, x[:, None], 0.0), axis=0)
+    tl.store(sums + j, tl.sum(energy))
+    tl.store(sums + F + j, tl.sum(drawn))
+    tl.store(sums + 2 * F + j, tl.sum(square))
+    if POSITIONS:
+        c = tl.load(counted + t, mask=t < T, other=0.0).to(tl.float32)
+        s = tl.load(spread + t, mask=t < T, other=0.0).to(tl.float32)
+        h = s * at_place - c * (tl.load(joint).to(tl.float32) * tl.sum(c * at_place))
+        tl.store(sums + 3 * F + j, tl.sum(at_place * h))
+        tl.store(half + j.to(tl.int64) * T + t, h, mask=t < T)
+
+
+@triton.jit
+def penalty_gradient_kernel(
+    gradient, order, f, smooth, feature, token, measure, place, weight, pull, pull_mean, share,
+    half, M, T, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gradient[order[m]] = weight smooth - pull measure f + pull_mean measure (+ 2 share half) at
+    each entry m, whose feature says which of each. Grid (M / BLOCK,)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_m = at < M
+    j = tl.load(feature + at, mask=is_m, other=0)
+    n = tl.load(token + at, mask=is_m, other=0)
+    x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+    m = tl.load(measure + n, mask=is_m, other=0.0).to(tl.float32)
+    g = tl.load(smooth + at, mask=is_m, other=0.0).to(tl.float32)
+    g = g * tl.load(weight + j, mask=is_m, other=0.0)
+    g -= tl.load(pull + j, mask=is_m, other=0.0) * (m * x)
+    g += tl.load(pull_mean + j, mask=is_m, other=0.0) * m
+    if POSITIONS:
+        p = tl.load(place + n, mask=is_m, other=0) if PLACED else n % T
+        h = tl.load(half + j.to(tl.int64) * T + p, mask=is_m, other=0.0)
+        g += 2 * tl.load(share + j, mask=is_m, other=0.0) * h
+    to = tl.load(order + at, mask=is_m, other=0)
+    tl.store(gradient + to, g, mask=is_m)
+
+
+@triton.jit
+def _smoothed_by(f, feature, token, j, context, row, is_m, begin, M, T, BLOCK: tl.constexpr):
+    """[BLOCK]: what the entries from `begin` on give to those of feature j in the context."""
+    at = begin + tl.arange(0, BLOCK)
+    is_k = at < M
+    j2 = tl.load(feature + at, mask=is_k, other=-2)
+    n2 = tl.load(token + at, mask=is_k, other=0).to(tl.int32)
+    x = tl.load(f + at, mask=is_k, other=0.0).to(tl.float32)
+    same = (j[:, None] == j2[None, :]) & (context[:, None] == (n2 // T)[None, :])
+    same = same & is_m[:, None] & is_k[None, :]
+    q = tl.load(row[:, None] + (n2 % T)[None, :], mask=same, other=0.0).to(tl.float32)
+    return tl.sum(q * x[None, :], axis=1)
 
 
 @triton.jit
 def smooth_kernel(out, f, feature, token, Q, M, T, PER_CONTEXT: tl.constexpr, BLOCK: tl.constexpr):
-    """(Q f)[m] from the other entries of its feature in its context, which lie beside it in the
-    order (feature, token): as far as they go to the left, then to the right. Grid (M / BLOCK,)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """(Q f)[m] from the entries of its feature in its context, which lie beside it in the order
+    (feature, token): BLOCK entries with the blocks before and behind them, as far as the first
+    one's and the last one's go. Grid (M / BLOCK,)."""
+    begin = tl.program_id(0) * BLOCK
+    at = begin + tl.arange(0, BLOCK)
     is_m = at < M
     j = tl.load(feature + at, mask=is_m, other=-1)
     n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
     context, t = n // T, n % T
     row = Q + (context * T + t if PER_CONTEXT else t).to(tl.int64) * T
-    own = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
-    acc = own * tl.load(row + t, mask=is_m, other=0.0).to(tl.float32)
+    acc = _smoothed_by(f, feature, token, j, context, row, is_m, begin, M, T, BLOCK)
+    end = tl.minimum(begin + BLOCK, M)
     for side in tl.static_range(2):
-        near = at + (2 * side - 1)
-        going = is_m & (near >= 0) & (near < M)
-        while tl.max(going.to(tl.int32), axis=0) > 0:
-            j2 = tl.load(feature + near, mask=going, other=-2)
-            n2 = tl.load(token + near, mask=going, other=0).to(tl.int32)
-            going = going & (j2 == j) & (n2 // T == context)
-            q = tl.load(row + n2 % T, mask=going, other=0.0).to(tl.float32)
-            acc += q * tl.load(f + near, mask=going, other=0.0).to(tl.float32)
-            near += 2 * side - 1
-            going = going & (near >= 0) & (near < M)
+        own = begin if side == 0 else end - 1
+        own_feature = tl.load(feature + own)
+        own_context = tl.load(token + own).to(tl.int32) // T
+        at_begin = begin + (2 * side - 1) * BLOCK
+        # The entry of the next block that lies nearest.
+        near = begin - 1 if side == 0 else begin + BLOCK
+        is_there = (near >= 0) & (near < M)
+        near_feature = tl.load(feature + near, mask=is_there, other=-2)
+        near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
+        going = (near_feature == own_feature) & (near_context == own_context)
+        while going:
+            acc += _smoothed_by(f, feature, token, j, context, row, is_m, at_begin, M, T, BLOCK)
+            at_begin += (2 * side - 1) * BLOCK
+            near += (2 * side - 1) * BLOCK
+            is_there = (near >= 0) & (near < M)
+            near_feature = tl.load(feature + near, mask=is_there, other=-2)
+            near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
+            going = (near_feature == own_feature) & (near_context == own_context)
     tl.store(out + at, acc, mask=is_m)
+
+
+# ------------------------------------------------------------------ the reconstruction's error
+
+
+@triton.jit
+def error_kernel(error, squares, decoded, bias, x, D, BLOCK: tl.constexpr):
+    """error = decoded + bias - x and, by token, the sum of its squares. Grid (N,)."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    is_d = d < D
+    e = tl.load(decoded + n * D + d, mask=is_d, other=0.0).to(tl.float32)
+    e += tl.load(bias + d, mask=is_d, other=0.0).to(tl.float32)
+    e -= tl.load(x + n * D + d, mask=is_d, other=0.0).to(tl.float32)
+    tl.store(error + n * D + d, e, mask=is_d)
+    tl.store(squares + n, tl.sum(e * e))
 
 
 # ------------------------------------------------------------------ selection

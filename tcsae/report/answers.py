@@ -8,6 +8,7 @@ from typing import Any
 from tcsae.base.labels import difference_text, label, number
 from tcsae.report.controls import control_of, is_control
 from tcsae.report.gain import gain_metrics, gain_words
+from tcsae.report.runs import AVERAGED
 from tcsae.report.seed_noise import seed_mark
 
 SHOWN = 6
@@ -44,7 +45,9 @@ def _delta(group: Row, name: str) -> float | None:
 
 def _sentence(group: Row, names: Sequence[str], control: Row | None) -> str:
     changes = [said for name in names if (said := _change(group, name)) is not None]
-    text = f"{group['label']}, against the same without the loss: {'; '.join(changes)}."
+    is_averaged = group["settings"].get("consistency") == AVERAGED
+    other = "the same on single tokens" if is_averaged else "the same without the loss"
+    text = f"{group['label']}, against {other}: {'; '.join(changes)}."
     if control is not None and control["deltas"] and names:
         text += _by_order(group, control, names)
     # Of the last of the measures of lasting, as above: the local part if there is one.

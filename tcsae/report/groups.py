@@ -27,6 +27,7 @@ from tcsae.report.matching import (
 )
 from tcsae.report.paired import LEVEL, ROUNDING, Estimate, Term, combine
 from tcsae.report.runs import (
+    AVERAGED,
     LOADED,
     SPARSITY_KEYS,
     TEMPORAL_KEYS,
@@ -176,6 +177,10 @@ def label_of(group: Group, differs: Sequence[str], without: Sequence[str] = ()) 
     if group.is_baseline:
         shown = [key for key in shown if key not in TEMPORAL_KEYS]
         return " ".join(["baseline", *(_said(group, key) for key in shown)])
+    if group.settings["consistency"] == AVERAGED:  # lambda is of no loss there
+        shown = [key for key in shown if key not in TEMPORAL_KEYS]
+        shown = [key for key in ("window",) if key not in without] + shown
+        return " ".join([AVERAGED, *(_said(group, key) for key in shown)])
     first = [key for key in ("lambda",) if key not in without]
     shown = [*first, *(key for key in shown if key != "lambda")]
     return " ".join(_said(group, key) for key in shown) or group.settings["consistency"]

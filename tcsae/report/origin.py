@@ -46,6 +46,8 @@ def _trained(config: Config, info: dict[str, Any]) -> Origin:
         form += " (positions shuffled)"
         said += ", on positions shuffled within their document (the control)"
     loss = f"window {config.window}, lambda {config.lambda_:g}"
+    means = config.averaged
+    of_means = [("trained on", f"{means}; measured on single tokens")] if means else []
     steps, tokens = (f"{info[name]:,}" for name in ("training_steps", "tokens"))
     rate = f"{info['tokens_per_second']:,.0f} tokens/s"
     missed = missed_l0(config, info["metrics"]["sparsity"]["l0"])
@@ -53,7 +55,8 @@ def _trained(config: Config, info: dict[str, Any]) -> Origin:
     seen = info.get("held_out_seen_in_training")
     few = few_in_windows(config, in_windows)
     thin = too_few_tokens(info["tokens"], info["dict_size"])
-    first = [said for said in (missed, few, seen_in_training(seen), thin) if said]
+    of_tokens = not_of_tokens(config)
+    first = [said for said in (of_tokens, missed, few, seen_in_training(seen), thin) if said]
     first += misleading(info["metrics"])
     cautions = [
         *first,
@@ -68,8 +71,10 @@ def _trained(config: Config, info: dict[str, Any]) -> Origin:
         )
     return Origin(
         trained=True,
-        lead=f"consistency {form}, {loss}; {tokens} tokens in {steps} steps, seed {config.seed}",
+        lead=f"consistency {form}, {loss}; {tokens} tokens in {steps} steps, seed {config.seed}"
+        + (f"; trained on {means}" if means else ""),
         rows=[
+            *of_means,
             ("temporal loss", f"{said}; window {config.window}; lambda {config.lambda_:g}"),
             (
                 "training",
@@ -99,6 +104,17 @@ def _of_the_text(in_windows: float | None, seen: float | None) -> list[tuple[str
     return [
         (name, f"{100 * share:.2f} % {what}") for name, share, what in rows if share is not None
     ]
+
+
+def not_of_tokens(config: Config) -> str | None:
+    """In words, that what is measured is not what was trained on."""
+    if not config.averaged:
+        return None
+    return (
+        f"Trained on {config.averaged} and measured on single tokens, as all others are: it "
+        "explains less of them than of what it was trained on, and the course of training is of "
+        "means."
+    )
 
 
 def few_in_windows(config: Config, share: float | None) -> str | None:

@@ -42,6 +42,8 @@ FROM_ANALYSIS = {
 
 SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient", "sae.l0_coefficient", "training.target_l0")
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
+AVERAGED = "averaged"
+"""In the place of a temporal loss, that means of windows or documents were trained on."""
 _NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
 LOADED = "loaded from"
 """The setting that only SAEs have that were not trained here."""
@@ -299,7 +301,8 @@ def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
     loaded instead, what is known of it, with LOADED and no temporal loss, not even "none".
 
     Without a temporal loss its other options mean nothing: they are left out, `consistency` is
-    "none" and `lambda` 0, whatever the config says.
+    "none" and `lambda` 0, whatever the config says. What was trained on means has no loss either:
+    its `consistency` is AVERAGED, so that it is compared with the same on single tokens.
     """
     settings = dict(flat(identity(config)))
     for key in list(settings):
@@ -315,6 +318,9 @@ def settings_of(config: Config | LoadedConfig) -> dict[str, Any]:
     if consistency.form == "none" or config.lambda_ == 0:
         for key in TEMPORAL_KEYS:
             settings.pop(key, None)
+        if (kind := settings.pop("training.average", None)) is not None:
+            window = config.window if kind == "window" else "document"
+            return settings | {"consistency": AVERAGED, "window": window, "lambda": 0.0}
         return settings | {"consistency": "none", "lambda": 0.0}
     if consistency.form == "slow":
         settings["window"] = 2  # neighbours, whatever the window is

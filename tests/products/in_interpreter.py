@@ -21,9 +21,19 @@ def test_sums_of_rows(sizes: dict[str, int], dtype: torch.dtype) -> None:
     cases.check_rows(TRITON, "cpu", dtype=dtype, **sizes)
 
 
+@pytest.mark.parametrize("width", [64, 100])
+def test_the_error_of_a_reconstruction(width: int) -> None:
+    cases.check_error(TRITON, "cpu", n=5, width=width)
+
+
 @pytest.mark.parametrize("positions", [16, 13])
 def test_the_primitives_of_the_temporal_loss(positions: int) -> None:
     cases.check_penalty(TRITON, "cpu", contexts=3, positions=positions, d_sae=24, k=4)
+
+
+def test_the_windows_product_across_many_blocks() -> None:
+    """One feature is on at nearly all of 100 positions: four blocks to either side."""
+    cases.check_penalty(TRITON, "cpu", contexts=2, positions=100, d_sae=6, k=2)
 
 
 def test_the_temporal_loss_in_every_form() -> None:

@@ -61,6 +61,21 @@ def check_rows(
         assert error(found, wanted) < 2e-6
 
 
+def check_error(products: Plain, device: str, *, n: int, width: int) -> None:
+    """The reconstruction's error, the sum of its squares, and their gradients."""
+    generator = torch.Generator().manual_seed(7)
+    decoded_ND, x_ND = torch.randn(2, n, width, generator=generator).to(device)
+    bias_D = torch.randn(width, generator=generator).to(device)
+    found = []
+    for of, dtype in ((products, torch.float32), (Plain(), torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (decoded_ND, bias_D)]
+        squared, error_ND = of.squared_error(*leaves, x_ND.to(dtype))
+        (3 * squared).backward()
+        found.append([squared.detach(), error_ND.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, wanted in zip(*found, strict=True):
+        assert error(ours, wanted) < 1e-6
+
+
 def check_penalty(
     products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
 ) -> None:

@@ -467,6 +467,18 @@ def test_the_shuffled_control_is_an_arm_of_its_own(tmp_path: Path) -> None:
     assert by_label(comparison, "lambda=1 consistency=shuffled")["deltas"]
 
 
+def test_an_sae_of_means_is_compared_with_the_same_on_single_tokens(tmp_path: Path) -> None:
+    write_run(tmp_path / "base")
+    averaged = changed(lambda_=0, training__average="window")
+    write_run(tmp_path / "means", averaged, features=codes(0.9, seed=5))
+    comparison = compare_runs([tmp_path])
+    assert [g["is_baseline"] for g in comparison.groups] == [True, False]
+    group = by_label(comparison, "averaged window=4")
+    assert group["deltas"] and group["match"]["groups"] == [0]
+    (said,) = comparison.answers
+    assert "against the same on single tokens" in said
+
+
 def test_profiles_are_relative_to_each_features_mean_rate(tmp_path: Path) -> None:
     features = torch.zeros(N, T, F)
     features[:, 1:, 0] = 1.0
