@@ -222,6 +222,10 @@ class ActivationStore:
             self._open[shard] = tensors["activations"]
         return self._open[shard]
 
+    def rows(self, indices: Tensor) -> list[Tensor]:
+        """[T, d_in] each, as they lie in the files, which are read when the tensors are."""
+        places = [divmod(int(i), self.shard_contexts) for i in indices]
+        return [self._shard(shard)[row] for shard, row in places]
+
     def activations(self, indices: Tensor) -> Tensor:
-        rows = [divmod(int(i), self.shard_contexts) for i in indices]
-        return torch.stack([self._shard(shard)[row] for shard, row in rows])
+        return torch.stack(self.rows(indices))
