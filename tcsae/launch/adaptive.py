@@ -24,6 +24,7 @@ from tcsae.base.files import read_json
 from tcsae.base.labels import number
 from tcsae.base.log import console
 from tcsae.base.printable import printable
+from tcsae.base.ranks import here
 from tcsae.base.run_files import STUDY_FILE, RunFiles, is_sweep
 from tcsae.config import Config, run_id
 from tcsae.config.launcher import checked
@@ -271,6 +272,11 @@ class OptunaSweeper(Sweeper):
 def _check_launcher(launcher: Any) -> None:
     if not isinstance(launcher, GridLauncher):
         raise UserError("hydra/sweeper=optuna goes with hydra/launcher=here, local or slurm")
+    if here().size > 1:
+        raise UserError(
+            "hydra/sweeper=optuna is one process's: leave torchrun or srun out, and spread the jobs "
+            "with hydra/launcher=local or slurm"
+        )
     if not getattr(launcher.options, "wait", True):
         raise UserError(
             "hydra.launcher.wait=false: a search waits for its jobs, to choose the next from what "

@@ -13,7 +13,9 @@ import pytest
 from helpers import Outcome, run_here
 from sweeps import TOO_LARGE, Grid, folders, grid_maker, words
 
+from tcsae.base.errors import UserError
 from tcsae.base.files import locked
+from tcsae.base.ranks import Place
 from tcsae.config import parse
 from tcsae.launch.objective import NO_NUMBERS, known_keys, number_at
 
@@ -216,6 +218,15 @@ def test_without_optuna_one_line_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     line = run_here(*grid(tmp_path / "sweep", **AXES), *ASKED).refusal()
     assert "pip install 'tcsae[optuna]'" in line
+
+
+def test_several_ranks_cannot_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tcsae.launch import adaptive
+    from tcsae.launch.here import HereLauncher
+
+    monkeypatch.setattr(adaptive, "here", lambda: Place(rank=0, size=2))
+    with pytest.raises(UserError, match="leave torchrun or srun out"):
+        adaptive._check_launcher(HereLauncher())
 
 
 def test_slurm_that_is_not_waited_for_cannot_be_searched(grid: Grid, tmp_path: Path) -> None:
