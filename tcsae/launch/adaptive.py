@@ -274,7 +274,7 @@ def _check_launcher(launcher: Any) -> None:
         raise UserError("hydra/sweeper=optuna goes with hydra/launcher=here, local or slurm")
     if here().size > 1:
         raise UserError(
-            "hydra/sweeper=optuna is one process's: leave torchrun or srun out, and spread the jobs "
+            "hydra/sweeper=optuna is one process's: leave torchrun or srun out, and spread jobs "
             "with hydra/launcher=local or slurm"
         )
     if not getattr(launcher.options, "wait", True):
