@@ -58,7 +58,8 @@ class Seen:
         if is_store and len(np.unique(at)) < len(at):
             raise Offence("one store writes an address twice")
         (self.written if is_store else self.read).append((self.program, at))
-        self.stores, self.loads = self.stores + is_store * len(at), self.loads + len(at)
+        self.stores += is_store * len(at)
+        self.loads += (not is_store) * len(at)
 
     def end_of_launch(self, name: str) -> None:
         (writer, written), (reader, read) = _joined(self.written), _joined(self.read)
