@@ -42,7 +42,7 @@ def test_compiled_they_spill_nothing_and_add_in_one_order() -> None:
     done = run("ahead_of_time.py")
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert len(found) == 32
+    assert len(found) == 34
     assert [row for row in found if row[2] or row[3]] == []
 
 
