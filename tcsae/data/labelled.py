@@ -121,7 +121,7 @@ def _others(path: Path, name: str) -> str:
     def names(row: Any, where: str, name: str) -> list[str]:
         return [str(key) for key in row if key != name] if isinstance(row, dict) else []
 
-    found = next(READERS[kind_of(path)](path, name, names), [])
+    found: list[str] = next(READERS[kind_of(path)](path, name, names), [])
     return f" (there are {', '.join(found)})" if found else ""
 
 
