@@ -37,9 +37,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tcsae.losses.laplacian import Window, window_laplacian
-from tcsae.losses.window_penalty import Form, SparseWindowPenalty, Weights, WindowPenalty
+from tcsae.losses.laplacian import Window, window_counts, window_laplacian
+from tcsae.losses.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 from tcsae.products import products_for
+from tcsae.products.penalty import Weights
 from tcsae.tensors.positions import permute_within_segments
 from tcsae.tensors.sparse import SparseCodes
 
@@ -299,8 +300,9 @@ def _blind_to_offsets(
     """A form that divides by v_j: taking out the mean keeps float32 from cancelling."""
     if valid is None:
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    centred = _centred(features, valid)
-    return _window_penalty(centred, window, segments, valid, options)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    weights = _batch_weights(window, segments, valid, options, None, wide)
+    return _penalty(_centred(features, valid), weights, options.form)
 
 
 def _batch_weights(
@@ -313,12 +315,18 @@ def _batch_weights(
 ) -> Weights:
     """What windows and pairs of a batch weigh; with `order_BT`, of the features at permuted
     positions, f[order]: all that is said of positions is permuted."""
-    laplacian = window_laplacian(
-        window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
-    )
-    within_BTT, n_windows = laplacian.matrix, laplacian.n_windows.clamp(min=1)
-    # Copied: the diagonal of what the position term is added to.
-    measure_BT = within_BTT.diagonal(dim1=-2, dim2=-1).clone()
+    counts = windows_BTT = None
+    if window == "document":
+        windows_BTT, n_windows = window_laplacian(
+            window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
+        )
+        # Copied: the diagonal of what the position term is added to.
+        measure_BT = windows_BTT.diagonal(dim1=-2, dim2=-1).clone()
+    else:
+        if segments is None:
+            segments = torch.zeros_like(valid[:1], dtype=torch.int32)
+        counts, n_windows = window_counts(window, valid.shape[1], segments, valid, dtype)
+        measure_BT = counts.diagonal()
     if options.variance_over == "positions":
         measure_BT = valid.to(dtype)
     spread_T = joint = counted_T = None
@@ -326,36 +334,26 @@ def _batch_weights(
         pairs = _position_pairs(valid, dtype)
         spread_T = options.position_weight * pairs.spread_T
         joint, counted_T = options.position_weight * pairs.joint, pairs.counted_T
-        pairs_TT = joint * counted_T[:, None] * counted_T - spread_T.diag()
-        within_BTT = within_BTT + n_windows * pairs_TT
     place_BT = None
     if order_BT is not None:
         place_BT = order_BT.argsort(dim=1)
-        within_BTT = within_BTT.gather(1, place_BT[:, :, None].expand_as(within_BTT))
-        within_BTT = within_BTT.gather(2, place_BT[:, None, :].expand_as(within_BTT))
         measure_BT = measure_BT.gather(1, place_BT)
-    return Weights(within_BTT, n_windows, measure_BT, spread_T, joint, counted_T, place_BT)
+    position = spread_T, joint, counted_T, place_BT
+    weights = Weights(windows_BTT, n_windows.clamp(min=1), measure_BT, *position, counts)
+    if counts is not None and products_for(valid.device).takes_counts:
+        return weights
+    return weights._replace(within_BTT=weights.matrix())
 
 
-def _window_penalty(
-    features: Tensor | SparseCodes,
-    window: Window,
-    segments: Tensor | None,
-    valid: Tensor,
-    options: _Options,
-    *,
-    order_BT: Tensor | None = None,
-) -> Tensor:
-    """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes.
+def _dtype_of(features: Tensor | SparseCodes) -> torch.dtype:
+    return features.dtype if isinstance(features, Tensor) else features.values_M.dtype
 
-    `order_BT` as of `_batch_weights`.
-    """
-    dtype = features.dtype if isinstance(features, Tensor) else features.values_M.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = _batch_weights(window, segments, valid, options, order_BT, wide)
+
+def _penalty(features: Tensor | SparseCodes, weights: Weights, form: Form) -> Tensor:
+    """The penalty of features [B, T, F] that are zero at invalid positions, or of sparse codes."""
     if not isinstance(features, Tensor):
-        return SparseWindowPenalty.apply(features.values_M, features, weights, options.form)
-    return WindowPenalty.apply(features, weights, options.form)
+        return SparseWindowPenalty.apply(features.values_M, features, weights, form)
+    return WindowPenalty.apply(features, weights, form)
 
 
 class Consistency(nn.Module):
@@ -398,6 +396,28 @@ class Consistency(nn.Module):
             self.n_older = 0  # `filled`, as the host knows it
             self.register_load_state_dict_post_hook(_read_filled)
 
+    def weights(
+        self,
+        *,
+        segments: Tensor,
+        valid: Tensor,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Weights | None:
+        """All that the penalty of a batch takes from its masks; None: nothing. `dtype`: in which.
+
+        Raises:
+            ValueError: a position term of a single context.
+        """
+        if self.form in ("none", "batch_history"):
+            return None
+        order_BT = None
+        if self.shuffle_positions:
+            assert generator is not None
+            order_BT = permute_within_segments(segments, valid, generator)
+        window = 2 if self.form == "slow" else self.window
+        return _batch_weights(window, segments, valid, self.options, order_BT, dtype)
+
     def forward(
         self,
         features: Tensor | SparseCodes,
@@ -405,11 +425,12 @@ class Consistency(nn.Module):
         segments: Tensor,
         valid: Tensor,
         generator: torch.Generator | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
         """The penalty, a scalar not yet multiplied by lambda.
 
         `features` [B, T, F] must be zero where `valid` is false, as an SAE's training pass gives
-        them.
+        them. `weights`: those of the batch, where they are at hand already.
 
         Raises:
             ValueError: a position term of a single context.
@@ -419,18 +440,11 @@ class Consistency(nn.Module):
         features = self._chosen(features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
-        order_BT = None
-        if self.shuffle_positions:
-            assert generator is not None
-            order_BT = permute_within_segments(segments, valid, generator)
-        return _window_penalty(
-            features,
-            2 if self.form == "slow" else self.window,
-            segments,
-            valid,
-            self.options,
-            order_BT=order_BT,
-        )
+        if weights is None:
+            wide = torch.promote_types(_dtype_of(features), torch.float32)
+            weights = self.weights(segments=segments, valid=valid, generator=generator, dtype=wide)
+            assert weights is not None
+        return _penalty(features, weights, self.options.form)
 
     @torch.no_grad()
     def after_step(self, features: Tensor | SparseCodes, *, valid: Tensor) -> None:

@@ -32,16 +32,18 @@ _LAUNCH = (
 
 
 class Page:
-    """One tab. `messages` has what the console and the browser's log said of it."""
+    """One tab. `messages` has what the console and the browser's log said of it, `requests` the
+    addresses that its pages asked for, their own and data: left out."""
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back = os.fdopen(to, "wb", 0), os.fdopen(back, "rb")
         self._n, self._session = 0, ""
         self.messages: list[str] = []
+        self.requests: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Page"):
+        for domain in ("Runtime", "Log", "Page", "Network"):
             self.send(f"{domain}.enable")
         # A picture beyond the window has none, and would be laid out anew without.
         self.send("Emulation.setScrollbarsHidden", hidden=True)
@@ -76,6 +78,10 @@ class Page:
             self.messages.append(json.dumps(params["exceptionDetails"]))
         elif said.get("method") == "Log.entryAdded":
             self.messages.append(params["entry"]["text"])
+        elif said.get("method") == "Network.requestWillBeSent":
+            address = params["request"]["url"]
+            if params.get("type") != "Document" and not address.startswith("data:"):
+                self.requests.append(address)
 
     def size(self, width: int, height: int = 900) -> None:
         """As on a screen of this many points."""

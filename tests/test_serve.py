@@ -29,7 +29,9 @@ from tcsae.live import server
 from tcsae.live.app import LONGEST_TEXT, MOST_STEERED
 from tcsae.live.guard import LARGEST_BODY
 from tcsae.live.sides import Sides, open_sides
+from tcsae.report import side_folder
 from tcsae.report.look_page import counterpart
+from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import LoadedRun
 from tcsae.serve import main
 
@@ -466,6 +468,34 @@ def test_a_click_on_the_map_shows_a_feature_and_its_page(page: Page, served: Ser
     assert page.messages == []
     page.open(served.address)
     page.wait("document.body.dataset.ready")
+
+
+def test_a_large_runs_page_reads_its_features_from_the_folder_beside_it(
+    page: Page, served: Served, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tcsae.load_run(runs / "a-loss")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(side_folder, "ONE_FILE_FEATURES", 5)
+            report = write_run_page(run, runs / "a-loss" / "report.html")
+        feature = int(run.per_feature["density"].argmax())
+        page.open(f"{served.address}run/1/report.html#feature-{feature}")
+        page.wait("document.querySelectorAll('#feature .context').length")
+        parts = sorted((runs / "a-loss" / "report_features").glob("*/*.js"))
+        own = f"run/1/report_features/{parts[0].parent.name}"
+        assert page.requests[-1] == f"{served.address}{own}/0000.js"
+        assert page.messages == []
+        assert served.ask(f"{own}/words.js").text == parts[-1].read_text(encoding="utf-8")
+        for path in (
+            f"{own}/0009.js",
+            f"{own}/../report.html",
+            f"{own}/%2e%2e%2f%2e%2e%2fconfig.json",
+        ):
+            assert served.ask(path).status == 404, path
+    finally:
+        write_run_page(run, report)
+        page.open(served.address)
+        page.wait("document.body.dataset.ready")
 
 
 @pytest.mark.parametrize("width", [1400, 390])

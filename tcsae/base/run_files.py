@@ -11,8 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SWEEP_FILE = "sweep.json"
+STUDY_FILE = "study.jsonl"
+"""Of an adaptive sweep: Optuna's journal, a line of JSON for each thing that happened."""
+STUDY_LOCK = ".study.jsonl.lock"
 REPORT = "report.html"
 """The page of a run, and of a comparison."""
+FEATURES_FOLDER = "report_features"
+"""Beside the page of a run with many features: what is read when one of them is opened."""
 NOTES = "notes.txt"
 """The words of a run, and of a comparison."""
 STABILITY = "stability.safetensors"
@@ -72,6 +77,7 @@ class RunFiles:
         self.log = self.path / "train.log"
         self.final_info = self.path / "final_info.json"
         self.report = self.path / REPORT
+        self.report_features = self.path / FEATURES_FOLDER
         self.notes = self.path / NOTES
         self.lock = self.path / ".lock"
         self.checkpoints = self.path / "checkpoint"

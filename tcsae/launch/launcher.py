@@ -23,6 +23,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.log import console
 from tcsae.base.printable import printable
 from tcsae.base.progress import shown
+from tcsae.base.ranks import here
 from tcsae.base.run_files import OVERRIDES
 from tcsae.config import run_id
 from tcsae.config.compose import to_config
@@ -35,6 +36,7 @@ from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.prepare import prepare
 from tcsae.launch.results import results_of, table
 from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.launch.together import agree, check_alone, only_warnings, packs_of_first
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ class GridLauncher(Launcher):
         self.given = {key: _plain(value) for key, value in options.items()}
         self.context: HydraContext | None = None
         self.config: DictConfig | None = None
+        self.more_to_come = False
+        """Whether the sweeper will launch further jobs into the folder: no comparison page yet."""
+        self.shown_keys: tuple[str, ...] = ()
+        """Keys that a job's name has even if those launched with it have the same value."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -66,6 +72,11 @@ class GridLauncher(Launcher):
     @abstractmethod
     def processes(self) -> int | None:
         """How many packs run at once; None if that is not known."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the comparison page is written when these jobs have ended."""
+        return self.options.compare and not self.more_to_come
 
     def device(self) -> str:
         """What the jobs will run on, for the estimate: "cuda" or "cpu"."""
@@ -100,12 +111,17 @@ class GridLauncher(Launcher):
 
         Raises UserError before anything is written or sent if one of them is not valid.
         """
-        options = self.options
+        options, place = self.options, here()
         console()
+        if place.size > 1:
+            check_alone(self.kind)
+            only_warnings()
         assert self.config is not None
         refuse_of_a_sweep(self.config.hydra)
         set_environment(self.config.hydra)
         jobs, sweep = self.compose(job_overrides, initial_job_idx), self.sweep
+        if not options.dry_run:
+            agree([job.config for job in jobs], sweep.path)
         self._say_added(jobs, sweep)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
         sources = Sources()
@@ -115,6 +131,8 @@ class GridLauncher(Launcher):
         sent = self.in_progress(sweep) - before
         to_do = [job for job in jobs if job.number not in before | sent]
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
+        if place.size > 1 and not options.dry_run:
+            packs = packs_of_first(jobs, packs)
         for line in plan_lines(jobs, packs, before, sent, options, sweep, self.device()):
             log.info(line)
         if options.prepare:
@@ -122,11 +140,14 @@ class GridLauncher(Launcher):
         if options.trains_nothing:
             return [self._returned(job, None, None) for job in jobs]
         self.preflight(packs)
-        sweep.describe(jobs, self.kind, sys.argv[1:])
+        if place.is_first:
+            sweep.describe(jobs, self.kind, sys.argv[1:])
         said = self.execute(sweep, packs) if packs or sent else {}
         if said is None:
             return [self._returned(job, None, None) for job in jobs]
         results = results_of(jobs, before, said)
+        if not place.is_first:  # the first one says what became of all
+            return [self._returned(job, None, None) for job in jobs]
         print(printable(table(results)), flush=True)
         return [
             self._returned(result.job, result.value, None if result.is_good else result.message)
@@ -138,7 +159,7 @@ class GridLauncher(Launcher):
         before have the numbers that they had, so that a grid may grow."""
         assert self.context is not None and self.config is not None
         jobs: list[GridJob] = []
-        names = names_of(job_overrides)
+        names = names_of(job_overrides, self.shown_keys)
         numbers = _Numbers(self.sweep.jobs(), first)
         for overrides, name in shown(zip(job_overrides, names, strict=True), len(names)):
             try:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from tcsae.base.errors import UserError
 from tcsae.base.json_numbers import plain
-from tcsae.base.run_files import REPORT
+from tcsae.base.run_files import FEATURES_FOLDER, REPORT
 from tcsae.live.guard import Guard
 from tcsae.live.sides import Sides
 from tcsae.report.page import STYLE_SHEET
@@ -33,10 +33,11 @@ _PAGE_FILES = {
     "page.css": (STYLE_SHEET, "text/css"),
 }
 _REPORT_POLICY = (
-    # A report has its script and style in it. In its sandbox it is nobody's page: it can reach
-    # neither this server nor any other.
+    # A report has its script and style in it; a large one has scripts beside it. In its sandbox it
+    # is nobody's page: it can read nothing else, of this server or any other.
     "sandbox allow-scripts allow-downloads allow-modals; default-src 'none'; "
-    "script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; "
     "font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -84,6 +85,7 @@ def application(sides: Sides, token: str) -> Guard:
         Route("/api/read", _read, methods=["POST"]),
         Route("/api/steer", _steer, methods=["POST"]),
         Route(f"/run/{{run:int}}/{REPORT}", _report),
+        Route(f"/run/{{run:int}}/{FEATURES_FOLDER}/{{own:str}}/{{name:str}}", _report_part),
     ]
     app = Starlette(
         routes=routes,
@@ -117,6 +119,16 @@ def _report(request: Request) -> Response:
         raise HTTPException(404)
     headers = {"content-security-policy": _REPORT_POLICY}
     return FileResponse(page, media_type="text/html", headers=headers)
+
+
+def _report_part(request: Request) -> Response:
+    asked = request.path_params
+    part = _sides(request).report_part(asked["run"], asked["own"], asked["name"])
+    if part is None:
+        raise HTTPException(404)
+    # The sandbox makes the report's origin another than this one.
+    headers = {"cross-origin-resource-policy": "cross-origin"}
+    return FileResponse(part, media_type="text/javascript", headers=headers)
 
 
 def _runs(request: Request) -> Response:

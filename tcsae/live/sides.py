@@ -125,6 +125,13 @@ class Sides:
         page = RunFiles(self._run(run).folder).report
         return page if page.is_file() else None
 
+    def report_part(self, run: int, own: str, name: str) -> Path | None:
+        """A file of the folder beside it: `<own>/<name>`."""
+        folder = RunFiles(self._run(run).folder).report_features
+        return next(
+            (path for path in folder.glob("*/*.js") if path.parts[-2:] == (own, name)), None
+        )
+
     def runs(self) -> dict[str, Any]:
         """What the page is about."""
         return {

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tcsae.products import products_for
-from tcsae.products.plain import split_tokens
+from tcsae.products.penalty import Weights
 from tcsae.tensors.sparse import SparseCodes
 from tcsae.tensors.sums import column_sums, position_sums
 
@@ -26,36 +26,6 @@ IN_CACHE = 512
 """Positions whose features stay in a processor's cache from one pass to the next."""
 LARGEST_SHARE = 100.0
 """slow: no feature weighs more than this many times what it weighs in scale_free."""
-
-
-class Weights(NamedTuple):
-    """All that a batch's penalty depends on beside the features f. With S_t the sum over contexts
-    of what stands at position t, and c = `counted_T`,
-
-        e_j = sum over contexts of f_j^T within f_j / n_windows
-              + sum_t spread_t S_tj^2 - joint (sum_t c_t S_tj)^2
-
-    is the window variance of feature j and its position term (weighted), and its mean and variance
-    are those over `measure_BT`.
-    """
-
-    within_BTT: Tensor
-    n_windows: Tensor
-    """At least 1."""
-    measure_BT: Tensor
-    spread_T: Tensor | None = None
-    """None: no position term."""
-    joint: Tensor | None = None
-    counted_T: Tensor | None = None
-    place_BT: Tensor | None = None
-    """Where each position stands, if not at its own place."""
-
-    def between(self, sums_TF: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of e between contexts [F], and half its gradient to the sums [T, F]."""
-        assert self.spread_T is not None and self.counted_T is not None and self.joint is not None
-        along_F = self.joint * (self.counted_T @ sums_TF)
-        half_TF = self.spread_T[:, None] * sums_TF - self.counted_T[:, None] * along_F
-        return (sums_TF * half_TF).sum(0), half_TF
 
 
 def _normalised(form: Form, e_F: Tensor, mean_F: Tensor, v_F: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +59,7 @@ class WindowPenalty(torch.autograd.Function):
     def forward(ctx: Any, features_BTF: Tensor, weights: Weights, form: Form) -> Tensor:
         measure_BT = weights.measure_BT.to(features_BTF.dtype)  # rounded once, for all it is in
         measured = None if form == "window_variance" else measure_BT
-        smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.within_BTT, measured)
+        smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.matrix(), measured)
         # The number of windows comes in afterwards: in bfloat16 it would round all alike.
         e_F = e_F / weights.n_windows
         half_TF = None
@@ -201,53 +171,14 @@ class SparseWindowPenalty(torch.autograd.Function):
     def forward(
         ctx: Any, values_M: Tensor, codes: SparseCodes, weights: Weights, form: Form
     ) -> Tensor:
-        order_M, feature_M = codes.order_M, codes.sorted_feature_M
-        f_M, products = values_M.index_select(0, order_M), products_for(values_M.device)
-        sums = functools.partial(products.sorted_sums, codes)
-        smooth_M = products.smooth(codes, f_M, weights.within_BTT)
-        e_F = sums(smooth_M, f_M) / weights.n_windows
-        half_M = None
-        if weights.spread_T is not None:
-            between_F, half_M = _between_entries(f_M, codes, weights)
-            e_F = e_F + between_F
-        if form == "window_variance":
-            gradient_M = smooth_M.mul_(2 / weights.n_windows)
-        else:
-            rounded_BT = weights.measure_BT.to(codes.dtype).to(f_M)
-            total = rounded_BT.sum().clamp(min=1)
-            measure_M = rounded_BT.view(-1).index_select(0, codes.sorted_token_M)
-            drawn_M = measure_M * f_M
-            mean_F, square_F = sums(drawn_M) / total, sums(drawn_M, f_M) / total
-            share_F, ratio_F = _normalised(form, e_F, mean_F, square_F - mean_F.square())
-            e_F, pull_F = share_F * e_F, 2 * share_F * ratio_F / total
-            weight_M, pull_M, pull_mean_M = (
-                of_F.index_select(0, feature_M)
-                for of_F in (2 * share_F / weights.n_windows, pull_F, pull_F * mean_F)
-            )
-            gradient_M = smooth_M.mul_(weight_M).addcmul_(pull_M, drawn_M, value=-1)
-            gradient_M.addcmul_(pull_mean_M, measure_M)
-            if half_M is not None:
-                half_M = half_M * share_F.index_select(0, feature_M)
-        if half_M is not None:
-            gradient_M.add_(half_M, alpha=2)
-        ctx.save_for_backward(torch.empty_like(values_M).index_copy_(0, order_M, gradient_M))
-        return e_F.sum()
+        normalised = None if form == "window_variance" else functools.partial(_normalised, form)
+        products = products_for(values_M.device)
+        value, gradient_M = products.window_penalty(codes, values_M, weights, normalised)
+        ctx.save_for_backward(gradient_M)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gradient_M,) = ctx.saved_tensors
         return gradient_M * grad, None, None, None
-
-
-def _between_entries(f_M: Tensor, codes: SparseCodes, weights: Weights) -> tuple[Tensor, Tensor]:
-    """(the part of e between contexts [F], half its gradient at the entries)."""
-    n_positions = weights.measure_BT.shape[1]
-    position_M = split_tokens(codes.sorted_token_M, n_positions)[1]
-    if weights.place_BT is not None:
-        position_M = weights.place_BT.view(-1).index_select(0, codes.sorted_token_M)
-    products = products_for(f_M.device)
-    sums_FT = products.position_sums(codes, f_M, position_M, n_positions)
-    between_F, half_TF = weights.between(sums_FT.T)
-    at_M = torch.add(position_M, codes.sorted_feature_M, alpha=n_positions)
-    return between_F, half_TF.T.reshape(-1).index_select(0, at_M)

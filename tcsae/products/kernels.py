@@ -74,17 +74,18 @@ def pieces_kernel(
 
 
 @triton.jit
-def join_kernel(out, partial, start, first_part, F, M, D, S, BLOCK: tl.constexpr):
-    """Features of several pieces: the sum of their parts, in order. Grid (F, D / BLOCK)."""
-    j = tl.program_id(0)
-    n = tl.load(start + j + 1, mask=j + 1 < F, other=M) - tl.load(start + j)
-    if n > S:
+def join_kernel(out, partial, several, start, first_part, F, M, D, S, BLOCK: tl.constexpr):
+    """Features of several pieces: the sum of their parts, in order. `several` lists them, F at its
+    unused end. Grid (at most M / S, D / BLOCK)."""
+    j = tl.load(several + tl.program_id(0)).to(tl.int64)
+    if j < F:
+        n = tl.load(start + j + 1, mask=j + 1 < F, other=M) - tl.load(start + j)
         d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         part = partial + tl.load(first_part + j).to(tl.int64) * D + d
         acc = tl.zeros([BLOCK], tl.float32)
         for p in range(0, (n + S - 1) // S):
             acc += tl.load(part + p * D, mask=d < D, other=0.0)
-        tl.store(out + j.to(tl.int64) * D + d, acc, mask=d < D)
+        tl.store(out + j * D + d, acc, mask=d < D)
 
 
 @triton.jit
@@ -126,46 +127,200 @@ def sums_kernel(out, a, b, start, F, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def position_sums_kernel(
-    out, f, position, start, F, M, T, BLOCK: tl.constexpr, PLACES: tl.constexpr
-):
-    """out[j, t] = sum of f over the entries of feature j at position t. Grid (F,)."""
+def penalty_sums_kernel(
+    sums, half, f, smooth, token, measure, place, spread, counted, joint, start, F, M, T,
+    POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Of feature j: sums[0] of smooth f, [1] of measure f, [2] of measure f^2 and, with POSITIONS,
+    [3] its part between contexts and half[j] that part's half gradient by position. Grid (F,)."""
     j = tl.program_id(0)
     first, last = tl.load(start + j), tl.load(start + j + 1, mask=j + 1 < F, other=M)
+    energy = tl.zeros([BLOCK], tl.float32)
+    drawn = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
     t = tl.arange(0, PLACES)
-    acc = tl.zeros([PLACES], tl.float32)
+    at_place = tl.zeros([PLACES], tl.float32)
     for m in range(first, last, BLOCK):
         at = m + tl.arange(0, BLOCK)
-        x = tl.load(f + at, mask=at < last, other=0.0).to(tl.float32)
-        p = tl.load(position + at, mask=at < last, other=-1)
-        acc += tl.sum(tl.where(p[:, None] == t[None, :], x[:, None], 0.0), axis=0)
-    tl.store(out + j.to(tl.int64) * T + t, acc, mask=t < T)
+        is_m = at < last
+        x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+        n = tl.load(token + at, mask=is_m, other=0)
+        w = tl.load(measure + n, mask=is_m, other=0.0).to(tl.float32)
+        energy += x * tl.load(smooth + at, mask=is_m, other=0.0).to(tl.float32)
+        drawn += w * x
+        square += w * x * x
+        if POSITIONS:
+            p = tl.load(place + n, mask=is_m, other=-1) if PLACED else n % T
+            here = (p[:, None] == t[None, :]) & is_m[:, None]
+            at_place += tl.sum(tl.where(here, x[:, None], 0.0), axis=0)
+    tl.store(sums + j, tl.sum(energy))
+    tl.store(sums + F + j, tl.sum(drawn))
+    tl.store(sums + 2 * F + j, tl.sum(square))
+    if POSITIONS:
+        c = tl.load(counted + t, mask=t < T, other=0.0).to(tl.float32)
+        s = tl.load(spread + t, mask=t < T, other=0.0).to(tl.float32)
+        h = s * at_place - c * (tl.load(joint).to(tl.float32) * tl.sum(c * at_place))
+        tl.store(sums + 3 * F + j, tl.sum(at_place * h))
+        tl.store(half + j.to(tl.int64) * T + t, h, mask=t < T)
+
+
+@triton.jit
+def penalty_gradient_kernel(
+    gradient, order, f, smooth, feature, token, measure, place, weight, pull, pull_mean, share,
+    half, M, T, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gradient[order[m]] = weight smooth - pull measure f + pull_mean measure (+ 2 share half) at
+    each entry m, whose feature says which of each. Grid (M / BLOCK,)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_m = at < M
+    j = tl.load(feature + at, mask=is_m, other=0)
+    n = tl.load(token + at, mask=is_m, other=0)
+    x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+    m = tl.load(measure + n, mask=is_m, other=0.0).to(tl.float32)
+    g = tl.load(smooth + at, mask=is_m, other=0.0).to(tl.float32)
+    g = g * tl.load(weight + j, mask=is_m, other=0.0)
+    g -= tl.load(pull + j, mask=is_m, other=0.0) * (m * x)
+    g += tl.load(pull_mean + j, mask=is_m, other=0.0) * m
+    if POSITIONS:
+        p = tl.load(place + n, mask=is_m, other=0) if PLACED else n % T
+        h = tl.load(half + j.to(tl.int64) * T + p, mask=is_m, other=0.0)
+        g += 2 * tl.load(share + j, mask=is_m, other=0.0) * h
+    to = tl.load(order + at, mask=is_m, other=0)
+    tl.store(gradient + to, g, mask=is_m)
+
+
+@triton.jit
+def _is_near(feature, token, own_feature, own_context, near, M, T):
+    """Whether entry `near`, if it is one, is of that feature in that context."""
+    is_there = (near >= 0) & (near < M)
+    near_feature = tl.load(feature + near, mask=is_there, other=-2)
+    near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
+    return (near_feature == own_feature) & (near_context == own_context)
+
+
+@triton.jit
+def _smoothed_by(f, feature, token, j, context, row, begin, M, T, BLOCK: tl.constexpr):
+    """[BLOCK]: what the entries from `begin` on give to those of feature j in the context."""
+    at = begin + tl.arange(0, BLOCK)
+    is_k = at < M
+    j2 = tl.load(feature + at, mask=is_k, other=-2)
+    n2 = tl.load(token + at, mask=is_k, other=0).to(tl.int32)
+    x = tl.load(f + at, mask=is_k, other=0.0).to(tl.float32)
+    same = (j[:, None] == j2[None, :]) & (context[:, None] == (n2 // T)[None, :])
+    q = tl.load(row[:, None] + (n2 % T)[None, :], mask=same, other=0.0).to(tl.float32)
+    return tl.sum(q * x[None, :], axis=1)
 
 
 @triton.jit
 def smooth_kernel(out, f, feature, token, Q, M, T, PER_CONTEXT: tl.constexpr, BLOCK: tl.constexpr):
-    """(Q f)[m] from the other entries of its feature in its context, which lie beside it in the
-    order (feature, token): as far as they go to the left, then to the right. Grid (M / BLOCK,)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """(Q f)[m] from the entries of its feature in its context, which lie beside it in the order
+    (feature, token): BLOCK entries with the blocks before and behind them, as far as the first
+    one's and the last one's go. Grid (M / BLOCK,)."""
+    begin = tl.program_id(0) * BLOCK
+    at = begin + tl.arange(0, BLOCK)
     is_m = at < M
     j = tl.load(feature + at, mask=is_m, other=-1)
     n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
     context, t = n // T, n % T
     row = Q + (context * T + t if PER_CONTEXT else t).to(tl.int64) * T
-    own = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
-    acc = own * tl.load(row + t, mask=is_m, other=0.0).to(tl.float32)
+    acc = _smoothed_by(f, feature, token, j, context, row, begin, M, T, BLOCK)
+    end = tl.minimum(begin + BLOCK, M)
     for side in tl.static_range(2):
-        near = at + (2 * side - 1)
-        going = is_m & (near >= 0) & (near < M)
-        while tl.max(going.to(tl.int32), axis=0) > 0:
-            j2 = tl.load(feature + near, mask=going, other=-2)
-            n2 = tl.load(token + near, mask=going, other=0).to(tl.int32)
-            going = going & (j2 == j) & (n2 // T == context)
-            q = tl.load(row + n2 % T, mask=going, other=0.0).to(tl.float32)
-            acc += q * tl.load(f + near, mask=going, other=0.0).to(tl.float32)
-            near += 2 * side - 1
-            going = going & (near >= 0) & (near < M)
+        own = begin if side == 0 else end - 1
+        own_feature = tl.load(feature + own)
+        own_context = tl.load(token + own).to(tl.int32) // T
+        step = (2 * side - 1) * BLOCK
+        from_, near = begin + step, begin - 1 if side == 0 else begin + BLOCK
+        while _is_near(feature, token, own_feature, own_context, near, M, T):
+            acc += _smoothed_by(f, feature, token, j, context, row, from_, M, T, BLOCK)
+            from_ += step
+            near += step
     tl.store(out + at, acc, mask=is_m)
+
+
+@triton.jit
+def _counts_of(
+    f, feature, token, up_to, before, place, counted, begin, M, T,
+    PER_CONTEXT: tl.constexpr, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the entries from `begin` on: (feature, context, position, value, both counts, counted)."""
+    at = begin + tl.arange(0, BLOCK)
+    is_m = at < M
+    j = tl.load(feature + at, mask=is_m, other=-1)
+    n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
+    x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+    context = n // T
+    p = tl.load(place + n, mask=is_m, other=0).to(tl.int32) if PLACED else n % T
+    window_at = context * T + p if PER_CONTEXT else p
+    up = tl.load(up_to + window_at, mask=is_m, other=0.0).to(tl.float32)
+    low = tl.load(before + window_at, mask=is_m, other=0.0).to(tl.float32)
+    c = tl.zeros([BLOCK], tl.float32)
+    if POSITIONS:
+        c = tl.load(counted + p, mask=is_m, other=0.0).to(tl.float32)
+    return j, context, p, x, up, low, c
+
+
+@triton.jit
+def _shared(j, context, up, low, c, j2, context2, x2, up2, low2, c2, both, joint):
+    """[BLOCK]: what entries 2 give to the others by the windows that hold both, and by pairs."""
+    same = (j[:, None] == j2[None, :]) & (context[:, None] == context2[None, :])
+    held = tl.minimum(up[:, None], up2[None, :]) - tl.maximum(low[:, None], low2[None, :])
+    q = tl.maximum(held, 0.0) * both + joint * c[:, None] * c2[None, :]
+    return tl.sum(tl.where(same, q * x2[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def smooth_by_counts_kernel(
+    out, f, feature, token, up_to, before, place, spread, counted, joint, windows, M, T, window,
+    PER_CONTEXT: tl.constexpr, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `smooth_kernel`, for the Q that `WindowCounts` and the position term make. Grid (M /
+    BLOCK,)."""
+    begin = tl.program_id(0) * BLOCK
+    j, context, p, x, up, low, c = _counts_of(
+        f, feature, token, up_to, before, place, counted, begin, M, T,
+        PER_CONTEXT, POSITIONS, PLACED, BLOCK,
+    )  # fmt: skip
+    both, pairs = -1.0 / (window * (window - 1)), 0.0
+    own = (up - low) / (window - 1)
+    if POSITIONS:
+        n_windows = tl.load(windows).to(tl.float32)
+        pairs = n_windows * tl.load(joint).to(tl.float32)
+        own -= n_windows * tl.load(spread + p).to(tl.float32)
+    acc = own * x + _shared(j, context, up, low, c, j, context, x, up, low, c, both, pairs)
+    end = tl.minimum(begin + BLOCK, M)
+    for side in tl.static_range(2):
+        edge = begin if side == 0 else end - 1
+        own_feature = tl.load(feature + edge)
+        own_context = tl.load(token + edge).to(tl.int32) // T
+        step = (2 * side - 1) * BLOCK
+        from_, near = begin + step, begin - 1 if side == 0 else begin + BLOCK
+        while _is_near(feature, token, own_feature, own_context, near, M, T):
+            j2, context2, p2, x2, up2, low2, c2 = _counts_of(
+                f, feature, token, up_to, before, place, counted, from_, M, T,
+                PER_CONTEXT, POSITIONS, PLACED, BLOCK,
+            )  # fmt: skip
+            acc += _shared(j, context, up, low, c, j2, context2, x2, up2, low2, c2, both, pairs)
+            from_ += step
+            near += step
+    at = begin + tl.arange(0, BLOCK)
+    tl.store(out + at, acc, mask=at < M)
+
+
+# ------------------------------------------------------------------ the reconstruction's error
+
+
+@triton.jit
+def error_kernel(error, squares, decoded, bias, x, D, BLOCK: tl.constexpr):
+    """error = decoded + bias - x and, by token, the sum of its squares. Grid (N,)."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    is_d = d < D
+    e = tl.load(decoded + n * D + d, mask=is_d, other=0.0).to(tl.float32)
+    e += tl.load(bias + d, mask=is_d, other=0.0).to(tl.float32)
+    e -= tl.load(x + n * D + d, mask=is_d, other=0.0).to(tl.float32)
+    tl.store(error + n * D + d, e, mask=is_d)
+    tl.store(squares + n, tl.sum(e * e))
 
 
 # ------------------------------------------------------------------ selection

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
-from tcsae.tensors.sparse import SparseCodes
+from tcsae.products.penalty import Normalised, Weights, penalty_of_entries
+from tcsae.tensors.sparse import SparseCodes, split_tokens
 
+T = TypeVar("T")
 Chosen = tuple[Tensor, Tensor, Tensor]
 """(values, features, tokens) [M] of chosen pre-activations, in the order of tokens."""
 
@@ -60,6 +62,9 @@ class Plain:
     dead_every: ClassVar[int] = 1
     """After so many steps it is looked up which features are dead."""
 
+    takes_counts: ClassVar[bool] = False
+    """Whether the temporal penalty needs no matrix of windows of so many positions."""
+
     records: ClassVar[bool] = False
     """Whether a step may be recorded once and replayed."""
 
@@ -70,6 +75,12 @@ class Plain:
     def at_once(self, n: int, fitting: int) -> int:
         """Of n rows, how many to take at a time; `fitting` of them stay in a CPU's cache."""
         return max(n, 1)
+
+    def aside(self, device: torch.device, work: Callable[[], T]) -> Callable[[], T]:
+        """Starts `work`, on which nothing waits yet; called, what is returned has its result.
+        Here: all of it is done at once."""
+        done = work()
+        return lambda: done
 
     # ---- dense codes ----
 
@@ -99,6 +110,13 @@ class Plain:
     def sum_where_on(self, features_NF: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The sum over all features above zero of `function` (entry by entry) of them, float32."""
         return torch.where(features_NF > 0, function(features_NF.float()), 0).sum()
+
+    def squared_error(
+        self, decoded_ND: Tensor, bias_D: Tensor, x_ND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of the squares of e, e [N, D]) of e = decoded + bias - x."""
+        error_ND = decoded_ND + bias_D - x_ND
+        return error_ND.square().sum(), error_ND
 
     # ---- selection ----
 
@@ -184,6 +202,12 @@ class Plain:
         """[F]: of each feature the sum of its entries' values."""
         return values_M.new_zeros(codes.d_sae).index_add_(0, codes.feature_M, values_M)
 
+    def window_penalty(
+        self, codes: SparseCodes, values_M: Tensor, weights: Weights, normalised: Normalised | None
+    ) -> tuple[Tensor, Tensor]:
+        """(value, gradient [M]) of a batch's temporal penalty; see `penalty`."""
+        return penalty_of_entries(self, codes, values_M, weights, normalised)
+
     # Of values in the order of features (`codes.order_M`):
 
     def sorted_sums(
@@ -234,16 +258,25 @@ class GPU(Plain):
 
     dead_every: ClassVar[int] = 8
 
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def aside(self, device: torch.device, work: Callable[[], T]) -> Callable[[], T]:
+        # Dozens of kernels that take next to nothing each, beside a product that takes long.
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        beside, here = self._streams[device], torch.cuda.current_stream(device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            done = work()
+
+        def result() -> T:
+            torch.cuda.current_stream(device).wait_stream(beside)
+            return done
+
+        return result
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         # The gradients of the fused forms are added in an order that changes.
         with sdpa_kernel(SDPBackend.MATH):
             return super().attention(q, k, v, allowed)
-
-
-def split_tokens(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    """(context, position) of tokens; a division takes several times as long as a shift."""
-    bits = n_positions.bit_length() - 1
-    if n_positions == 1 << bits:
-        return token_M >> bits, token_M & (n_positions - 1)
-    context_M = token_M.div(n_positions, rounding_mode="floor")
-    return context_M, token_M - context_M * n_positions

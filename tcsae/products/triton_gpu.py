@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tcsae.products import kernels
+from tcsae.products.penalty import Normalised, Weights
 from tcsae.products.plain import GPU, Adam, Chosen
 from tcsae.tensors.sparse import SparseCodes
 
@@ -28,6 +30,8 @@ at d_in 2,304, d_sae 16,384 and 65,536. With 4 warps a program they take two to 
 MOST_COLUMNS = 8192
 """Of a row that one program of the update holds."""
 MOST_PLACES = 2048
+SMOOTH = (32, 1)
+"""Entries that a program of the windows' product takes at a time, and its warps."""
 
 
 class Triton(GPU):
@@ -35,6 +39,7 @@ class Triton(GPU):
 
     name: ClassVar[str] = "triton"
     records: ClassVar[bool] = True
+    takes_counts: ClassVar[bool] = True
     # Dense products cost 2 d_sae / (780 TFLOP/s) a number, gathers 2 k / (4.5 TB/s).
     sparse_from_ratio: ClassVar[float] = 128
 
@@ -149,7 +154,7 @@ class Triton(GPU):
     def by_feature(self, codes: SparseCodes, weight_M: Tensor, rows_ND: Tensor) -> Tensor:
         n_entries, d_sae, width = len(weight_M), codes.d_sae, rows_ND.shape[1]
         weight_M = weight_M.index_select(0, codes.order_M)
-        of_piece_P, first_piece_F, first_part_F = _pieces(codes)
+        of_piece_P, first_piece_F, first_part_F, several_Q = _pieces(codes)
         out_FD = torch.empty(d_sae, width, device=rows_ND.device)
         tile, block, warps = _shape(BY_FEATURE, width)
         # A feature of c > PIECE entries has less than 2 c / PIECE pieces.
@@ -161,10 +166,11 @@ class Triton(GPU):
                 of_piece_P, first_piece_F, first_part_F, d_sae, n_entries, width, PIECE,
                 TILE=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-            kernels.join_kernel[(d_sae, blocks)](
-                out_FD, partial, codes.start_F, first_part_F, d_sae, n_entries, width, PIECE,
-                BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+            if len(several_Q):
+                kernels.join_kernel[(len(several_Q), blocks)](
+                    out_FD, partial, several_Q, codes.start_F, first_part_F, d_sae, n_entries,
+                    width, PIECE, BLOCK=block, num_warps=warps,
+                )  # fmt: skip
         return out_FD
 
     def sums(self, codes: SparseCodes, values_M: Tensor) -> Tensor:
@@ -184,42 +190,129 @@ class Triton(GPU):
 
     def smooth(self, codes: SparseCodes, values_M: Tensor, within_BTT: Tensor) -> Tensor:
         within_BTT, smooth_M = within_BTT.contiguous(), torch.empty_like(values_M)
-        n_entries, block = len(values_M), 64
+        n_entries, block = len(values_M), SMOOTH[0]
         if n_entries:
             with _on(values_M):
                 kernels.smooth_kernel[(triton.cdiv(n_entries, block),)](
                     smooth_M, values_M, codes.sorted_feature_M, codes.sorted_token_M, within_BTT,
                     n_entries, within_BTT.shape[-1], PER_CONTEXT=len(within_BTT) > 1, BLOCK=block,
-                    num_warps=2,
+                    num_warps=SMOOTH[1],
                 )  # fmt: skip
         return smooth_M
 
-    def position_sums(
-        self, codes: SparseCodes, values_M: Tensor, position_M: Tensor, n_positions: int
-    ) -> Tensor:
-        if n_positions > MOST_PLACES:
-            return super().position_sums(codes, values_M, position_M, n_positions)
-        places = triton.next_power_of_2(n_positions)
-        sums_FT = torch.empty(codes.d_sae, n_positions, device=values_M.device)
-        with _on(values_M):
-            kernels.position_sums_kernel[(codes.d_sae,)](
-                sums_FT, values_M, position_M, codes.start_F, codes.d_sae, len(values_M),
-                n_positions, BLOCK=max(2048 // places, 2), PLACES=places, num_warps=1,
+    def _smooth_by_counts(self, codes: SparseCodes, f_M: Tensor, weights: Weights) -> Tensor:
+        """As `smooth` by the weights' matrix, which is not made."""
+        counts = weights.counts
+        if counts is None:
+            return self.smooth(codes, f_M, weights.matrix())
+        smooth_M, n_positions = torch.empty_like(f_M), counts.up_to_BT.shape[1]
+        has_term, place_BT = weights.spread_T is not None, weights.place_BT
+        none = counts.up_to_BT
+        term = (none,) * 3 if not has_term else (weights.spread_T, weights.counted_T, weights.joint)
+        with _on(f_M):
+            kernels.smooth_by_counts_kernel[(triton.cdiv(len(f_M), SMOOTH[0]),)](
+                smooth_M, f_M, codes.sorted_feature_M, codes.sorted_token_M, counts.up_to_BT,
+                counts.before_BT, none if place_BT is None else place_BT.contiguous(), *term,
+                weights.n_windows, len(f_M), n_positions, counts.window,
+                PER_CONTEXT=len(counts.up_to_BT) > 1, POSITIONS=has_term,
+                PLACED=place_BT is not None, BLOCK=SMOOTH[0], num_warps=SMOOTH[1],
             )  # fmt: skip
-        return sums_FT
+        return smooth_M
+
+    def window_penalty(
+        self, codes: SparseCodes, values_M: Tensor, weights: Weights, normalised: Normalised | None
+    ) -> tuple[Tensor, Tensor]:
+        n_positions = weights.measure_BT.shape[1]
+        if n_positions > MOST_PLACES or not len(values_M):
+            return super().window_penalty(codes, values_M, weights, normalised)
+        d_sae, n_entries, device = codes.d_sae, len(values_M), values_M.device
+        is_placed, has_term = weights.place_BT is not None, weights.spread_T is not None
+        f_M = values_M.index_select(0, codes.order_M)
+        smooth_M = self._smooth_by_counts(codes, f_M, weights)
+        measure_BT = weights.measure_BT.to(codes.dtype).to(f_M).contiguous()
+        none = measure_BT  # read where there is no such argument: never
+        place_BT = none if weights.place_BT is None else weights.place_BT.contiguous()
+        term = (none,) * 3 if not has_term else (weights.spread_T, weights.counted_T, weights.joint)
+        sums = torch.empty(4 if has_term else 3, d_sae, device=device)
+        half_FT = torch.empty(d_sae, n_positions, device=device) if has_term else none
+        places = triton.next_power_of_2(n_positions)
+        with _on(values_M):
+            kernels.penalty_sums_kernel[(d_sae,)](
+                sums, half_FT, f_M, smooth_M, codes.sorted_token_M, measure_BT, place_BT, *term,
+                codes.start_F, d_sae, n_entries, n_positions, POSITIONS=has_term,
+                PLACED=is_placed, BLOCK=max(2048 // places, 2) if has_term else 32,
+                PLACES=places, num_warps=1,
+            )  # fmt: skip
+        e_F = sums[0] / weights.n_windows
+        if has_term:
+            e_F = e_F + sums[3]
+        share_F, pull_F, pull_mean_F = torch.ones_like(e_F), *torch.zeros(2, d_sae, device=device)
+        if normalised is not None:
+            total = measure_BT.sum().clamp(min=1)
+            mean_F, square_F = sums[1:3] / total
+            share_F, ratio_F = normalised(e_F, mean_F, square_F - mean_F.square())
+            pull_F = 2 * share_F * ratio_F / total
+            pull_mean_F = pull_F * mean_F
+        weight_F, gradient_M = 2 * share_F / weights.n_windows, torch.empty_like(values_M)
+        with _on(values_M):
+            kernels.penalty_gradient_kernel[(triton.cdiv(n_entries, 256),)](
+                gradient_M, codes.order_M, f_M, smooth_M, codes.sorted_feature_M,
+                codes.sorted_token_M, measure_BT, place_BT, weight_F, pull_F, pull_mean_F, share_F,
+                half_FT, n_entries, n_positions, POSITIONS=has_term, PLACED=is_placed, BLOCK=256,
+                num_warps=4,
+            )  # fmt: skip
+        return (share_F * e_F).sum(), gradient_M
+
+    # ---- the reconstruction ----
+
+    def squared_error(
+        self, decoded_ND: Tensor, bias_D: Tensor, x_ND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if decoded_ND.shape[1] > MOST_COLUMNS:
+            return super().squared_error(decoded_ND, bias_D, x_ND)
+        error_ND = torch.empty_like(decoded_ND, memory_format=torch.contiguous_format)
+        return _SquaredError.apply(decoded_ND, bias_D, x_ND, error_ND), error_ND
 
 
-def _pieces(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
+class _SquaredError(torch.autograd.Function):
+    """The sum of the squares of decoded + bias - x, which `error_ND` becomes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, decoded_ND: Tensor, bias_D: Tensor, x_ND: Tensor, error_ND: Tensor
+    ) -> Tensor:
+        n, width = decoded_ND.shape
+        squares_N = torch.empty(n, device=decoded_ND.device)
+        with _on(decoded_ND):
+            kernels.error_kernel[(n,)](
+                error_ND, squares_N, decoded_ND.contiguous(), bias_D, x_ND.contiguous(), width,
+                BLOCK=triton.next_power_of_2(width), num_warps=8,
+            )  # fmt: skip
+        ctx.save_for_backward(error_ND)
+        return squares_N.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (error_ND,) = ctx.saved_tensors
+        grad_ND = error_ND * (2 * grad)
+        return grad_ND, grad_ND.sum(0), None, None
+
+
+def _pieces(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(feature of each piece, F where there is none; first piece of each feature; where those of
-    several pieces have their parts)."""
+    several pieces have their parts; the features of several pieces, F where there are no more)."""
     n_entries, d_sae, device = len(codes.order_M), codes.d_sae, codes.start_F.device
     ends_F = torch.cat([codes.start_F[1:], codes.start_F.new_full((1,), n_entries)])
     pieces_F = (ends_F - codes.start_F - 1).div(PIECE, rounding_mode="floor").clamp_(min=0).add_(1)
     end_F = pieces_F.cumsum(0)
     every_P = torch.arange(d_sae + n_entries // PIECE, device=device)
     of_piece_P = torch.searchsorted(end_F, every_P, right=True, out_int32=True)
-    parts_F = torch.where(pieces_F > 1, pieces_F, 0)
-    return of_piece_P, end_F - pieces_F, parts_F.cumsum(0) - parts_F
+    several_F = pieces_F > 1
+    parts_F = torch.where(several_F, pieces_F, 0)
+    every_Q = torch.arange(1, n_entries // PIECE + 1, device=device)
+    several_Q = torch.searchsorted(several_F.cumsum(0), every_Q, out_int32=True)
+    return of_piece_P, end_F - pieces_F, parts_F.cumsum(0) - parts_F, several_Q
 
 
 def _shape(of: tuple[int, int, int], width: int) -> tuple[int, int, int]:

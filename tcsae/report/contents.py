@@ -1,7 +1,6 @@
 """What a run folder holds, in the form that its page and its notes need.
 
-Shapes: F = d_sae features, K lags, T positions, R rows of the page's table of features, k top
-contexts per feature, C contexts shown.
+Shapes: F = d_sae features, K lags, T positions.
 """
 
 from __future__ import annotations
@@ -14,28 +13,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tcsae.base.json_numbers import plain
 from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
 from tcsae.base.run_files import RunFiles
 from tcsae.config import LoadedConfig
 from tcsae.config.compose import override_value
-from tcsae.data.token_text import pieces
 from tcsae.measure.analysis import Analysis
 from tcsae.metrics.layout import LAYOUT_SHARE
-from tcsae.report.neighbours import neighbours
-from tcsae.report.page import packed
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
 
-MAX_ROWS = 4096
-"""Features on the page: with more than these, those with the most energy."""
 MAX_BINS = 128
 """Places along the context in a feature's profile; longer contexts are averaged down."""
-MAX_ACTIVATIONS = 2_000_000
-"""Activations in top contexts, 4 bytes each in the page."""
-MISSING = -32768
-DIGITS = 4
-"""Of a number in the table."""
 
 _NUMBER_GROUPS = ("layer", "window", "lambda")
 OLDER = (
@@ -43,22 +31,6 @@ OLDER = (
     "Its omega² is too low for features that last (run its command again with rerun=true)"
 )
 NO_ANALYSIS = "not there: this run has no analysis/ folder"
-
-_COLUMNS = (
-    "density",
-    "rho_1",
-    "tau_int",
-    "run_length",
-    "persistence",
-    "omega_squared",
-    "mutual_information_share",
-    "layout_share",
-    "token_entropy",
-    "amplitude_cv",
-    "mean_activation",
-    "c0",
-    "max_decoder_cosine_sim",
-)
 
 
 @dataclass(frozen=True)
@@ -143,6 +115,17 @@ class Contents:
             f"features {layout['n_features']:,} are"
             + ("" if energy is None else f", with {100 * energy:.0f} % of the variance")
             + f"; of the tokens {100 * layout['token_share']:.0f} %."
+            + self._without_layout()
+        )
+
+    def _without_layout(self) -> str:
+        """Of the embedded plays, where the same text is without names and headings."""
+        data = self.run.config.dataset
+        if data.source != "wheel" or data.subset is not None:
+            return ""
+        return (
+            " On this text a gain of the temporal loss sits mostly in these (docs/meaning.md has "
+            "the shares); dataset=speech is the same plays without them."
         )
 
     @property
@@ -168,11 +151,6 @@ class Contents:
     @property
     def live(self) -> np.ndarray:
         return self.values["density"] > 0
-
-    def features_shown(self) -> np.ndarray:
-        """Numbers of the features on the page, ascending, [R]."""
-        energy = np.where(self.live, np.nan_to_num(self.values["c0"]), -1.0)
-        return np.sort(np.argsort(-energy, kind="stable")[:MAX_ROWS])
 
     def command(self) -> str:
         """The command that repeats the run."""
@@ -255,73 +233,6 @@ def _reasons(analysis: Analysis) -> Iterator[tuple[str, str]]:
         yield "Top contexts", analysis.top_tokens["features_reason"]
 
 
-# ---------------------------------------------------------------- the table of features
-
-
-def feature_data(contents: Contents) -> dict[str, Any]:
-    """What the page's script needs for the table, and for one feature at a time."""
-    ids = contents.features_shown()
-    specialization = contents.analysis and contents.analysis.specialization
-    columns = specialization["features"] if specialization else {}
-    clusters = specialization["clusters"] if specialization else []
-    values = _scalars(contents, ids)
-    text = [("id", "Feature", "number in the dictionary")]
-    if specialization:
-        text += [
-            ("tokens", "Tokens", "that set the feature apart, best first"),
-            ("cluster", "Cluster", "of features that fire together"),
-        ]
-    shown = [{"key": k, "name": n, "meaning": m, "text": True} for k, n, m in text]
-    for name in values:
-        shown.append({"key": name, "name": _column_name(name), "meaning": label(name).meaning})
-    window = contents.window_metric
-    return {
-        "ids": ids,
-        "live": contents.live[ids],
-        "columns": shown,
-        "first_sort": window if window in values else "density",
-        "values": values,
-        "tokens": _chosen(columns.get("top_tokens"), ids, []),
-        "cluster": _chosen(columns.get("cluster"), ids, -1),
-        "cluster_names": [c["name"] for c in clusters],
-        "curves": _curves(contents, ids),
-        "pairs": _pairs(contents.analysis),
-        "lens": _lens(contents.analysis, ids),
-        "neighbours": neighbours(contents.run.sae.W_dec, ids, contents.analysis),
-        **_top(contents.analysis, ids),
-    }
-
-
-def _column_name(name: str) -> str:
-    short = {
-        "mutual_information_share": "pos. info",
-        "omega_squared": "omega²",
-        "layout_share": "layout",
-        "token_entropy": "token entropy",
-        "amplitude_cv": "amplitude CV",
-        "mean_activation": "mean act.",
-        "c0": "energy",
-        "max_decoder_cosine_sim": "nearest cos",
-        "run_length": "run length",
-    }
-    return short.get(name, name)
-
-
-def _chosen(column: list[Any] | None, ids: np.ndarray, default: Any) -> list[Any]:
-    return [default] * len(ids) if column is None else [column[i] for i in ids.tolist()]
-
-
-def _scalars(contents: Contents, ids: np.ndarray) -> dict[str, list[float | None]]:
-    """Columns of numbers, those there are, for the features shown."""
-    rows = contents.run.core["eval_result_details"]
-    of_run: dict[str, Any] = dict(contents.values)
-    of_run["max_decoder_cosine_sim"] = [row["max_decoder_cosine_sim"] for row in rows]
-    if contents.analysis is not None:
-        of_run["token_entropy"] = contents.analysis.specialization["features"]["token_entropy"]
-    names = [*contents.memory_metrics, *_COLUMNS]
-    return {n: plain(_chosen(list(of_run[n]), ids, None), DIGITS) for n in names if n in of_run}
-
-
 def binned(profile: np.ndarray, n_bins: int = MAX_BINS) -> tuple[np.ndarray, np.ndarray]:
     """Middle of each bin [at most n_bins] and mean over its positions, of a profile [T, F].
 
@@ -336,122 +247,3 @@ def binned(profile: np.ndarray, n_bins: int = MAX_BINS) -> tuple[np.ndarray, np.
     with np.errstate(invalid="ignore"):
         means = sums / np.add.reduceat(known.astype(float), edges[:-1])
     return (edges[:-1] + edges[1:] - 1) / 2, means
-
-
-def _curves(contents: Contents, ids: np.ndarray) -> dict[str, Any]:
-    """rho in ten thousandths as int16, firing rate in 255ths of the feature's largest as uint8."""
-    rho_RK = contents.values["rho"][:, ids].T
-    coded = np.where(np.isfinite(rho_RK), np.nan_to_num(rho_RK) * 10000, MISSING).round()
-    positions, rate = binned(contents.values["profile_rate"][:, ids])
-    rate_RT = np.nan_to_num(rate.T)
-    top_R = rate_RT.max(axis=1, initial=0.0)
-    levels = rate_RT / np.where(top_R > 0, top_R, 1.0)[:, None]
-    return {
-        "rho": packed(coded.clip(-32768, 32767).astype(np.int16)) | {"missing": MISSING},
-        "rate": packed((levels * 255).round().astype(np.uint8)) | {"missing": None},
-        "rate_scale": plain(top_R, DIGITS),
-        "positions": positions,
-    }
-
-
-def _pairs(analysis: Analysis | None) -> list[dict[str, Any]]:
-    """Redundant pairs and position twins: rows of [first, second, correlation, cosine, lag]."""
-    if analysis is None:
-        return []
-    tensors = analysis.correlation
-    none = tensors["twins"].new_zeros(len(tensors["twins"]))
-    kinds = (
-        ("Redundant with", "pairs", "pair", tensors["pair_lag"]),
-        ("Position twin of", "twins", "twin", none),
-    )
-    found = []
-    for name, pairs, prefix, lag in kinds:
-        columns = zip(
-            tensors[pairs].tolist(),
-            plain(tensors[f"{prefix}_correlation"], DIGITS),
-            plain(tensors[f"{prefix}_cosine"], DIGITS),
-            lag.tolist(),
-            strict=True,
-        )
-        rows = [[i, j, r, cosine, k] for (i, j), r, cosine, k in columns]
-        found.append({"name": name, "rows": rows[:MAX_ROWS]})
-    return found
-
-
-def _fewer_contexts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The first few contexts of every feature: as many as MAX_ACTIVATIONS leaves room for."""
-    totals = (tensors["rows"] > 0).sum(axis=(0, 2)).cumsum()
-    k = max(1, int((totals <= MAX_ACTIVATIONS).sum()))
-    return {name: tensors[name][:, :k] for name in ("context", "position", "value", "rows")}
-
-
-def _lens(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any] | None:
-    """Tokens that a feature raises and lowers: numbers of `vocabulary` [R', k], `row` of R'."""
-    if analysis is None or not analysis.logit_lens:
-        return None
-    tensors = {name: value.numpy() for name, value in analysis.logit_lens.items()}
-    known = np.flatnonzero(np.isin(tensors["features"], ids))
-    row_of = dict(zip(tensors["features"][known].tolist(), range(len(known)), strict=True))
-    both = np.stack([tensors["raised"][known], tensors["lowered"][known]])
-    used, inverse = np.unique(both, return_inverse=True)
-    raised, lowered = inverse.reshape(both.shape).astype(np.int32)
-    return {
-        "row": [row_of.get(i, -1) for i in ids.tolist()],
-        "vocabulary": [analysis.top_tokens["tokens"][str(token)] for token in used.tolist()],
-        "raised": packed(raised),
-        "lowered": packed(lowered),
-    }
-
-
-def _joined(analysis: Analysis, ids_CT: np.ndarray) -> list[list[Any]]:
-    """Where tokens make whole characters together: rows of [context, start, stop, text]."""
-    texts = analysis.top_tokens["tokens"]
-    # An analysis of an older version does not say which bytes its tokens have.
-    parts = {i: bytes.fromhex(part) for i, part in analysis.top_tokens.get("parts", {}).items()}
-    is_part = np.isin(ids_CT, [int(i) for i in parts])
-    found = []
-    for context in np.flatnonzero(is_part.any(axis=1)).tolist():
-        own = [str(token) for token in ids_CT[context].tolist()]
-        row = pieces([texts[i] for i in own], [parts.get(i) for i in own])
-        found += [[context, *piece] for piece in row if piece.stop - piece.start > 1]
-    return found
-
-
-def _top(analysis: Analysis | None, ids: np.ndarray) -> dict[str, Any]:
-    """Top contexts: every context once as numbers of texts, activations sparse in 255ths.
-
-    `joined`: see `_joined`. `count` [R', k] says how many of `at` (position) and `level` belong to
-    each (feature, context).
-    """
-    if analysis is None:
-        return {"top": None, "top_reason": f"Top contexts: {NO_ANALYSIS}.", "top_row": []}
-    tensors = {name: value.numpy() for name, value in analysis.top_contexts.items()}
-    known = np.flatnonzero(np.isin(tensors["features"], ids))
-    row_of = dict(zip(tensors["features"][known].tolist(), range(len(known)), strict=True))
-    tensors |= _fewer_contexts(tensors)
-    rows_RkT = tensors["rows"][known].astype(np.float32)
-    peak_R = tensors["value"][known].max(axis=1, initial=0.0)
-    level_RkT = (rows_RkT / np.where(peak_R > 0, peak_R, 1.0)[:, None, None] * 255).round()
-    # What fired, however weakly, is shown.
-    level_RkT = np.where(rows_RkT > 0, level_RkT.clip(1, 255), 0).astype(np.uint8)
-    used, inverse = np.unique(tensors["ids"], return_inverse=True)
-    texts = analysis.top_tokens["tokens"]
-    joined = _joined(analysis, tensors["ids"])
-    reason = analysis.top_tokens["features_reason"]
-    return {
-        "top_row": [row_of.get(i, -1) for i in ids.tolist()],
-        "top_reason": reason or "It never fired on held-out text.",
-        "top": {
-            "vocabulary": [texts[str(token)] for token in used.tolist()],
-            "joined": joined,
-            "ids": packed(inverse.reshape(tensors["ids"].shape).astype(np.int32)),
-            "valid": packed(tensors["valid"].astype(np.uint8)),
-            "numbers": tensors["number"],
-            "context": packed(tensors["context"][known].astype(np.int32)),
-            "position": packed(tensors["position"][known].astype(np.int32)),
-            "value": packed(tensors["value"][known].astype(np.float32)),
-            "count": packed((level_RkT > 0).sum(axis=2).astype(np.int32)),
-            "at": packed(level_RkT.nonzero()[2].astype(np.uint16)),
-            "level": packed(level_RkT[level_RkT > 0]),
-        },
-    }

@@ -251,7 +251,8 @@ CAPTION = (
     "value. Gain: that part less the part of the baseline's counterpart, the feature with the "
     "nearest decoder direction, one to one (cosine 0.5 at least); one without a counterpart gains "
     "all its part, and what only the baseline has is lost. Gains add up to the change. Layout: "
-    "the share of a feature's activation on line ends, punctuation, headings and names in capitals."
+    "the share of a feature's activation on line ends, punctuation, headings and names in "
+    "capitals; of the embedded plays, dataset=speech is the text without them."
 )
 HEAD = (
     "Feature",

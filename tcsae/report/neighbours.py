@@ -1,46 +1,49 @@
 """The neighbours of a feature: the one with the nearest direction, and those that fire with it.
 
-Shapes: R features shown, K companions of each.
+Shapes: F = d_sae features, D = d_in.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.base.json_numbers import plain
 from tcsae.measure.analysis import Analysis
 
 DIGITS = 3
+AT_ONCE = 2**26
+"""Cosines worked out at a time (256 MB)."""
 
 
-def neighbours(W_dec: Tensor, ids: np.ndarray, analysis: Analysis | None) -> dict[str, Any]:
-    """What the page's script needs, by feature shown.
+@torch.inference_mode()
+def nearest(W_dec: Tensor, features: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The feature, of all, with the largest decoder cosine with each, and that cosine.
 
     Args:
-        W_dec: [d_sae, d_in].
-        ids: numbers of the features shown, [R]; the nearest is looked for among them.
+        W_dec: [F, D].
+        features: numbers of those that it is looked for; None: all.
 
     Returns:
-        nearest: [R] number, null where it is alone; cosine: [R]; together: [R] rows of
-        [number, correlation], most correlated first, [] where the analysis has none.
+        number [F] int32, -1 where it was not looked for or a feature is alone; cosine [F] float32,
+        NaN there.
     """
-    directions = torch.nn.functional.normalize(W_dec[torch.from_numpy(ids)].detach().float(), dim=1)
-    nearest: list[int | None] = [None] * len(ids)
-    cosine: list[float | None] = [None] * len(ids)
-    if len(ids) > 1:
-        cosine_RR = (directions @ directions.T).fill_diagonal_(-2.0)
-        best_R, at_R = cosine_RR.max(1)
-        nearest, cosine = ids[at_R.numpy()].tolist(), plain(best_R, DIGITS)
-    found = _together(analysis)
-    together = [found.get(i, []) for i in ids.tolist()]
-    return {"nearest": nearest, "cosine": cosine, "together": together}
+    directions = torch.nn.functional.normalize(W_dec.detach().float(), dim=1)
+    n_features = len(directions)
+    number_F = torch.full((n_features,), -1, dtype=torch.int32)
+    cosine_F = torch.full((n_features,), torch.nan)
+    wanted = torch.arange(n_features) if features is None else features
+    if n_features > 1:
+        for rows in wanted.split(max(1, AT_ONCE // n_features)):
+            cosine_RF = directions[rows] @ directions.T
+            cosine_RF[torch.arange(len(rows)), rows] = -2.0
+            best_R, at_R = cosine_RF.max(1)
+            number_F[rows], cosine_F[rows] = at_R.int(), best_R
+    return number_F.numpy(), cosine_F.numpy()
 
 
-def _together(analysis: Analysis | None) -> dict[int, list[list[float]]]:
+def together(analysis: Analysis | None) -> dict[int, list[list[float]]]:
+    """By feature, rows of [number, correlation], most correlated first; {} where there are none."""
     tensors = {} if analysis is None else analysis.correlation
     if "together" not in tensors:
         return {}  # an analysis of an older version

@@ -23,7 +23,7 @@ RASTER_ROWS = 30
 DENSE = 0.5
 """Share of the tokens from which on a feature is always on rather than long-lived."""
 MAX_ACTIVATIONS = 1_000_000
-"""That the page holds (3 bytes each); beyond, only those of the raster."""
+"""In a part of a page (5 bytes each); beyond, only those of the raster."""
 NO_PASSAGE = (
     "not there: the analysis is of an older version, or of contexts that it packed (clear the "
     "store's contexts/ and run its command again with rerun=true)"
@@ -78,8 +78,7 @@ class Passage:
     def runs(self) -> list[Run]:
         """The longest run of every feature that is on somewhere, by feature."""
         arrays = self._arrays
-        order = np.lexsort((arrays["at"], arrays["feature"]))
-        feature, at = arrays["feature"][order], arrays["at"][order]
+        feature, at, _ = self._by_feature
         if not len(at):
             return []
         place = np.cumsum(arrays["valid"]) - 1  # among the valid ones
@@ -123,28 +122,43 @@ class Passage:
         mine, theirs = (p._arrays for p in (self, other))
         return all(np.array_equal(mine[name], theirs[name]) for name in ("ids", "valid"))
 
-    def data(self, features: Sequence[int]) -> dict[str, Any]:
-        """For the page's script: the text piece by piece, and what fires of `features`, in 255ths
-        of each one's largest value; `count` says how many activations each has."""
-        arrays = self._arrays
-        wanted = np.asarray(features)
-        kept = np.isin(arrays["feature"], wanted)
-        if kept.sum() > MAX_ACTIVATIONS:
-            kept = np.isin(arrays["feature"], [run.feature for run in self.longest_lived()])
-        row_of = np.full(int(max(wanted.max(initial=0), arrays["feature"].max(initial=0))) + 1, -1)
-        row_of[wanted] = np.arange(len(wanted))
-        row, at = row_of[arrays["feature"][kept]], arrays["at"][kept]
-        value = arrays["value"][kept].astype(np.float32)
-        order = np.lexsort((at, row))
-        row, at, value = row[order], at[order], value[order]
-        peak = np.zeros(len(wanted), dtype=np.float32)
-        np.maximum.at(peak, row, value)
+    def data(self) -> dict[str, Any]:
+        """For the page's script: the text piece by piece, and what fires of the raster."""
+        raster = [run.feature for run in self.longest_lived()]
         return {
             "texts": [piece.text for piece in self.pieces],
             "stops": packed(np.array([p.stop for p in self.pieces], dtype=np.int32)),
-            "valid": packed(arrays["valid"].astype(np.uint8)),
-            "count": packed(np.bincount(row, minlength=len(wanted)).astype(np.int32)),
-            "at": packed(at.astype(np.int32)),
-            "level": packed((value / peak[row] * 255).clip(1, 255).round().astype(np.uint8)),
+            "valid": packed(self._arrays["valid"].astype(np.uint8)),
+            "raster": raster,
+            "own": self.marks(raster),
+        }
+
+    def marks(self, features: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """For the page's script: what fires of `features`, in 255ths of each one's largest value;
+        `count` says how many activations each has."""
+        by_feature, at, value = self._by_feature
+        wanted = np.asarray(features, dtype=np.int64)
+        start = np.searchsorted(by_feature, wanted)
+        count = np.searchsorted(by_feature, wanted, side="right") - start
+        if count.sum() > MAX_ACTIVATIONS:
+            raster = [run.feature for run in self.longest_lived()]
+            count = np.where(np.isin(wanted, raster), count, 0)
+        row = np.repeat(np.arange(len(wanted)), count)
+        place = np.arange(count.sum()) + np.repeat(start - (count.cumsum() - count), count)
+        peak = np.zeros(len(wanted), dtype=np.float32)
+        np.maximum.at(peak, row, value[place])
+        level = (value[place] / peak[row] * 255).clip(1, 255).round()
+        return {
+            "count": packed(count.astype(np.int32)),
+            "at": packed(at[place].astype(np.int32)),
+            "level": packed(level.astype(np.uint8)),
             "peak": plain(peak, 4),
         }
+
+    @cached_property
+    def _by_feature(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(feature, place, value) of every activation, by feature and then by place."""
+        arrays = self._arrays
+        order = np.lexsort((arrays["at"], arrays["feature"]))
+        value = arrays["value"][order].astype(np.float32)
+        return arrays["feature"][order], arrays["at"][order], value

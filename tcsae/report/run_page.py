@@ -22,10 +22,12 @@ from tcsae.base.labels import (
     spread_text,
     window_part,
 )
+from tcsae.base.run_files import FEATURES_FOLDER
 from tcsae.measure.analysis import Analysis
 from tcsae.metrics.truth import flat_truth
 from tcsae.report import meaning, norm_limits, plots, truth
-from tcsae.report.contents import NO_ANALYSIS, Contents, binned, feature_data
+from tcsae.report.contents import NO_ANALYSIS, Contents, binned
+from tcsae.report.feature_table import FeatureTable
 from tcsae.report.memory_figures import memory_figures
 from tcsae.report.origin import origin
 from tcsae.report.page import write_page
@@ -33,6 +35,7 @@ from tcsae.report.passage import NO_PASSAGE, Passage
 from tcsae.report.plots import Curve
 from tcsae.report.rows import row_of
 from tcsae.report.siblings import siblings
+from tcsae.report.side_folder import features_beside
 from tcsae.runs.folder import LoadedRun
 
 if TYPE_CHECKING:
@@ -50,21 +53,22 @@ _POSITION_BOUND = 30
 
 
 def write_run_page(run: LoadedRun, path: Path) -> Path:
-    """The page of a loaded run, into a file."""
+    """The page of a loaded run, into a file; of a large one with a folder of features beside it.
+
+    Whole or not at all: the folder comes first, and an earlier page's goes last.
+    """
     contents = Contents.of(run)
-    return write_page(
-        path,
-        "run.html.j2",
-        run.folder.resolve().name,
-        _context(contents),
-        run_figures(contents),
-        {"features": feature_data(contents), "document": _document_data(contents)},
-    )
-
-
-def _document_data(contents: Contents) -> dict[str, Any] | None:
+    table = FeatureTable(contents)
     passage = Passage.of(contents.analysis)
-    return None if passage is None else passage.data(contents.features_shown().tolist())
+    with features_beside(table, path.with_name(FEATURES_FOLDER)) as features:
+        return write_page(
+            path,
+            "run.html.j2",
+            run.folder.resolve().name,
+            _context(contents) | {"beside": features.get("folder")},
+            run_figures(contents),
+            {"features": features, "document": None if passage is None else passage.data()},
+        )
 
 
 def _document(contents: Contents) -> dict[str, Any] | None:
@@ -72,11 +76,10 @@ def _document(contents: Contents) -> dict[str, Any] | None:
     passage = Passage.of(contents.analysis)
     if passage is None:
         return None
-    shown = set(contents.features_shown().tolist())
-    rows = []
-    for run in passage.longest_lived():
-        if run.feature in shown:
-            rows.append(row_of(passage.strip(run.feature), f"{run.length} in a row"))
+    rows = [
+        row_of(passage.strip(run.feature), f"{run.length} in a row")
+        for run in passage.longest_lived()
+    ]
     return {"n_tokens": len(passage), "n_contexts": passage.n_contexts, "rows": rows}
 
 
@@ -228,7 +231,6 @@ def visible(text: str) -> str:
 
 def _context(contents: Contents) -> dict[str, Any]:
     run, config = contents.run, contents.run.config
-    shown = len(contents.features_shown())
     return {
         "run": run.final_info,
         "model_words": contents.model_words,
@@ -262,8 +264,6 @@ def _context(contents: Contents) -> dict[str, Any]:
         "no_analysis": NO_ANALYSIS,
         "document": _document(contents),
         "no_document": NO_ANALYSIS if contents.analysis is None else NO_PASSAGE,
-        "rows_left_out": config.sae.d_sae - shown,
-        "rows_shown": shown,
         "visible": visible,
     }
 

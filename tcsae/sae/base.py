@@ -199,14 +199,15 @@ class SparseAutoencoder(nn.Module, ABC):
         centred_ND = x_ND - b_dec
         codes = self.training_codes(centred_ND, places)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            error_ND = codes.decoded_ND.float() + self.b_dec - x_ND
-            losses = {"reconstruction": error_ND.square().sum() / places.n_valid}
+            decoded_ND = codes.decoded_ND.float()
+            products = products_for(decoded_ND.device)
+            squared, error_ND = products.squared_error(decoded_ND, self.b_dec, x_ND)
+            losses = {"reconstruction": squared / places.n_valid}
             now = Moment(sparsity_warmup, progress)
             losses |= self.architecture_losses(codes, x_ND, places, now)
         if self.cfg.revival == "auxk":
-            residual_ND = -error_ND.detach()
             seen_ND = centred_ND if codes.input_ND is None else codes.input_ND
-            losses["auxk"] = self.auxk_loss(seen_ND, residual_ND, places, dead_F)
+            losses["auxk"] = self.auxk_loss(seen_ND, error_ND.detach(), places, dead_F)
         return TrainingOutput(codes, x_BTD.shape, b_dec.clone(), losses)
 
     def b_dec_gradient_path(self) -> Tensor:
@@ -222,7 +223,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def auxk_loss(
         self,
         centred_ND: Tensor,
-        residual_ND: Tensor,
+        error_ND: Tensor,
         places: Places,
         dead_F: Tensor | None,
     ) -> Tensor:
@@ -235,12 +236,13 @@ class SparseAutoencoder(nn.Module, ABC):
         above zero in the batch go in as they are, or it would get no gradient.
         """
         if dead_F is None:
-            return residual_ND.new_zeros(())
+            return error_ND.new_zeros(())
         among_J, dead_J = dead_F, None
         if dead_F.dtype == torch.bool:
             among_J, dead_J = products_for(dead_F.device).dead(dead_F)
         if not len(among_J):
-            return residual_ND.new_zeros(())
+            return error_ND.new_zeros(())
+        residual_ND = -error_ND
         rebuilt_ND = self._rebuilt(centred_ND, places, among_J, dead_J)
         with torch.autocast(residual_ND.device.type, enabled=False):
             error = (rebuilt_ND.float() - residual_ND).square().sum() / places.n_valid

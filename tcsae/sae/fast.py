@@ -107,11 +107,12 @@ def sparse_pass(
     """relu of the pre-activations that `select` chooses, and their decoding."""
     dtype, products = products_dtype(centred_ND), products_for(centred_ND.device)
     with torch.no_grad():
-        pre_NF = products.linear(centred_ND.to(dtype), W_enc.T.to(dtype), bias_F.to(dtype))
+        rows_ND = products.to_gather(centred_ND, dtype)
+        pre_NF = products.linear(rows_ND.to(dtype), W_enc.T.to(dtype), bias_F.to(dtype))
         values_M, feature_M, token_M = select(pre_NF)
         values_M = values_M.to(torch.promote_types(dtype, torch.float32)).relu()
         codes = SparseCodes.of(values_M, feature_M, token_M, pre_NF.shape, dtype)
-    codes = codes._replace(values_M=SparseEncode.apply(codes, centred_ND, W_enc, bias_F))
+    codes = codes._replace(values_M=SparseEncode.apply(codes, rows_ND, W_enc, bias_F))
     decoded_ND = SparseDecode.apply(codes.values_M, W_dec, codes)
     return Codes(None, decoded_ND, sparse=codes)
 
@@ -121,20 +122,19 @@ class SparseEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, codes: SparseCodes, centred_ND: Tensor, W_enc: Tensor, bias_F: Tensor
+        ctx: Any, codes: SparseCodes, rows_ND: Tensor, W_enc: Tensor, bias_F: Tensor
     ) -> Tensor:
         ctx.codes = codes
-        products = products_for(centred_ND.device)
-        ctx.save_for_backward(products.to_gather(centred_ND, codes.dtype))
+        ctx.save_for_backward(rows_ND)
         return codes.values_M.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor) -> Any:
-        (centred_ND,) = ctx.saved_tensors
+        (rows_ND,) = ctx.saved_tensors
         grad_M = grad_M * (ctx.codes.values_M > 0)
         products = products_for(grad_M.device)
-        grad_W_DF = products.by_feature(ctx.codes, grad_M, centred_ND).T
+        grad_W_DF = products.by_feature(ctx.codes, grad_M, rows_ND).T
         return None, None, grad_W_DF, products.sums(ctx.codes, grad_M)
 
 

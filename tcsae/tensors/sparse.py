@@ -92,3 +92,12 @@ class SparseCodes(NamedTuple):
         """At how many tokens each feature is above zero, [d_sae] float32."""
         on_M = (self.values_M.detach() > 0).float()
         return on_M.new_zeros(self.d_sae).index_add_(0, self.feature_M, on_M)
+
+
+def split_tokens(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+    """(context, position) of tokens; a division takes several times as long as a shift."""
+    bits = n_positions.bit_length() - 1
+    if n_positions == 1 << bits:
+        return token_M >> bits, token_M & (n_positions - 1)
+    context_M = token_M.div(n_positions, rounding_mode="floor")
+    return context_M, token_M - context_M * n_positions

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from tcsae.config import Config, run_id
 from tcsae.consistency import build_consistency
 from tcsae.data.batches import Batch, Calibration
 from tcsae.products import products_for
+from tcsae.products.penalty import Weights
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.codes import TrainingOutput
 from tcsae.sae.registry import sae_class
@@ -166,6 +168,9 @@ class Member:
         """All that a step does on the device."""
         if isinstance(now, Tensor):
             now = Now(*now.unbind())
+        # A ramp is above 0 from its first step on.
+        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
+        weights = self._weights(valid_BT, segments_BT) if is_temporal else None
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             output = self.forward(
                 x_BTD,
@@ -177,10 +182,11 @@ class Member:
                 generator=generator_for(self.config.seed, "pairs", self.step),
             )
         losses = dict(output.losses)
-        # A ramp is above 0 from its first step on.
-        is_temporal = self.config.lambda_ > 0 and self.config.consistency.form != "none"
-        if is_temporal:
-            losses["consistency"] = now.weight * self._penalty(output, valid_BT, segments_BT)
+        if weights is not None:
+            penalty = self.consistency(
+                features_of(output), segments=segments_BT, valid=valid_BT, weights=weights()
+            )
+            losses["consistency"] = now.weight * penalty
         total = torch.stack(list(losses.values())).sum()
         self._watch(losses, now.step)
         self._update(total, now.lr)
@@ -217,16 +223,15 @@ class Member:
         warmup = ramp(self.step, self.config.steps, min(share, REACHED))
         return warmup * self.controller.multiplier(self.step)
 
-    def _penalty(self, output: TrainingOutput, valid_BT: Tensor, segments_BT: Tensor) -> Tensor:
+    def _weights(self, valid_BT: Tensor, segments_BT: Tensor) -> Callable[[], Weights | None]:
+        """What the temporal loss takes from a batch's masks, made beside the SAE's own pass."""
         generator = None
         if self.config.consistency.shuffle_positions:
             generator = generator_for(self.config.seed, "shuffle", self.step)
-        return self.consistency(
-            features_of(output),
-            segments=segments_BT,
-            valid=valid_BT,
-            generator=generator,
+        make = partial(
+            self.consistency.weights, segments=segments_BT, valid=valid_BT, generator=generator
         )
+        return self.products.aside(valid_BT.device, make)
 
     def _update(self, total: Tensor, lr: float | Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)

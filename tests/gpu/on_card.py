@@ -48,6 +48,11 @@ def test_sums_of_rows(triton: Any, d_sae: int, dtype: torch.dtype) -> None:
     cases.check_rows(triton, "cuda", n=n, d_sae=d_sae, k=32, width=2304, dtype=dtype)
 
 
+@pytest.mark.parametrize("width", [2304, 5000])
+def test_the_error_of_a_reconstruction(triton: Any, width: int) -> None:
+    cases.check_error(triton, "cuda", n=4096, width=width)
+
+
 @pytest.mark.parametrize("positions", [128, 100, 1024])
 def test_the_primitives_of_the_temporal_loss(triton: Any, positions: int) -> None:
     contexts = 2048 // positions

@@ -28,16 +28,41 @@ def rows(tile: int, block: int, warps: int) -> tuple[dict[str, int], int]:
     return {"TILE": tile, "BLOCK": block}, warps
 
 
+POSITIONS = {"POSITIONS": True, "PLACED": False}
 GROUPS = {"GROUP": G.GROUP, "BITS": 16}
 Case = tuple[Any, dict[str, str], tuple[dict[str, Any], int]]
 CASES: dict[str, Case] = {
     "decode": (K.decode_kernel, {"rows": ROW}, rows(*G.DECODE)),
     "sampled": (K.sampled_kernel, {"rows": ROW, "W": ROW}, rows(*G.SAMPLED)),
     "pieces": (K.pieces_kernel, {"rows": ROW, "of_piece": "*i32"}, rows(*G.BY_FEATURE)),
-    "join": (K.join_kernel, {}, ({"BLOCK": G.BY_FEATURE[1]}, G.BY_FEATURE[2])),
+    "join": (K.join_kernel, {"several": "*i32"}, ({"BLOCK": G.BY_FEATURE[1]}, G.BY_FEATURE[2])),
     "sums": (K.sums_kernel, {}, ({"BLOCK": 128}, 1)),
-    "position sums": (K.position_sums_kernel, {}, ({"BLOCK": 16, "PLACES": 128}, 1)),
-    "smooth": (K.smooth_kernel, {"feature": "*i32"}, ({"PER_CONTEXT": True, "BLOCK": 64}, 2)),
+    "sums of the penalty": (
+        K.penalty_sums_kernel,
+        {},
+        (POSITIONS | {"BLOCK": 16, "PLACES": 128}, 1),
+    ),
+    "sums, long contexts": (
+        K.penalty_sums_kernel,
+        {},
+        (POSITIONS | {"BLOCK": 2, "PLACES": 1024}, 1),
+    ),
+    "gradient of the penalty": (
+        K.penalty_gradient_kernel,
+        {"feature": "*i32"},
+        (POSITIONS | {"BLOCK": 256}, 4),
+    ),
+    "smooth": (
+        K.smooth_kernel,
+        {"feature": "*i32"},
+        ({"PER_CONTEXT": True, "BLOCK": G.SMOOTH[0]}, G.SMOOTH[1]),
+    ),
+    "smooth by counts": (
+        K.smooth_by_counts_kernel,
+        {"feature": "*i32", "windows": LONG},
+        (POSITIONS | {"PER_CONTEXT": True, "BLOCK": G.SMOOTH[0]}, G.SMOOTH[1]),
+    ),
+    "error": (K.error_kernel, {}, ({"BLOCK": 4096}, 8)),
     "groups of 16,384": (K.groups_kernel, {"pre": ROW}, (GROUPS | {"GROUPS": 2048}, 8)),
     "groups of 65,536": (K.groups_kernel, {"pre": ROW}, (GROUPS | {"GROUPS": 8192}, 8)),
     "top k": (K.top_k_kernel, {"pre": ROW}, (GROUPS | {"KS": 64}, 4)),
@@ -45,8 +70,8 @@ CASES: dict[str, Case] = {
     "update of rows": (K.update_rows_kernel, {}, ({"BLOCK": 4096}, 8)),
     "update of long rows": (K.update_rows_kernel, {}, ({"BLOCK": 8192}, 16)),
 }
-INDICES = ("index", "start", "token", "position", "first_piece", "first_part", "order")
-NUMBERS = ("N", "M", "F", "D", "T", "S", "k", "n_groups")
+INDICES = ("index", "start", "token", "position", "first_piece", "first_part", "order", "place")
+NUMBERS = ("window", "N", "M", "F", "D", "T", "S", "k", "n_groups")
 
 
 def signature(kernel: Any, given: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:

@@ -61,6 +61,21 @@ def check_rows(
         assert error(found, wanted) < 2e-6
 
 
+def check_error(products: Plain, device: str, *, n: int, width: int) -> None:
+    """The reconstruction's error, the sum of its squares, and their gradients."""
+    generator = torch.Generator().manual_seed(7)
+    decoded_ND, x_ND = torch.randn(2, n, width, generator=generator).to(device)
+    bias_D = torch.randn(width, generator=generator).to(device)
+    found = []
+    for of, dtype in ((products, torch.float32), (Plain(), torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (decoded_ND, bias_D)]
+        squared, error_ND = of.squared_error(*leaves, x_ND.to(dtype))
+        (3 * squared).backward()
+        found.append([squared.detach(), error_ND.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, wanted in zip(*found, strict=True):
+        assert error(ours, wanted) < 1e-6
+
+
 def check_penalty(
     products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
 ) -> None:
@@ -144,17 +159,19 @@ def check_update(products: Plain, device: str, *, d_sae: int, width: int) -> Non
     assert error(moments[0][1], moments[1][1]) < 1e-5
 
 
-def penalties() -> Iterator[tuple[str, Any, bool]]:
+def penalties() -> Iterator[tuple[str, Any, bool, float]]:
     for form in ("scale_free", "slow", "window_variance"):
         for window in (4, "document"):
             for shuffle in (False, True):
-                yield form, window, shuffle
+                yield form, window, shuffle, 1.0
+        yield form, 4, False, 0.0
 
 
 def check_whole_penalty(
     products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
 ) -> None:
-    """Value and gradient of every form with its position term, against autograd's dense float64."""
+    """Value and gradient of every form, with its position term and without, against autograd's
+    dense float64."""
     from tcsae.products import BY_DEVICE
 
     codes = sparse_codes(products, contexts * positions, d_sae, k, device)
@@ -162,8 +179,8 @@ def check_whole_penalty(
     valid = (torch.rand(contexts, positions, generator=generator) < 0.95).to(device)
     segments = (torch.rand(contexts, positions, generator=generator) < 0.1).cumsum(1).to(device)
     values_M = codes.values_M * valid.flatten()[codes.token_M]
-    for form, window, shuffle in penalties():
-        loss = Consistency(form, window, shuffle_positions=shuffle, position_weight=1.0).to(device)
+    for form, window, shuffle, beta in penalties():
+        loss = Consistency(form, window, shuffle_positions=shuffle, position_weight=beta)
         found = []
         for wide in (False, True):
             v_M = values_M.double().requires_grad_() if wide else values_M.clone().requires_grad_()
@@ -176,8 +193,8 @@ def check_whole_penalty(
                 )  # fmt: skip
                 value.backward()
             found += [value.detach(), v_M.grad]
-        assert error(found[0], found[2]) < 1e-5, (form, window, shuffle)
-        assert error(found[1], found[3]) < 1e-4, (form, window, shuffle)
+        assert error(found[0], found[2]) < 1e-5, (form, window, shuffle, beta)
+        assert error(found[1], found[3]) < 1e-4, (form, window, shuffle, beta)
 
 
 class _by:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tcsae.report import contents as module
-from tcsae.report.contents import Contents, binned, feature_data
+from tcsae.report.contents import Contents, binned
 from tcsae.report.runs import flat
 from tcsae.runs.folder import load_run
-
-
-def unpacked(code: dict[str, Any]) -> np.ndarray:
-    """What page.js does."""
-    flat_values = np.frombuffer(base64.b64decode(code["data"]), dtype=np.dtype(code["dtype"]))
-    return flat_values.reshape(code["shape"])
 
 
 @pytest.fixture(scope="module")
@@ -48,70 +39,6 @@ def test_bins_are_means_over_their_positions(profile: np.ndarray, n_bins: int) -
             known = [v for v in profile[start:end, column] if v == v]
             want = sum(known) / len(known) if known else np.nan
             assert found[i, column] == pytest.approx(want, nan_ok=True)
-
-
-def test_every_scalar_of_every_feature_is_in_the_table(contents: Contents) -> None:
-    data = feature_data(contents)
-    assert data["ids"].tolist() == list(range(96))
-    for name in ("rho_1", "density", "C_4", "omega_squared"):
-        want = contents.values[name]
-        found = np.array([np.nan if v is None else v for v in data["values"][name]])
-        np.testing.assert_allclose(found, want, rtol=1e-3)
-    cluster = contents.analysis.specialization["features"]["cluster"]
-    assert data["cluster"] == cluster
-    keys = {column["key"] for column in data["columns"]}
-    assert keys == {"id", "tokens", "cluster", *data["values"]}
-
-
-def test_curves_come_back_within_their_rounding(contents: Contents) -> None:
-    curves = feature_data(contents)["curves"]
-    rho = unpacked(curves["rho"]).astype(float)
-    rho[rho == curves["rho"]["missing"]] = np.nan
-    np.testing.assert_allclose(rho.T / 10000, contents.values["rho"], atol=6e-5)
-    rate = unpacked(curves["rate"]).T / 255 * np.array(curves["rate_scale"])
-    np.testing.assert_allclose(rate, np.nan_to_num(contents.values["profile_rate"]), atol=0.003)
-
-
-def test_top_contexts_come_back_within_their_rounding(contents: Contents) -> None:
-    data = feature_data(contents)
-    top = data["top"]
-    counts, at = unpacked(top["count"]), unpacked(top["at"])
-    level, value = unpacked(top["level"]), unpacked(top["value"])
-    tensors = contents.analysis.top_contexts
-    rows = tensors["rows"].float().numpy()
-    found = np.zeros_like(rows)
-    start = 0
-    for s, k in np.ndindex(counts.shape):
-        part = slice(start, start + counts[s, k])
-        found[s, k, at[part]] = level[part] / 255 * value[s, 0]
-        start += counts[s, k]
-    assert start == len(at) == (rows > 0).sum()
-    np.testing.assert_allclose(found, rows, atol=value.max() / 255)
-    texts = [top["vocabulary"][i] for i in unpacked(top["ids"])[0]]
-    tokens = contents.analysis.top_tokens["tokens"]
-    assert texts == [tokens[str(i)] for i in tensors["ids"][0].tolist()]
-    assert data["top_row"] == list(range(96))
-
-
-def test_with_many_features_those_with_the_most_energy_are_shown(
-    contents: Contents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_ROWS", 10)
-    data = feature_data(contents)
-    energy = contents.values["c0"]
-    assert set(data["ids"].tolist()) == set(np.argsort(-energy)[:10].tolist())
-    assert unpacked(data["top"]["context"]).shape[0] == 10
-    own = data["top_row"][3]
-    peak = contents.analysis.top_contexts["value"][data["ids"][3], 0]
-    assert unpacked(data["top"]["value"])[own, 0] == pytest.approx(float(peak))
-
-
-def test_with_many_activations_fewer_contexts_are_shown(
-    contents: Contents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = contents.analysis.top_contexts["rows"]
-    monkeypatch.setattr(module, "MAX_ACTIVATIONS", int((rows[:, :2] > 0).sum()))
-    assert unpacked(feature_data(contents)["top"]["context"]).shape == (96, 2)
 
 
 def test_the_loss_s_own_window_comes_first(contents: Contents) -> None:

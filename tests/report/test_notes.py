@@ -277,6 +277,11 @@ def test_notes_and_page_say_how_many_of_the_most_consistent_features_are_layout(
     assert layout["n_features"] == int((shares > 0.5).sum())
     assert 0 < layout["token_share"] < 1 and 0 <= layout["energy_share"] <= 1
     assert said in " ".join(run_notes(run).split())
+    assert "dataset=speech" not in said  # that is for the embedded plays
+    plays = run.config.dataset.model_copy(update={"source": "wheel"})
+    config = run.config.model_copy(update={"dataset": plays})
+    on_plays = dataclasses.replace(contents, run=dataclasses.replace(run, config=config))
+    assert "dataset=speech is the same plays without them" in on_plays.layout_words()
     older = dataclasses.replace(contents, values={**contents.values})
     del older.values["layout_share"]
     assert older.layout_words() == ""

@@ -187,7 +187,10 @@ def test_the_trainers_penalty_gives_the_features_its_gradient(
             dead_F=None,
             segments_BT=batch.segments,
         )
-        penalty = member._penalty(output, batch.valid, batch.segments)
+        weights = member._weights(batch.valid, batch.segments)()
+        penalty = member.consistency(
+            output.features, segments=batch.segments, valid=batch.valid, weights=weights
+        )
         slopes.append(torch.autograd.grad(penalty, output.codes.features_NF)[0])
     assert slopes[0].count_nonzero() > 100
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)

@@ -32,9 +32,25 @@
       int32: Int32Array, float32: Float32Array,
     };
     const text = atob(array.data);
+    if (array.dtype === "float24") {  // float32 without its lowest byte
+      const wide = new Uint8Array(text.length / 3 * 4);
+      for (let i = 0, to = 1; i < text.length; to++)
+        for (const end = i + 3; i < end; i++) wide[to++] = text.charCodeAt(i);
+      return new Float32Array(wide.buffer);
+    }
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     return new kinds[array.dtype](bytes.buffer);
+  }
+
+  /** What a packed array holds, unpacked when it is first asked for. */
+  const held = (array) => array.held ??= unpacked(array);
+
+  /** Where the entries of each begin, of how many each has. */
+  function starts(counts) {
+    const start = new Int32Array(counts.length + 1);
+    for (let i = 0; i < counts.length; i++) start[i + 1] = start[i] + counts[i];
+    return start;
   }
 
   // ---------------------------------------------------------------- figures
@@ -100,15 +116,78 @@
     document.body.dataset.drawn = "all";
   }
 
+  // ---------------------------------------------------------------- the features
+
+  /** Of one feature, what every feature has: these come with the page. A feature is its number. */
+  const all = data.features;
+
+  function valueOf(key, feature) {
+    const value = held(all.values[key])[feature];
+    return Number.isNaN(value) ? null : value;
+  }
+
+  function tokensOf(feature) {
+    const { count, at, vocabulary } = all.tokens;
+    all.tokens.start ??= starts(held(count));
+    const { start } = all.tokens;
+    return Array.from(held(at).subarray(start[feature], start[feature + 1]), (i) => vocabulary[i]);
+  }
+
+  const isLive = (feature) => held(all.live)[feature] > 0;
+
+  function clusterName(feature) {
+    const cluster = held(all.cluster)[feature];
+    return cluster < 0 ? "" : `cluster ${cluster} · ${all.cluster_names[cluster] ?? ""}`;
+  }
+
+  // The rest comes in parts: one part with a small page, else scripts in a folder beside it, which
+  // a page that is opened as a file may load.
+
+  const KEPT = 24;  // parts
+  const parts = new Map(), coming = new Map();
+  window.tcsaeFeatures = (name, content) => parts.set(name, content);
+
+  const partName = (feature) => String(Math.floor(feature / all.part_size)).padStart(4, "0");
+
+  /** The part of a feature; undefined: it is not there yet. */
+  const partOf = (feature) => all.part ?? parts.get(partName(feature));
+
+  /** A file of the folder, or an error that says what is wrong. */
+  function loaded(name) {
+    if (parts.has(name)) return Promise.resolve(parts.get(name));
+    if (!coming.has(name)) {
+      coming.set(name, new Promise((resolve, reject) => {
+        const script = element("script", { src: `${all.folder}/${name}.js` });
+        const ended = () => {
+          script.remove();
+          coming.delete(name);
+          if (parts.has(name)) resolve(parts.get(name));
+          else reject(new Error(`${all.folder}/${name}.js is not beside this page, or damaged: ` +
+            "the folder belongs to the page and is copied with it"));
+        };
+        script.addEventListener("load", ended);
+        script.addEventListener("error", ended);
+        document.head.append(script);
+      }));
+    }
+    return coming.get(name);
+  }
+
+  async function loadedPart(feature) {
+    const part = await loaded(partName(feature));
+    const names = [...parts.keys()].filter((name) => name !== WORDS);
+    for (const name of names.slice(0, -KEPT)) parts.delete(name);
+    return part;
+  }
+
   // ---------------------------------------------------------------- the table of features
 
   const CHUNK = 100;
   let order = [], shown = 0, sortKey = null, descending = true;
 
   function tableOfFeatures() {
-    const { columns } = data.features;
     const head = byId("features-head");
-    for (const column of columns) {
+    for (const column of all.columns) {
       const button = element("button", { className: "sort", type: "button",
         textContent: column.name, title: column.meaning });
       button.addEventListener("click", () => sortBy(column.key));
@@ -126,24 +205,10 @@
       const row = event.target.closest("tr");
       if (row) openFeature(Number(row.dataset.feature));
     });
-    sortBy(data.features.first_sort);
+    sortBy(all.first_sort);
   }
 
-  const column = (key) => data.features.columns.find((c) => c.key === key);
-
-  function haystack(row) {
-    const f = data.features;
-    f.haystacks ??= new Array(f.ids.length);
-    f.haystacks[row] ??= [f.ids[row], clusterName(row), ...(f.tokens[row] ?? [])]
-      .join(" ").toLowerCase();
-    return f.haystacks[row];
-  }
-
-  function clusterName(row) {
-    const cluster = data.features.cluster[row];
-    if (cluster === null || cluster < 0) return "";
-    return `cluster ${cluster} · ${data.features.cluster_names[cluster] ?? ""}`;
-  }
+  const column = (key) => all.columns.find((c) => c.key === key);
 
   function sortBy(key) {
     descending = key === sortKey ? !descending : !(column(key).text || key === "id");
@@ -157,24 +222,28 @@
     filter();
   }
 
-  function sortValue(row) {
-    const f = data.features;
-    if (sortKey === "id") return f.ids[row];
-    if (sortKey === "cluster") return f.cluster[row] < 0 ? null : f.cluster[row];
-    if (sortKey === "tokens") return f.tokens[row]?.[0]?.trim().toLowerCase() || null;
-    return f.values[sortKey][row];
+  function sortValue(feature) {
+    if (sortKey === "id") return feature;
+    if (sortKey === "cluster") {
+      const cluster = held(all.cluster)[feature];
+      return cluster < 0 ? null : cluster;
+    }
+    if (sortKey === "tokens") return tokensOf(feature)[0]?.trim().toLowerCase() || null;
+    return valueOf(sortKey, feature);
   }
+
+  // ---------------------------------------------------------------- the search
 
   const CONDITION = /([^\s<>=]+)\s*(<=|>=|<|>|=)\s*(-?\d*\.?\d+(?:e[+-]?\d+)?)(?=\s|$)/gi;
   const holds = {
-    "<": (x, y) => x < y, ">": (x, y) => x > y, "=": (x, y) => x === y,
+    "<": (x, y) => x < y, ">": (x, y) => x > y, "=": (x, y) => Number(x.toPrecision(4)) === y,
     "<=": (x, y) => x <= y, ">=": (x, y) => x >= y,
   };
   const plainName = (text) => text.toLowerCase().replaceAll("²", "2").replace(/[^a-z0-9]/g, "");
 
   /** The key of the column that a condition names: its key or heading, or C, L, D for a window's. */
   function columnNamed(name) {
-    const keys = data.features.columns.filter((c) => !c.text || c.key === "id");
+    const keys = all.columns.filter((c) => !c.text || c.key === "id");
     const wanted = plainName(name);
     return (keys.find((c) => plainName(c.key) === wanted || plainName(c.name) === wanted) ??
       keys.find((c) => /^[CLD]_\d+$/.test(c.key) && plainName(c.key[0]) === wanted))?.key;
@@ -192,31 +261,96 @@
     return { conditions, unknown, wanted: left.trim().replace(/\s+/g, " ").toLowerCase() };
   }
 
-  function meets(row, { key, holds, value }) {
-    const own = key === "id" ? data.features.ids[row] : data.features.values[key][row];
+  function meets(feature, { key, holds, value }) {
+    const own = key === "id" ? feature : valueOf(key, feature);
     return own !== null && holds(own, value);
   }
 
-  function filter() {
-    const { conditions, unknown, wanted } = asked(byId("features-search").value);
-    const keys = data.features.ids.map((_, row) => sortValue(row));
-    order = [...data.features.ids.keys()].filter((row) =>
-      conditions.every((condition) => meets(row, condition))).filter((row) =>
-      !wanted || (/^\d+$/.test(wanted) && data.features.ids[row] === Number(wanted)) ||
-      haystack(row).includes(wanted));
-    const sign = descending ? -1 : 1;
-    order.sort((a, b) => {
-      const [x, y] = [keys[a], keys[b]];
-      if (x === null || y === null) return (x === null) - (y === null);
-      return sign * (x < y ? -1 : x > y ? 1 : 0) || a - b;
+  let haystacks = [];
+
+  /** What the page itself says of a feature in words. */
+  const haystack = (feature) => haystacks[feature] ??=
+    [feature, clusterName(feature), ...tokensOf(feature)].join(" ").toLowerCase();
+
+  const WORDS = "words";
+  let around = null;  // feature -> the text around its peaks, when it was first asked for
+  let unread = "";  // why there is none
+
+  /** Whether a search looks into the contexts: not for a number, nor for a single letter. */
+  const isWord = (wanted) => !/^\d*$/.test(wanted) && (wanted.length > 1 || wanted > "\u02ff");
+
+  /** The text around the peaks of every feature that has contexts; a promise while it is read. */
+  function textAround() {
+    if (around) return around;
+    if (all.part) around = all.part.top ? ofTheContexts(all.part) : new Map();
+    else if (!all.has_words) around = new Map();
+    else return loaded(WORDS).then((words) => {
+      parts.delete(WORDS);
+      return around ??= ofTheWords(words);
     });
-    byId("features-count").textContent =
-      `${order.length.toLocaleString("en")} of ${data.features.ids.length.toLocaleString("en")} features` +
-      unknown.map((name) => `; there is no column ${name}`).join("");
+    return around;
+  }
+
+  function ofTheWords({ features, vocabulary, ids }) {
+    const numbers = held(ids), length = ids.shape[1];
+    return new Map(Array.from(held(features), (feature, row) => [feature,
+      Array.from(numbers.subarray(row * length, (row + 1) * length), (i) => vocabulary[i])
+        .join("").toLowerCase()]));
+  }
+
+  function ofTheContexts(part) {
+    const top = topContexts(part), k = top.context.shape[1], found = new Map();
+    part.top.row.forEach((own, i) => {
+      const entries = own < 0 ? [] : Array.from({ length: k }, (_, n) => own * k + n);
+      const texts = entries.filter((entry) => held(top.context)[entry] >= 0).map((entry) => {
+        const [from, to] = nearPeak(top, entry);
+        return piecesOf(top, held(top.context)[entry], from, to).map(({ text }) => text).join("");
+      });
+      found.set(part.first + i, texts.join("\n").toLowerCase());
+    });
+    return found;
+  }
+
+  function filter() {
+    const typed = byId("features-search").value;
+    const { conditions, unknown, wanted } = asked(typed);
+    const numbers = Array.from({ length: all.n }, (_, feature) => feature)
+      .filter((feature) => conditions.every((condition) => meets(feature, condition)));
+    const said = unknown.map((name) => `there is no column ${name}`);
+    const texts = wanted && isWord(wanted) ? textAround() : new Map();
+    if (texts instanceof Promise) {
+      said.push("reading the words of the contexts ...");
+      texts.catch((error) => { [around, unread] = [new Map(), error.message]; })
+        .then(() => { if (byId("features-search").value === typed) filter(); });
+    } else if (unread && isWord(wanted)) {
+      said.push(unread);
+    }
+    const named = (feature) => !wanted || haystack(feature).includes(wanted);
+    order = inOrder(numbers.filter(named));
+    if (texts instanceof Map && texts.size) {
+      const near = numbers.filter((feature) => texts.get(feature)?.includes(wanted) &&
+        !named(feature));
+      if (near.length) said.push(`${near.length.toLocaleString("en")} of them by their contexts`);
+      order.push(...inOrder(near));
+    }
+    byId("features-count").textContent = [`${order.length.toLocaleString("en")} of ` +
+      `${all.n.toLocaleString("en")} features`, ...said].join("; ");
     byId("features-body").replaceChildren();
     byId("features-rows").scrollTop = 0;
     shown = 0;
     moreRows();
+  }
+
+  /** Features sorted by the column chosen; those without a value last. */
+  function inOrder(features) {
+    const sign = descending ? -1 : 1;
+    const keyed = features.map((feature) => ({ feature, key: sortValue(feature) }));
+    keyed.sort((a, b) => {
+      if (a.key === null || b.key === null)
+        return (a.key === null) - (b.key === null) || a.feature - b.feature;
+      return sign * (a.key < b.key ? -1 : a.key > b.key ? 1 : 0) || a.feature - b.feature;
+    });
+    return keyed.map(({ feature }) => feature);
   }
 
   function moreRows() {
@@ -226,27 +360,26 @@
   }
 
   function tokenList(tokens) {
-    return (tokens ?? []).map((text) => element("span", { className: "token" }, visible(text)));
+    return tokens.map((text) => element("span", { className: "token" }, visible(text)));
   }
 
   /** Text of a token with its white space shown. */
   const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·");
 
-  function tableRow(row) {
-    const f = data.features;
+  function tableRow(feature) {
     const line = element("tr");
-    line.dataset.feature = f.ids[row];
-    if (!f.live[row]) line.className = "dead";
-    for (const { key } of f.columns) {
+    line.dataset.feature = feature;
+    if (!isLive(feature)) line.className = "dead";
+    for (const { key } of all.columns) {
       if (key === "id") {
         line.append(element("td", {}, element("button",
-          { className: "link", type: "button" }, String(f.ids[row]))));
+          { className: "link", type: "button" }, String(feature))));
       } else if (key === "tokens") {
-        line.append(element("td", { className: "text tokens" }, ...tokenList(f.tokens[row])));
+        line.append(element("td", { className: "text tokens" }, ...tokenList(tokensOf(feature))));
       } else if (key === "cluster") {
-        line.append(element("td", { className: "text tokens" }, clusterName(row)));
+        line.append(element("td", { className: "text tokens" }, clusterName(feature)));
       } else {
-        line.append(element("td", {}, number(f.values[key][row])));
+        line.append(element("td", {}, number(valueOf(key, feature))));
       }
     }
     return line;
@@ -257,54 +390,71 @@
   let current = null;
 
   function openFeature(feature) {
-    const row = data.features.ids.indexOf(feature);
-    if (row < 0) return;
-    current = row;
+    if (!(feature < all.n)) return;
+    current = feature;
     const dialog = byId("feature");
     byId("feature-title").textContent = `Feature ${feature}` +
-      (data.features.live[row] ? "" : " (never fired)");
-    byId("feature-cluster").textContent = clusterName(row);
-    byId("feature-tokens").replaceChildren(...tokenList(data.features.tokens[row]));
-    byId("feature-facts").replaceChildren(...data.features.columns
-      .filter(({ key }) => key in data.features.values)
+      (isLive(feature) ? "" : " (never fired)");
+    byId("feature-cluster").textContent = clusterName(feature);
+    byId("feature-tokens").replaceChildren(...tokenList(tokensOf(feature)));
+    byId("feature-facts").replaceChildren(...all.columns
+      .filter(({ key }) => key in all.values)
       .map(({ key, name, meaning }) => element("div", { title: meaning },
-        element("span", {}, name), element("span", {}, number(data.features.values[key][row])))));
-    byId("feature-lens").replaceChildren(...logitLens(row));
-    byId("feature-partners").replaceChildren(...partners(feature));
-    byId("feature-contexts").replaceChildren(...contexts(row));
-    byId("feature-document").replaceChildren(...alongDocument(row));
+        element("span", {}, name), element("span", {}, number(valueOf(key, feature))))));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
     history.replaceState(null, "", `#feature-${feature}`);
-    drawFeature(row);
+    const part = partOf(feature);
+    if (part) fillFeature(part, feature);
+    else waitForFeature(feature);
+  }
+
+  /** What its part has of a feature. */
+  function fillFeature(part, feature) {
+    byId("feature").classList.remove("waiting");
+    byId("feature-lens").replaceChildren(...logitLens(part, feature));
+    byId("feature-partners").replaceChildren(...partners(part, feature));
+    byId("feature-contexts").replaceChildren(...contexts(part, feature));
+    byId("feature-document").replaceChildren(...alongDocument(part, feature));
+    drawFeature(part, feature);
+  }
+
+  function waitForFeature(feature) {
+    byId("feature").classList.add("waiting");
+    for (const name of ["lens", "partners", "document"]) byId(`feature-${name}`).replaceChildren();
+    const say = (text, className) =>
+      byId("feature-contexts").replaceChildren(element("p", { className }, text));
+    say("reading ...", "");
+    loadedPart(feature).then((part) => { if (feature === current) fillFeature(part, feature); },
+      (error) => { if (feature === current) say(error.message, "missing"); });
   }
 
   function step(by) {
     const at = order.indexOf(current) + by;
-    if (at >= 0 && at < order.length) openFeature(data.features.ids[order[at]]);
+    if (at >= 0 && at < order.length) openFeature(order[at]);
   }
 
-  function drawFeature(row) {
-    const curves = data.features.curves;
-    const slice = (packedCurve, scale) => {
-      packedCurve.values ??= unpacked(packedCurve);
-      const n = packedCurve.shape[1];
-      return Array.from(packedCurve.values.subarray(row * n, (row + 1) * n), (v) =>
-        v === packedCurve.missing ? null : v * scale);
+  function drawFeature(part, feature) {
+    const { rho: coded, rate: levels, rate_scale: scales } = part.curves;
+    const own = feature - part.first;
+    const slice = (curve, scale) => {
+      const n = curve.shape[1];
+      return Array.from(held(curve).subarray(own * n, (own + 1) * n), (v) =>
+        v === curve.missing ? null : v * scale);
     };
     const axis = (title) => ({ title: { text: title } });
     const margin = { l: 55, r: 10, t: 10, b: 45 };
     const clear = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
-    const rho = slice(curves.rho, 1 / 10000);
+    const rho = slice(coded, 1 / 10000);
     draw(byId("feature-rho"), {
       data: [{ x: rho.map((_, k) => k).slice(1), y: rho.slice(1), mode: "lines+markers",
         line: { color: "#0072B2" }, marker: { size: 4 }, hovertemplate: "lag %{x}: %{y:.3f}<extra></extra>" }],
       layout: { height: 220, margin, ...clear, xaxis: axis("lag, tokens"),
         yaxis: { ...axis("rho"), zeroline: true } },
     });
-    const rate = slice(curves.rate, curves.rate_scale[row] / 255);
+    const rate = slice(levels, scales[own] / 255);
     draw(byId("feature-profile"), {
-      data: [{ x: curves.positions, y: rate, mode: "lines", fill: "tozeroy",
+      data: [{ x: all.positions, y: rate, mode: "lines", fill: "tozeroy",
         line: { color: "#009E73" }, hovertemplate: "position %{x}: %{y:.3g}<extra></extra>" }],
       layout: { height: 220, margin, ...clear, xaxis: axis("position"),
         yaxis: { ...axis("firing rate"), rangemode: "tozero" } },
@@ -317,35 +467,30 @@
     return button;
   }
 
-  function logitLens(row) {
-    const lens = data.features.lens;
-    const at = lens ? lens.row[row] : -1;
+  function logitLens(part, feature) {
+    const { lens } = part;
+    const at = lens ? lens.row[feature - part.first] : -1;
     if (at < 0) return [];
     return [["raised", "Raises"], ["lowered", "Lowers"]].map(([name, said]) => {
-      lens[name].values ??= unpacked(lens[name]);
       const k = lens[name].shape[1];
-      const of = Array.from(lens[name].values.subarray(at * k, (at + 1) * k));
+      const of = Array.from(held(lens[name]).subarray(at * k, (at + 1) * k));
       return element("p", { title: "logits of the next token, by the feature's direction alone" },
         `${said}: `, ...tokenList(of.map((i) => lens.vocabulary[i])));
     });
   }
 
-  function partners(feature) {
-    const lines = [];
-    const row = data.features.ids.indexOf(feature);
-    const { nearest, cosine, together } = data.features.neighbours;
-    const said = (other) => {
-      const tokens = data.features.tokens[data.features.ids.indexOf(other)] ?? [];
-      return [featureLink(other), " ", ...tokenList(tokens)];
-    };
-    if (nearest[row] !== null) {
-      lines.push(element("p", {}, "Nearest direction: feature ", ...said(nearest[row]),
-        ` (decoder cosine ${number(cosine[row])})`));
+  function partners(part, feature) {
+    const lines = [], own = feature - part.first;
+    const said = (other) => [featureLink(other), " ", ...tokenList(tokensOf(other))];
+    const nearest = held(part.nearest)[own];
+    if (nearest >= 0) {
+      lines.push(element("p", {}, "Nearest direction: feature ", ...said(nearest),
+        ` (decoder cosine ${number(held(part.cosine)[own])})`));
     }
-    for (const [other, r] of together[row].filter(([o]) => data.features.ids.includes(o))) {
+    for (const [other, r] of part.together[own]) {
       lines.push(element("p", {}, "Fires with: feature ", ...said(other), ` (correlation ${number(r)})`));
     }
-    for (const kind of data.features.pairs) {
+    for (const kind of part.pairs) {
       for (const [first, second, correlation, cosine, lag] of kind.rows) {
         if (first !== feature && second !== feature) continue;
         const other = first === feature ? second : first;
@@ -360,16 +505,10 @@
 
   // ---------------------------------------------------------------- its top contexts
 
-  const AROUND = 24;
-
-  function topContexts() {
-    const top = data.features.top;
+  function topContexts(part) {
+    const { top } = part;
     if (top && !top.start) {
-      for (const name of ["ids", "valid", "context", "position", "value", "count", "at", "level"])
-        top[name].values = unpacked(top[name]);
-      const counts = top.count.values;
-      top.start = new Int32Array(counts.length + 1);
-      for (let i = 0; i < counts.length; i++) top.start[i + 1] = top.start[i] + counts[i];
+      top.start = starts(held(top.count));
       top.whole = new Map();  // context -> place -> the piece of several tokens that holds it
       for (const [context, from, to, text] of top.joined) {
         if (!top.whole.has(context)) top.whole.set(context, new Map());
@@ -379,43 +518,55 @@
     return top;
   }
 
-  function contexts(row) {
-    const top = topContexts();
-    if (!top) return [element("p", { className: "missing" }, data.features.top_reason)];
+  /** From where to where a context is shown at first. */
+  function nearPeak(top, entry) {
+    const peak = held(top.position)[entry];
+    return [Math.max(0, peak - all.around), Math.min(top.ids.shape[1], peak + all.around + 1)];
+  }
+
+  /** The pieces of a context from one place to another, whole characters each: {from, to, text}. */
+  function piecesOf(top, context, from, to) {
+    const found = [], whole = top.whole.get(context), start = context * top.ids.shape[1];
+    let at = whole?.get(from)?.from ?? from;
+    while (at < to) {
+      const piece = whole?.get(at) ??
+        { from: at, to: at + 1, text: top.vocabulary[held(top.ids)[start + at]] };
+      found.push(piece);
+      at = piece.to;
+    }
+    return found;
+  }
+
+  function contexts(part, feature) {
+    const top = topContexts(part);
+    const own = top ? top.row[feature - part.first] : -1;
+    if (own < 0) return [element("p", { className: "missing" }, all.top_reason)];
     const k = top.context.shape[1], found = [];
-    const own = data.features.top_row[row];
-    if (own < 0) return [element("p", { className: "missing" }, data.features.top_reason)];
     for (let i = own * k; i < (own + 1) * k; i++)
-      if (top.context.values[i] >= 0) found.push(contextBlock(top, i));
+      if (held(top.context)[i] >= 0) found.push(contextBlock(top, i));
     return found.length ? found : [element("p", {}, "It never fired on held-out text.")];
   }
 
   function contextBlock(top, entry) {
-    const length = top.ids.shape[1], context = top.context.values[entry];
-    const peak = top.position.values[entry], value = top.value.values[entry];
-    const k = top.context.shape[1], largest = top.value.values[entry - entry % k];
+    const length = top.ids.shape[1], context = held(top.context)[entry];
+    const peak = held(top.position)[entry], value = held(top.value)[entry];
+    const k = top.context.shape[1], largest = held(top.value)[entry - entry % k];
     const level = new Float32Array(length);
     for (let i = top.start[entry]; i < top.start[entry + 1]; i++)
-      level[top.at.values[i]] = top.level.values[i] / 255;
+      level[held(top.at)[i]] = held(top.level)[i] / 255;
     const text = element("div", { className: "context-text", dir: "auto" });
     const fill = (from, to) => {
-      const spans = [];
-      let at = top.whole.get(context)?.get(from)?.from ?? from;
-      while (at < to) {
-        const piece = top.whole.get(context)?.get(at) ?? { from: at, to: at + 1 };
-        spans.push(pieceSpan(top, context, piece, level, largest, peak));
-        at = piece.to;
-      }
+      const spans = piecesOf(top, context, from, to).map((piece) =>
+        pieceSpan(top, context, piece, level, largest, peak));
       text.replaceChildren(...(from > 0 ? ["… "] : []), ...spans, ...(to < length ? [" …"] : []));
     };
-    const near = () => fill(Math.max(0, peak - AROUND), Math.min(length, peak + AROUND + 1));
-    near();
+    fill(...nearPeak(top, entry));
     const button = element("button", { className: "link", type: "button" }, "whole context");
     let whole = false;
     button.addEventListener("click", () => {
       whole = !whole;
       button.textContent = whole ? "around the peak" : "whole context";
-      if (whole) fill(0, length); else near();
+      if (whole) fill(0, length); else fill(...nearPeak(top, entry));
     });
     const head = element("div", { className: "context-head" },
       `peak ${number(value)} at position ${peak}, held-out context ${top.numbers[context]} `, button);
@@ -423,18 +574,17 @@
   }
 
   /** Tokens that make whole characters together, as a rule one: marked by its largest activation. */
-  function pieceSpan(top, context, piece, level, largest, peak) {
+  function pieceSpan(top, context, { from, to, text }, level, largest, peak) {
     const start = context * top.ids.shape[1];
-    const places = Array.from({ length: piece.to - piece.from }, (_, i) => piece.from + i);
-    const texts = places.map((at) => top.vocabulary[top.ids.values[start + at]]);
-    const text = piece.text ?? texts[0];
-    if (!places.some((at) => top.valid.values[start + at])) return element("span",
+    const places = Array.from({ length: to - from }, (_, i) => from + i);
+    if (!places.some((at) => held(top.valid)[start + at])) return element("span",
       { className: "masked", title: "left out of every metric" }, text.replaceAll("\n", "⏎"));
     const strongest = Math.max(...places.map((at) => level[at]));
     if (!strongest) return document.createTextNode(text.replaceAll("\n", "⏎\n"));
-    const one = places.length === 1;
-    const title = places.map((at, i) => (one ? "" : `${texts[i]} `) +
-      `${number(level[at] * largest)} at position ${at}`).join("; ");
+    const alone = (at) =>
+      places.length === 1 ? "" : `${top.vocabulary[held(top.ids)[start + at]]} `;
+    const title = places.map((at) =>
+      `${alone(at)}${number(level[at] * largest)} at position ${at}`).join("; ");
     const mark = element("mark", { title }, text.replaceAll("\n", "⏎\n"));
     mark.style.setProperty("--level", (0.12 + 0.78 * strongest).toFixed(2));
     mark.classList.toggle("strong", strongest > 0.7);
@@ -444,42 +594,31 @@
 
   // ---------------------------------------------------------------- along one document
 
-  function documentData() {
-    const passage = data.document;
-    if (passage && !passage.start) {
-      for (const name of ["stops", "valid", "count", "at", "level"])
-        passage[name].values = unpacked(passage[name]);
-      const counts = passage.count.values;
-      passage.start = new Int32Array(counts.length + 1);
-      for (let i = 0; i < counts.length; i++) passage.start[i + 1] = passage.start[i] + counts[i];
-    }
-    return passage;
-  }
-
-  /** Activation at each place, 0 to 1, of the feature in a row of the table. */
-  function documentLevels(passage, row) {
-    const level = new Float32Array(passage.valid.values.length);
-    for (let i = passage.start[row]; i < passage.start[row + 1]; i++)
-      level[passage.at.values[i]] = passage.level.values[i] / 255;
+  /** Activation at each place, 0 to 1, of a row of `marks`. */
+  function documentLevels(marks, row) {
+    marks.start ??= starts(held(marks.count));
+    const level = new Float32Array(held(data.document.valid).length);
+    for (let i = marks.start[row]; i < marks.start[row + 1]; i++)
+      level[held(marks.at)[i]] = held(marks.level)[i] / 255;
     return level;
   }
 
-  function documentText(passage, row) {
-    const level = documentLevels(passage, row), spans = [];
+  function documentText(marks, row) {
+    const passage = data.document, level = documentLevels(marks, row), spans = [];
     let from = 0;
     passage.texts.forEach((text, i) => {
-      const stop = passage.stops.values[i];
+      const stop = held(passage.stops)[i];
       let strongest = 0, counts = false;
       for (let at = from; at < stop; at++) {
         strongest = Math.max(strongest, level[at]);
-        counts ||= Boolean(passage.valid.values[at]);
+        counts ||= Boolean(held(passage.valid)[at]);
       }
       const shown = text.replaceAll("\n", "⏎\n");
       if (!counts) spans.push(element("span", { className: "masked" }, shown));
       else if (!strongest) spans.push(shown);
       else {
         const mark = element("mark",
-          { title: `${number(strongest * passage.peak[row])} at place ${from}` }, shown);
+          { title: `${number(strongest * marks.peak[row])} at place ${from}` }, shown);
         mark.style.setProperty("--level", (0.12 + 0.78 * strongest).toFixed(2));
         mark.classList.toggle("strong", strongest > 0.7);
         spans.push(mark);
@@ -490,12 +629,12 @@
   }
 
   /** A row of cells, a pixel a token, stretched to the width of its place. */
-  function documentCells(passage, row) {
-    const level = documentLevels(passage, row);
+  function documentCells(marks, row) {
+    const level = documentLevels(marks, row);
     const canvas = element("canvas", { className: "cells", width: level.length, height: 1 });
     const pen = canvas.getContext("2d");
     level.forEach((value, at) => {
-      if (!passage.valid.values[at]) pen.fillStyle = "rgba(128,128,128,.35)";
+      if (!held(data.document.valid)[at]) pen.fillStyle = "rgba(128,128,128,.35)";
       else if (value) pen.fillStyle = `rgba(230,159,0,${(0.2 + 0.8 * value).toFixed(2)})`;
       else return;
       pen.fillRect(at, 0, 1, 1);
@@ -504,32 +643,33 @@
   }
 
   /** The text marked by a feature, in a box that shows the first place where it is strong. */
-  function fillDocument(box, passage, row) {
-    box.replaceChildren(...documentText(passage, row));
+  function fillDocument(box, marks, row) {
+    box.replaceChildren(...documentText(marks, row));
     const first = box.querySelector("mark.strong") ?? box.querySelector("mark");
     box.scrollTop = first ? Math.max(0, first.offsetTop - box.offsetTop - 60) : 0;
   }
 
-  function alongDocument(row) {
-    const passage = documentData();
-    if (!passage) return [element("p", { className: "missing" }, "There is none in this run's analysis.")];
-    const n = passage.count.values[row];
+  function alongDocument(part, feature) {
+    const marks = part.document, row = feature - part.first;
+    if (!marks) return [element("p", { className: "missing" }, "There is none in this run's analysis.")];
+    const n = held(marks.count)[row];
     if (!n) return [element("p", {}, "It does not fire there.")];
     const box = element("div", { className: "context-text document-text", dir: "auto", tabIndex: 0 });
-    setTimeout(() => fillDocument(box, passage, row));  // when it has its place
+    setTimeout(() => fillDocument(box, marks, row));  // when it has its place
     return [element("div", { className: "context-head" },
-      `on at ${number(n)} tokens, peak ${number(passage.peak[row])}`),
-      documentCells(passage, row), box];
+      `on at ${number(n)} tokens, peak ${number(marks.peak[row])}`),
+      documentCells(marks, row), box];
   }
 
   function documentRows() {
-    const passage = documentData(), rows = [...document.querySelectorAll("#document-rows [data-row]")];
-    if (!passage || !rows.length) return;
+    const rows = [...document.querySelectorAll("#document-rows [data-row]")];
+    if (!data.document || !rows.length) return;
+    const { raster, own } = data.document;
     const choose = (line) => {
-      const feature = Number(line.dataset.row), row = data.features.ids.indexOf(feature);
+      const feature = Number(line.dataset.row);
       for (const other of rows) other.classList.toggle("chosen", other === line);
       byId("document-said").textContent = `The text, marked where feature ${feature} is on:`;
-      fillDocument(byId("document-text"), passage, row);
+      fillDocument(byId("document-text"), own, raster.indexOf(feature));
     };
     for (const line of rows) line.addEventListener("click", () => choose(line));
     choose(rows[0]);
@@ -559,8 +699,16 @@
     byId("feature").addEventListener("close", () => history.replaceState(null, "", "#features"));
     for (const button of document.querySelectorAll("button[data-feature]"))
       button.addEventListener("click", () => openFeature(Number(button.dataset.feature)));
-    const asked = location.hash.match(/^#feature-(\d+)$/);
-    if (asked) openFeature(Number(asked[1]));
+    byId("feature").addEventListener("keydown", (event) => {
+      if (event.key === "ArrowLeft") step(-1);
+      else if (event.key === "ArrowRight") step(1);
+    });
+    const openLinked = () => {
+      const linked = location.hash.match(/^#feature-(\d+)$/);
+      if (linked) openFeature(Number(linked[1]));
+    };
+    window.addEventListener("hashchange", openLinked);
+    openLinked();
   }
   drawAll();
 })();

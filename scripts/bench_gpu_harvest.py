@@ -1,0 +1,133 @@
+"""How fast a language model is read on a GPU: activations alone, and harvested into a store.
+
+    python scripts/bench_gpu_harvest.py [--models gpt2 smollm2 gemma-2-2b] [--json FILE] [--smoke]
+
+Models of the real shapes with random weights (their values cost no time), written as folders and
+opened as `model.path` opens yours; contexts of 128 random tokens. tokens/s by contexts in a forward
+pass, median of 3 rounds; then a whole harvest into shards on this machine's disk. Needs no hub.
+--smoke: tiny shapes, also without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tcsae.base.signals import StopRequest
+from tcsae.config.compose import config_of
+from tcsae.data.contexts import Contexts
+from tcsae.data.language_model import LanguageModel
+from tcsae.data.store import ActivationStore
+
+POSITIONS = 128
+LAYERS = {"gpt2": 8, "smollm2": 15, "gemma-2-2b": 19}
+
+
+def shape(name: str, smoke: bool) -> Any:
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig
+
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if name == "gpt2":
+        small: dict[str, Any] = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300}
+        return GPT2Config(**special, **(small if smoke else {}))
+    if name == "smollm2":
+        small = {"num_hidden_layers": 16} if smoke else {"num_hidden_layers": 30}
+        return LlamaConfig(
+            **special, **small, vocab_size=300 if smoke else 49152, hidden_size=576,
+            intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+    return Gemma2Config(**special)  # its defaults are those of gemma-2-2b but for the blocks' heads
+
+
+def write_model(name: str, folder: Path, device: str, smoke: bool) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, utils
+
+    utils.logging.disable_progress_bar()
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "<pad>", "a"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape(name, smoke), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def rate(model: LanguageModel, contexts: int, least: float) -> float:
+    """Tokens a second of forward passes up to the hook, the activations left on the device."""
+    ids = torch.randint(3, model.vocabulary, (contexts, POSITIONS))
+    model.activations(ids)
+    found = []
+    for _ in range(3):
+        started, passes = time.perf_counter(), 0
+        while time.perf_counter() - started < least:
+            x = model.activations(ids)
+            passes += 1
+            if x.is_cuda:
+                torch.cuda.synchronize()
+        found.append(passes * ids.numel() / (time.perf_counter() - started))
+    return statistics.median(found)
+
+
+def harvest(model: LanguageModel, folder: Path, n: int) -> float:
+    """Tokens a second of a harvest into shards."""
+    ids = torch.randint(3, model.vocabulary, (n, POSITIONS))
+    contexts = Contexts(ids.int(), torch.ones_like(ids).short(), ids > 0, ("all",))
+    store = ActivationStore(folder, model, contexts, 256)
+    started = time.perf_counter()
+    store.harvest(StopRequest())
+    return ids.numel() / (time.perf_counter() - started)
+
+
+def measure(name: str, device: str, smoke: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_model(name, Path(folder, "model"), device, smoke)
+        rows: dict[str, Any] = {}
+        for contexts in [4] if smoke else [16, 64, 256]:
+            given = [f"model.path={path}", f"model.name={name}"]
+            given += [f"model.forward_contexts={contexts}", f"layer={LAYERS[name]}"]
+            cfg = config_of("model=other", *given)
+            model = LanguageModel(cfg.model, cfg.layer)
+            found = {"forward_tokens_s": rate(model, contexts, 0.05 if smoke else 1.0)}
+            n = 16 if smoke else 2048
+            found["store_tokens_s"] = harvest(model, Path(folder, f"store{contexts}"), n)
+            rows[str(contexts)] = found
+            print(f"{name}, {contexts} contexts a pass: {found}", flush=True)
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too")
+    args = parser.parse_args()
+    logging.disable()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.smoke:
+        raise SystemExit("bench_gpu_harvest: torch sees no GPU here; --smoke tries it on a CPU")
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    results: dict[str, Any] = {"card": f"{card}, torch {torch.__version__}", "models": {}}
+    for name in args.models:
+        results["models"][name] = measure(name, device, args.smoke)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
