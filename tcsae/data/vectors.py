@@ -208,7 +208,7 @@ def _of_npy(path: Path) -> tuple[Any, Any, Any]:
 
 def _npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     # What numpy raises for a file that is cut, pickled or no array at all.
     except Exception as error:
         raise UserError(
@@ -234,8 +234,10 @@ def _of_safetensors(path: Path) -> tuple[Any, Any, Any]:
         )
     if not tensors[name].is_floating_point():
         raise UserError(f"{path}: {name} holds {tensors[name].dtype}, no float numbers: {FORMS}")
-    ids = (None if (t := tensors.get(key)) is None else t.numpy() for key in _BESIDE)
-    return tensors[name], *ids
+    documents, positions = (
+        None if (t := tensors.get(key)) is None else t.numpy() for key in _BESIDE
+    )
+    return tensors[name], documents, positions
 
 
 def _float32(rows: Any) -> np.ndarray:

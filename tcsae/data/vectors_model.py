@@ -58,7 +58,7 @@ class VectorsModel:
     together, numbers that are not finite.
     """
 
-    no_model = "activations of one's own come without a language model"
+    no_model: str | None = "activations of one's own come without a language model"
     beside: Sequence[ActivationModel] = ()
     vocabulary = 2
 

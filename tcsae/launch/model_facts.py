@@ -88,8 +88,8 @@ def text_contexts(cfg: DatasetConfig) -> tuple[int, int] | None:
     if cfg.source == "activations":
         from tcsae.data.vectors import n_contexts
 
-        contexts = n_contexts(cfg.path or "", cfg.context_size)
-        return max(1, round(contexts * (1 - cfg.eval_fraction))), cfg.n_eval_contexts
+        given = n_contexts(cfg.path or "", cfg.context_size)
+        return max(1, round(given * (1 - cfg.eval_fraction))), cfg.n_eval_contexts
     size = _text_bytes(cfg)
     if not size:
         return None
