@@ -129,6 +129,8 @@ def why_none(cfg: DatasetConfig, fields: Sequence[str]) -> str:
     """What a text without labels lacks, and how to give it some."""
     if cfg.source == "synthetic":
         return "a synthetic world has no labels of text"
+    if cfg.source == "activations":
+        return "activations of one's own have no text, so no labels"
     if cfg.source == "hub":
         return "a text that streams from the hub has no labels here: use dataset=files"
     if not fields:

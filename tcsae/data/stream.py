@@ -24,6 +24,7 @@ from tcsae.data.labelled import check_labels
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
+from tcsae.data.vectors_model import VectorsModel
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,11 @@ class Stream:
 
 
 def open_model(config: Measured) -> ActivationModel:
-    """The language model of the config, or the world in its place; UserError if there is none."""
+    """The language model of the config, or what is in its place; UserError if there is none."""
     if config.model.world is not None:
         return SyntheticModel(config.model, config.layer)
+    if config.model.is_given:
+        return VectorsModel(config.model, config.dataset, config.layer)
     also = config.store.also if config.store.mode == "disk" else ()
     return LanguageModel(config.model, config.layer, also)
 
@@ -154,7 +157,7 @@ def open_contexts(
     Raises UserError for weights or text that cannot be had.
     """
     model = model or open_model(config)
-    if isinstance(model, SyntheticModel):
+    if isinstance(model, SyntheticModel | VectorsModel):
         return model, model.contexts(config.dataset)
     assert isinstance(model, LanguageModel)
     return model, load_or_build_contexts(config.dataset, model, _root(config), stop)

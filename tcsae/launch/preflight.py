@@ -26,6 +26,8 @@ def check_reachable(configs: Sequence[Config]) -> None:
     real = [config for config in configs if config.model.world is None]
     models = {(c.model.name, c.model.path, c.model.package, c.model.revision): c for c in real}
     for config in models.values():
+        if config.model.is_given:
+            continue
         reach_weights(config.model)
     texts = {
         (d.source, d.path, d.subset, d.split, d.revision): d for d in (c.dataset for c in real)
