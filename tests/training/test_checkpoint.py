@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tcsae.base.errors import UserError
 from tcsae.base.signals import StopRequest
+from tcsae.consistency import Consistency
 from tcsae.data.stream import open_stream
 from tcsae.jobs.bank import run
 from tcsae.jobs.tracking import JsonLines
@@ -139,14 +141,13 @@ def train(seat: Seat) -> None:
 def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_last_good_checkpoint(
     value: float, seat: Callable[..., Seat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Member._penalty
+    original, trained = Consistency.forward, seat()
 
-    def penalty(self: Member, *args: object) -> torch.Tensor:
-        found = original(self, *args)  # type: ignore[arg-type]
-        return found * value if self.step == 6 else found
+    def penalty(self: Consistency, *args: Any, **named: Any) -> torch.Tensor:
+        found = original(self, *args, **named)
+        return found * value if trained.member.step == 6 else found
 
-    monkeypatch.setattr(Member, "_penalty", penalty)
-    trained = seat()
+    monkeypatch.setattr(Consistency, "forward", penalty)
     with pytest.raises(UserError, match=r"not finite at step 6 \(term: consistency\)") as raised:
         train(trained)
     assert "step 4" in str(raised.value) and str(trained.checkpoints) in str(raised.value)
