@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,26 +162,42 @@ def test_a_page_of_one_file_searches_the_same_words(
     opened(tab, f"file://{alone}")
     found, said = search(tab, word)
     assert set(found) == features and "by their contexts" in said
+    # Two words, whatever white space is between them.
+    texts = around(Contents.of(load_run(page.parent)))
+    line = next(line for text in texts.values() for line in text.split("\n") if word in line)
+    at = line.index(word)
+    phrase = line[at : line.find(" ", at + len(word) + 1)].strip()
+    assert " " in phrase
+    assert set(search(tab, phrase)[0]) == {i for i, text in texts.items() if phrase in text}
     assert tab.requests == [] and tab.messages == []
+
+
+def around(contents: Contents) -> dict[int, str]:
+    """By feature, the texts around its peaks, a line each."""
+    analysis = contents.analysis
+    assert analysis is not None
+    tensors, tokens = analysis.top_contexts, analysis.top_tokens["tokens"]
+    found: dict[int, str] = {}
+    for i, own in enumerate(tensors["features"].tolist()):
+        kept = zip(tensors["context"][i].tolist(), tensors["position"][i].tolist(), strict=True)
+        rows = [tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0]
+        texts = ["".join(tokens[str(t)] for t in row) for row in rows]
+        found[own] = "\n".join(re.sub(r"\s+", " ", text) for text in texts).lower()
+    return found
 
 
 def rare_word(contents: Contents) -> tuple[str, set[int]]:
     """A word near some peaks, and the features of those; it names no feature and no cluster."""
-    analysis = contents.analysis
-    assert analysis is not None
-    tensors, tokens = analysis.top_contexts, analysis.top_tokens["tokens"]
-    named = [" ".join(row).lower() for row in analysis.specialization["features"]["top_tokens"]]
-    names = [str(c["name"]).lower() for c in analysis.specialization["clusters"]]
-    around: dict[int, str] = {}
-    for i, own in enumerate(tensors["features"].tolist()):
-        kept = zip(tensors["context"][i].tolist(), tensors["position"][i].tolist(), strict=True)
-        rows = [tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0]
-        around[own] = "\n".join("".join(tokens[str(t)] for t in row) for row in rows).lower()
-    words = sorted({word for text in around.values() for word in text.split() if word.isalpha()})
+    assert contents.analysis is not None
+    specialization = contents.analysis.specialization
+    named = [" ".join(row).lower() for row in specialization["features"]["top_tokens"]]
+    named += [str(c["name"]).lower() for c in specialization["clusters"]]
+    texts = around(contents)
+    words = sorted({word for text in texts.values() for word in text.split() if word.isalpha()})
     for word in words:
-        features = {i for i, text in around.items() if word in text}
-        if len(word) > 2 and len(features) < 40 and not any(word in s for s in [*named, *names]):
-            return word, features
+        own = {i for i, text in texts.items() if re.search(rf"(?<![^\W_]){word}", text)}
+        if len(word) > 2 and len(own) < 40 and not any(word in said for said in named):
+            return word, own
     raise AssertionError("every word names something")
 
 
