@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import EVIL, Tags, page_of
 from chrome import Page, chrome
+from helpers import REPOSITORY
 
 from tcsae.base.files import read_json
 from tcsae.base.run_files import RunFiles
@@ -17,7 +19,12 @@ from tcsae.jobs.tracking import _REPORT_FILES
 from tcsae.report import side_folder
 from tcsae.report.contents import Contents
 from tcsae.report.index_page import write_index
+from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import load_run
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import page_scale  # noqa: E402
 
 PART = 20
 
@@ -277,3 +284,19 @@ def test_the_same_content_has_the_same_name_and_what_was_taken_is_put_back(
     assert beside(page_of(folder)) == before
     html = Tags((folder / "report.html").read_text(encoding="utf-8"))
     assert len(html.named("script")) == 3  # none of them is of the folder
+
+
+def test_the_page_of_65536_features_keeps_its_limits_and_the_docs_say_what_was_measured() -> None:
+    found = read_json(page_scale.RESULTS)
+    (largest,) = [c for c in found["cases"] if (c["d_sae"], c["name"]) == (65_536, "now")]
+    assert largest["listed"] == 65_536
+    assert largest["first_row_seconds"] < 3 and largest["page_bytes"] < 15e6
+    assert page_scale.text(found) in page_scale.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_with_its_features_repeated_has_a_page(run_folder: Path, tmp_path: Path) -> None:
+    wide = page_scale.widened(load_run(run_folder), 250)
+    html = write_run_page(wide, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(beside(tmp_path / "report.html")) == 250 // PART + 1 + 1
+    assert "SAE of 250 features" in html
