@@ -24,7 +24,7 @@ test: $(VENV)/.test lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=3 $(ARGS)
 
 test-gpu: $(VENV)/.test
-	@$(PY) -m pytest -q tests/gpu/on_card.py $(ARGS)
+	@$(PY) -m pytest -q tests/gpu/on_card*.py $(ARGS)
 
 calibrate: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) scripts/calibrate.py --check $(ARGS)

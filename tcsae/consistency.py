@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tcsae.losses.laplacian import Window, window_laplacian
+from tcsae.losses.laplacian import Window, window_counts, window_laplacian
 from tcsae.losses.window_penalty import Form, SparseWindowPenalty, WindowPenalty
 from tcsae.products import products_for
 from tcsae.products.penalty import Weights
@@ -315,12 +315,18 @@ def _batch_weights(
 ) -> Weights:
     """What windows and pairs of a batch weigh; with `order_BT`, of the features at permuted
     positions, f[order]: all that is said of positions is permuted."""
-    laplacian = window_laplacian(
-        window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
-    )
-    within_BTT, n_windows = laplacian.matrix, laplacian.n_windows.clamp(min=1)
-    # Copied: the diagonal of what the position term is added to.
-    measure_BT = within_BTT.diagonal(dim1=-2, dim2=-1).clone()
+    counts = windows_BTT = None
+    if window == "document":
+        windows_BTT, n_windows = window_laplacian(
+            window, valid.shape[1], segments=segments, valid=valid, dtype=dtype
+        )
+        # Copied: the diagonal of what the position term is added to.
+        measure_BT = windows_BTT.diagonal(dim1=-2, dim2=-1).clone()
+    else:
+        if segments is None:
+            segments = torch.zeros_like(valid[:1], dtype=torch.int32)
+        counts, n_windows = window_counts(window, valid.shape[1], segments, valid, dtype)
+        measure_BT = counts.diagonal()
     if options.variance_over == "positions":
         measure_BT = valid.to(dtype)
     spread_T = joint = counted_T = None
@@ -328,15 +334,15 @@ def _batch_weights(
         pairs = _position_pairs(valid, dtype)
         spread_T = options.position_weight * pairs.spread_T
         joint, counted_T = options.position_weight * pairs.joint, pairs.counted_T
-        pairs_TT = joint * counted_T[:, None] * counted_T - spread_T.diag()
-        within_BTT = within_BTT + n_windows * pairs_TT
     place_BT = None
     if order_BT is not None:
         place_BT = order_BT.argsort(dim=1)
-        within_BTT = within_BTT.gather(1, place_BT[:, :, None].expand_as(within_BTT))
-        within_BTT = within_BTT.gather(2, place_BT[:, None, :].expand_as(within_BTT))
         measure_BT = measure_BT.gather(1, place_BT)
-    return Weights(within_BTT, n_windows, measure_BT, spread_T, joint, counted_T, place_BT)
+    position = spread_T, joint, counted_T, place_BT
+    weights = Weights(windows_BTT, n_windows.clamp(min=1), measure_BT, *position, counts)
+    if counts is not None and products_for(valid.device).takes_counts:
+        return weights
+    return weights._replace(within_BTT=weights.matrix())
 
 
 def _dtype_of(features: Tensor | SparseCodes) -> torch.dtype:

@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tcsae import cli
+from tcsae.base import ranks
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
 from tcsae.config import Config, run_name
 from tcsae.config.arguments import OURS, arranged
@@ -27,6 +28,7 @@ from tcsae.config.mistakes import for_the_user
 from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run, trains_nothing
 from tcsae.launch.plan import cost_lines
 from tcsae.launch.prepare import prepare
+from tcsae.launch.together import agree, help_harvest, only_warnings
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def _before(config: Config, launcher: Any) -> None:
     """What a single run will cost, as the plan of a sweep says it, or what it needs beforehand."""
     log.info(f"one run, {run_name(config)}")
     if launcher.options.prepare:
+        agree([config], Path())
         return prepare([config], launcher.options.prepare)
     for line in cost_lines([config], [[0]], launcher.options, launcher.device()):
         log.info(line)
@@ -65,6 +68,7 @@ def _before(config: Config, launcher: Any) -> None:
 
 def _task(composed: DictConfig) -> float | None:
     single = HydraConfig.get().mode == RunMode.RUN
+    only_warnings()
     try:
         if single:
             refuse_of_one_run(HydraConfig.get())
@@ -72,9 +76,14 @@ def _task(composed: DictConfig) -> float | None:
         if single and trains_nothing(HydraConfig.get().launcher):
             _before(config, instantiate(HydraConfig.get().launcher))
             return None
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        agree([config], folder)
+        if not ranks.here().is_first:
+            help_harvest(config, folder)
+            return None
         from tcsae.jobs.bank import run
 
-        info = run(config, Path(HydraConfig.get().runtime.output_dir))
+        info = run(config, folder)
     except Interrupted as stopped:
         # Into the log too: a job that was preempted shows there why it ended.
         log.warning(f"{stopped}; the same command goes on from here")
@@ -96,12 +105,13 @@ def main() -> None:
     with cli.command():
         sweep_name = _sweep_name(sys.argv[1:])
         sys.argv[1:] = _our_flags(arranged(sys.argv[1:]))
+        ranks.begin()
     prepare_hydra()
     OmegaConf.register_new_resolver("tcsae.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("tcsae.sweep_name", lambda: sweep_name, replace=True)
     app = hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(_task)
     logging.raiseExceptions = False  # a log that cannot be written must not drown the message
-    with cli.command():
+    with cli.command(), ranks.leaving():
         app()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import run_here, weights_digest
+from wandb_server import offline_runs
 
 TINY = {
     "model": "synthetic",
@@ -49,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     root = tmp_path_factory.mktemp("synthetic")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TCSAE_STORE", str(root / "store"))
-        outcome = train(root / "run")
+        outcome = train(root / "run", tracking="offline", tracking__artifacts="false")
     assert outcome.code == 0, outcome.stderr
     return root / "run", outcome
 
@@ -73,6 +74,18 @@ def test_truth_metrics_are_in_final_info(finished: tuple[Path, Any]) -> None:
     assert truth["oracle"]["explained_variance"] > 0.99
     ev = read(run / "final_info.json")["metrics"]["reconstruction_quality"]["explained_variance"]
     assert 0.3 < ev < truth["oracle"]["explained_variance"]
+
+
+def test_truth_metrics_are_in_the_summary_of_wandb(finished: tuple[Path, Any]) -> None:
+    import wandb
+
+    run, _ = finished
+    truth = read(run / "final_info.json")["truth"]
+    wandb.teardown()  # what its own process has not written yet
+    (sent,) = offline_runs(run)
+    assert sent.summary["eval/truth_mcc"] == truth["mcc"]
+    assert sent.summary["eval/truth_found"] == truth["all"]["found"]
+    assert sent.summary["eval/truth_found_slow"] == truth["slow"]["found"]
 
 
 def test_what_needs_a_language_model_is_left_out_with_a_word(finished: tuple[Path, Any]) -> None:

@@ -64,6 +64,8 @@ def test_runs_are_tagged_by_what_they_are_made_of_and_by_the_user() -> None:
     baseline = ["topk", "scale_free", "files", "tiny", "baseline"]
     assert run_tags(config_of()) == baseline
     assert "baseline" in run_tags(config_of(consistency={"form": "none"}, lambda_=0.1))
+    averaged = config_of(training__average="window")  # no baseline: means were trained on
+    assert run_tags(averaged)[-1] == "averaged" and "baseline" not in run_tags(averaged)
     shuffled = {"form": "scale_free", "shuffle_positions": True}
     assert run_tags(config_of(consistency=shuffled, lambda_=0.1))[-1] == "shuffled control"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError
-from tcsae.data.store import ActivationSource
+from tcsae.data.copies import Sender, Sent
+from tcsae.data.store import ActivationSource, ActivationStore
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Batch:
     """Whatever the norm; position 0 is special."""
 
 
+Begun = tuple[Tensor, Sent]
+"""Token ids, on the CPU, and the rest of a batch on its way."""
 CALIBRATION_CONTEXTS = 256
 
 
@@ -69,25 +72,37 @@ class ActivationBatches:
 
     def __init__(self, source: ActivationSource, calibration: Calibration, device: str) -> None:
         self.source, self.calibration, self.device = source, calibration, device
+        self._sender = Sender(device)
 
     def __len__(self) -> int:
         return len(self.source.contexts.ids)
 
     def batch(self, indices: Tensor) -> Batch:
-        return self.finish(indices, self.read(indices))
+        batch = self.finish(self.begin(indices))
+        return replace(batch, ids=batch.ids.to(self.device))
 
-    def read(self, indices: Tensor) -> Tensor:
-        """The activations of `finish`: page-locked if a GPU is to fetch them."""
-        x = self.source.activations(indices)
-        return x.pin_memory() if self.device.startswith("cuda") and x.is_cpu else x
-
-    def finish(self, indices: Tensor, x: Tensor) -> Batch:
+    def begin(self, indices: Tensor) -> Begun:
+        """Read a batch and, to a GPU, begin its copies."""
         contexts = self.source.contexts
-        x = x.to(self.device, non_blocking=True)
-        not_special = contexts.valid[indices].to(self.device)
+        sent = self._sender.send(
+            self._read(indices), contexts.valid[indices], contexts.segments[indices]
+        )
+        return contexts.ids[indices], sent
+
+    def _read(self, indices: Tensor) -> Tensor:
+        if not (self._sender.is_beside and isinstance(self.source, ActivationStore)):
+            return self.source.activations(indices)
+        # Straight to where the GPU fetches it: no second copy by the host.
+        rows = self.source.rows(indices)
+        shape, dtype = (len(rows), *rows[0].shape), rows[0].dtype
+        return torch.stack(rows, out=torch.empty(shape, dtype=dtype, pin_memory=True))
+
+    def finish(self, begun: Begun) -> Batch:
+        """The batch, with `ids` on the CPU still: training has no use for them."""
+        ids, sent = begun
+        x, not_special, segments = self._sender.receive(sent)
         valid = not_special & (x.float().norm(dim=-1) <= self.calibration.norm_limit)
-        ids, segments = contexts.ids[indices], contexts.segments[indices]
-        return Batch(x, ids.to(self.device), segments.to(self.device), valid, not_special)
+        return Batch(x, ids, segments, valid, not_special)
 
     def in_order(self, batch_contexts: int, indices: Tensor | None = None) -> Iterator[Batch]:
         """Batches of `batch_contexts`: of all contexts, or of those of `indices` [M], in order."""
@@ -121,24 +136,25 @@ def _permutation(n_contexts: int, seed: int, epoch: int) -> Tensor:
 
 
 def read_ahead(batches: ActivationBatches, indices: Iterable[Tensor]) -> Generator[Batch]:
-    """`batches.batch(i)` for every i of `indices`, in their order, and equal to it.
+    """`batches.batch(i)` for every i of `indices`, in their order, and equal to it;
+    `ids` stay on the CPU.
 
-    The next one's activations are read while the present one is trained on. On a GPU they wait in
-    page-locked memory, so that their copy to the device does not stop the host: two buffers, one
-    being filled while the other is in use.
+    The next one's activations are read while the present one is trained on, and copied to a GPU
+    from page-locked memory while it computes: two buffers, one being filled while the other is in
+    use.
 
     Close it (`contextlib.closing`) when not all of it is used. A source that computes instead of
     reading (store=stream) is asked when its turn comes: two threads would fight for one device.
     """
     if not batches.source.is_read:
-        yield from map(batches.batch, indices)
+        yield from map(batches.finish, map(batches.begin, indices))
         return
     with ThreadPoolExecutor(1, "read-ahead") as pool:
-        pending: tuple[Tensor, Future[Tensor]] | None = None
+        pending: Future[Begun] | None = None
         for wanted in indices:
-            submitted = wanted, pool.submit(batches.read, wanted)
+            submitted = pool.submit(batches.begin, wanted)
             if pending is not None:
-                yield batches.finish(pending[0], pending[1].result())
+                yield batches.finish(pending.result())
             pending = submitted
         if pending is not None:
-            yield batches.finish(pending[0], pending[1].result())
+            yield batches.finish(pending.result())

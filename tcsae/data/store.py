@@ -6,6 +6,9 @@ A shard is written whole or not at all (temporary file, fsync, rename) and carri
 any number of jobs may work on one folder: locks only keep two from doing the same work twice, and
 where the file system has none the work is done twice with the same result. A killed harvest goes on
 at the first missing shard.
+
+The ranks of one command (tcsae/base/ranks.py) begin each with shards of its own, and
+then help each other out; without locks they keep to their own and wait for the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +36,7 @@ from tcsae.base.files import (
     write_json,
 )
 from tcsae.base.progress import Progress
+from tcsae.base.ranks import here
 from tcsae.base.run_files import ACTIVATIONS, IDENTITY
 from tcsae.base.signals import StopRequest
 from tcsae.data.activation_model import ActivationModel
@@ -106,6 +111,19 @@ class ReadSource:
         return self._kept[indices]
 
 
+def _turn(shard: int) -> int:
+    """Which rank after this one begins with the shard: 0 for those of its own."""
+    place = here()
+    return (shard - place.rank) % place.size
+
+
+def _wait_for(path: Path, stop: StopRequest) -> None:
+    """Until another rank has made the file; `stop` is asked for if that rank is gone."""
+    while not path.is_file():
+        stop.check()
+        time.sleep(0.1)
+
+
 class ActivationStore:
     """The shards of one set of contexts at one hook point of one model.
 
@@ -169,7 +187,7 @@ class ActivationStore:
         with Progress(what, total, done=done) as progress:
             # First round: leave shards that others hold to them. Second: wait for those.
             for wait in (False, True):
-                for shard in missing:
+                for shard in sorted(missing, key=_turn):
                     if not self.shard_path(shard).is_file():
                         made += self._harvest_shard(shard, wait, progress, stop)
         return made
@@ -188,6 +206,10 @@ class ActivationStore:
                 waiting = stop.check if wait and store is self else None
                 lock = held.enter_context(locked(lock_path, waiting))
                 if lock is Lock.BUSY and (store is self or not wait):
+                    return 0
+                if lock is Lock.NONE and _turn(shard):
+                    if wait:
+                        _wait_for(store.shard_path(shard), stop)
                     return 0
                 if lock is not Lock.BUSY and not store.shard_path(shard).is_file():
                     mine.append(store)
@@ -222,6 +244,10 @@ class ActivationStore:
             self._open[shard] = tensors["activations"]
         return self._open[shard]
 
+    def rows(self, indices: Tensor) -> list[Tensor]:
+        """[T, d_in] each, as they lie in the files, which are read when the tensors are."""
+        places = [divmod(int(i), self.shard_contexts) for i in indices]
+        return [self._shard(shard)[row] for shard, row in places]
+
     def activations(self, indices: Tensor) -> Tensor:
-        rows = [divmod(int(i), self.shard_contexts) for i in indices]
-        return torch.stack([self._shard(shard)[row] for shard, row in rows])
+        return torch.stack(self.rows(indices))

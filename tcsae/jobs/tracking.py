@@ -17,6 +17,7 @@ from tcsae.config import Config, TrackingConfig, run_id, run_name
 from tcsae.jobs.wandb_run import WandbRun
 from tcsae.report.compare_page import heat_map, stream_figures
 from tcsae.report.comparison import Comparison
+from tcsae.report.gain import gain_columns
 from tcsae.report.stability import stability_columns
 
 _TAG_LENGTH = 64
@@ -79,7 +80,9 @@ def run_tags(config: Config) -> list[str]:
         config.dataset.name,
         Path(config.model.name).name,
     ]
-    if consistency.form == "none" or config.lambda_ == 0:
+    if config.averaged:
+        tags.append("averaged")
+    elif consistency.form == "none" or config.lambda_ == 0:
         tags.append("baseline")
     if consistency.shuffle_positions:
         tags.append("shuffled control")
@@ -192,10 +195,15 @@ def comparison_columns(comparison: Comparison) -> dict[str, list[Any]]:
         columns[f"delta_{name}"] = differences
         for mark in ("seed_smallest", "within_seed_noise"):
             columns[f"delta_{name}_{mark}"] = [g["deltas"].get(name, {}).get(mark) for g in groups]
-    stable = [stability_columns(group) for group in groups]
-    for name in dict.fromkeys(name for row in stable for name in row):
-        columns[name] = [row.get(name) for row in stable]
+    more = [stability_columns(group) | _medians(group) | gain_columns(group) for group in groups]
+    for name in dict.fromkeys(name for row in more for name in row):
+        columns[name] = [row.get(name) for row in more]
     return columns
+
+
+def _medians(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Beside the means over features of C_W, D_W and L_W."""
+    return {f"{n}_median": value for n, value in group["medians"].items() if window_part(n)}
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.log import console
 from tcsae.base.printable import printable
 from tcsae.base.progress import shown
+from tcsae.base.ranks import here
 from tcsae.base.run_files import OVERRIDES
 from tcsae.config import run_id
 from tcsae.config.compose import to_config
@@ -35,6 +36,7 @@ from tcsae.launch.plan import packed, plan_lines
 from tcsae.launch.prepare import prepare
 from tcsae.launch.results import results_of, table
 from tcsae.launch.sweep_folder import SweepFolder
+from tcsae.launch.together import agree, check_alone, only_warnings, packs_of_first
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +102,17 @@ class GridLauncher(Launcher):
 
         Raises UserError before anything is written or sent if one of them is not valid.
         """
-        options = self.options
+        options, place = self.options, here()
         console()
+        if place.size > 1:
+            check_alone(self.kind)
+            only_warnings()
         assert self.config is not None
         refuse_of_a_sweep(self.config.hydra)
         set_environment(self.config.hydra)
         jobs, sweep = self.compose(job_overrides, initial_job_idx), self.sweep
+        if not options.dry_run:
+            agree([job.config for job in jobs], sweep.path)
         self._say_added(jobs, sweep)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
         sources = Sources()
@@ -115,6 +122,8 @@ class GridLauncher(Launcher):
         sent = self.in_progress(sweep) - before
         to_do = [job for job in jobs if job.number not in before | sent]
         packs = packed(_each_once(to_do), options, self.processes(), self.device())
+        if place.size > 1 and not options.dry_run:
+            packs = packs_of_first(jobs, packs)
         for line in plan_lines(jobs, packs, before, sent, options, sweep, self.device()):
             log.info(line)
         if options.prepare:
@@ -122,11 +131,14 @@ class GridLauncher(Launcher):
         if options.trains_nothing:
             return [self._returned(job, None, None) for job in jobs]
         self.preflight(packs)
-        sweep.describe(jobs, self.kind, sys.argv[1:])
+        if place.is_first:
+            sweep.describe(jobs, self.kind, sys.argv[1:])
         said = self.execute(sweep, packs) if packs or sent else {}
         if said is None:
             return [self._returned(job, None, None) for job in jobs]
         results = results_of(jobs, before, said)
+        if not place.is_first:  # the first one says what became of all
+            return [self._returned(job, None, None) for job in jobs]
         print(printable(table(results)), flush=True)
         return [
             self._returned(result.job, result.value, None if result.is_good else result.message)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tcsae.tensors.window_counts import WindowCounts
+
 Window = int | str  # a number of positions, or "document"
 
 
@@ -20,19 +22,6 @@ class Laplacian(NamedTuple):
 
     matrix: Tensor
     n_windows: Tensor
-
-
-def _window_pairs(window: int, allowed_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, T]: how many allowed windows hold both positions; allowed_BS by first position."""
-    before_BT = nn.functional.pad(allowed_BS.to(dtype).cumsum(-1), (1, 0))
-    # Windows that hold both start from u - W + 1 to t, where t <= u. Both counts only grow with the
-    # position: the lesser of two is that of the earlier position, the greater that of the later.
-    padding = window - 1
-    up_to_BT = nn.functional.pad(before_BT[:, None, 1:], (0, padding), mode="replicate")[:, 0]
-    before_BT = nn.functional.pad(before_BT[:, :-1], (padding, 0))
-    pairs_BTT = torch.minimum(up_to_BT[:, :, None], up_to_BT[:, None, :])
-    pairs_BTT.sub_(torch.maximum(before_BT[:, :, None], before_BT[:, None, :]))
-    return pairs_BTT.clamp_(min=0)
 
 
 def window_laplacian(
@@ -54,23 +43,37 @@ def window_laplacian(
     Raises:
         ValueError: a window that is no such number.
     """
+    segments, valid = _both(n_positions, segments, valid, device)
+    if window == "document":
+        return _document_laplacian(segments, valid, dtype)
+    counts, n_windows = window_counts(window, n_positions, segments, valid, dtype)
+    return Laplacian(counts.laplacian(), n_windows)
+
+
+def window_counts(
+    window: Window, n_positions: int, segments: Tensor, valid: Tensor, dtype: torch.dtype
+) -> tuple[WindowCounts, Tensor]:
+    """What the Laplacian of windows is made of, and the number of windows, a scalar tensor; for the
+    arguments see there. ValueError: a window that is no such number."""
+    if not isinstance(window, int) or isinstance(window, bool) or not 2 <= window <= n_positions:
+        raise ValueError(f'window = {window}: must be 2 to {n_positions} positions, or "document"')
+    allowed_BS = _allowed_windows(window, segments, valid)
+    return WindowCounts.of(window, allowed_BS, dtype), allowed_BS.sum()
+
+
+def _both(
+    n_positions: int,
+    segments: Tensor | None,
+    valid: Tensor | None,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor]:
     for given in (segments, valid):
         device = given.device if given is not None and device is None else device
     if segments is None:
         segments = torch.zeros(1, n_positions, dtype=torch.int32, device=device)
     if valid is None:
         valid = torch.ones(1, n_positions, dtype=torch.bool, device=device)
-    if window == "document":
-        return _document_laplacian(segments, valid, dtype)
-    if not isinstance(window, int) or isinstance(window, bool) or not 2 <= window <= n_positions:
-        raise ValueError(f'window = {window}: must be 2 to {n_positions} positions, or "document"')
-    allowed_BS = _allowed_windows(window, segments, valid)
-    matrix = _window_pairs(window, allowed_BS, dtype)
-    diagonal_BT = matrix.diagonal(dim1=-2, dim2=-1)
-    n_windows_BT = diagonal_BT.clone()
-    matrix.div_(-window * (window - 1))
-    diagonal_BT.add_(n_windows_BT / (window - 1))
-    return Laplacian(matrix, allowed_BS.sum())
+    return segments, valid
 
 
 def _allowed_windows(window: int, segments: Tensor, valid: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class WindowPenalty(torch.autograd.Function):
     def forward(ctx: Any, features_BTF: Tensor, weights: Weights, form: Form) -> Tensor:
         measure_BT = weights.measure_BT.to(features_BTF.dtype)  # rounded once, for all it is in
         measured = None if form == "window_variance" else measure_BT
-        smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.within_BTT, measured)
+        smooth_BTF, e_F, mean_F, square_F = _smoothed(features_BTF, weights.matrix(), measured)
         # The number of windows comes in afterwards: in bfloat16 it would round all alike.
         e_F = e_F / weights.n_windows
         half_TF = None

@@ -190,7 +190,16 @@ def penalty_gradient_kernel(
 
 
 @triton.jit
-def _smoothed_by(f, feature, token, j, context, row, is_m, begin, M, T, BLOCK: tl.constexpr):
+def _is_near(feature, token, own_feature, own_context, near, M, T):
+    """Whether entry `near`, if it is one, is of that feature in that context."""
+    is_there = (near >= 0) & (near < M)
+    near_feature = tl.load(feature + near, mask=is_there, other=-2)
+    near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
+    return (near_feature == own_feature) & (near_context == own_context)
+
+
+@triton.jit
+def _smoothed_by(f, feature, token, j, context, row, begin, M, T, BLOCK: tl.constexpr):
     """[BLOCK]: what the entries from `begin` on give to those of feature j in the context."""
     at = begin + tl.arange(0, BLOCK)
     is_k = at < M
@@ -198,7 +207,6 @@ def _smoothed_by(f, feature, token, j, context, row, is_m, begin, M, T, BLOCK: t
     n2 = tl.load(token + at, mask=is_k, other=0).to(tl.int32)
     x = tl.load(f + at, mask=is_k, other=0.0).to(tl.float32)
     same = (j[:, None] == j2[None, :]) & (context[:, None] == (n2 // T)[None, :])
-    same = same & is_m[:, None] & is_k[None, :]
     q = tl.load(row[:, None] + (n2 % T)[None, :], mask=same, other=0.0).to(tl.float32)
     return tl.sum(q * x[None, :], axis=1)
 
@@ -215,28 +223,88 @@ def smooth_kernel(out, f, feature, token, Q, M, T, PER_CONTEXT: tl.constexpr, BL
     n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
     context, t = n // T, n % T
     row = Q + (context * T + t if PER_CONTEXT else t).to(tl.int64) * T
-    acc = _smoothed_by(f, feature, token, j, context, row, is_m, begin, M, T, BLOCK)
+    acc = _smoothed_by(f, feature, token, j, context, row, begin, M, T, BLOCK)
     end = tl.minimum(begin + BLOCK, M)
     for side in tl.static_range(2):
         own = begin if side == 0 else end - 1
         own_feature = tl.load(feature + own)
         own_context = tl.load(token + own).to(tl.int32) // T
-        at_begin = begin + (2 * side - 1) * BLOCK
-        # The entry of the next block that lies nearest.
-        near = begin - 1 if side == 0 else begin + BLOCK
-        is_there = (near >= 0) & (near < M)
-        near_feature = tl.load(feature + near, mask=is_there, other=-2)
-        near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
-        going = (near_feature == own_feature) & (near_context == own_context)
-        while going:
-            acc += _smoothed_by(f, feature, token, j, context, row, is_m, at_begin, M, T, BLOCK)
-            at_begin += (2 * side - 1) * BLOCK
-            near += (2 * side - 1) * BLOCK
-            is_there = (near >= 0) & (near < M)
-            near_feature = tl.load(feature + near, mask=is_there, other=-2)
-            near_context = tl.load(token + near, mask=is_there, other=0).to(tl.int32) // T
-            going = (near_feature == own_feature) & (near_context == own_context)
+        step = (2 * side - 1) * BLOCK
+        from_, near = begin + step, begin - 1 if side == 0 else begin + BLOCK
+        while _is_near(feature, token, own_feature, own_context, near, M, T):
+            acc += _smoothed_by(f, feature, token, j, context, row, from_, M, T, BLOCK)
+            from_ += step
+            near += step
     tl.store(out + at, acc, mask=is_m)
+
+
+@triton.jit
+def _counts_of(
+    f, feature, token, up_to, before, place, counted, begin, M, T,
+    PER_CONTEXT: tl.constexpr, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the entries from `begin` on: (feature, context, position, value, both counts, counted)."""
+    at = begin + tl.arange(0, BLOCK)
+    is_m = at < M
+    j = tl.load(feature + at, mask=is_m, other=-1)
+    n = tl.load(token + at, mask=is_m, other=0).to(tl.int32)
+    x = tl.load(f + at, mask=is_m, other=0.0).to(tl.float32)
+    context = n // T
+    p = tl.load(place + n, mask=is_m, other=0).to(tl.int32) if PLACED else n % T
+    window_at = context * T + p if PER_CONTEXT else p
+    up = tl.load(up_to + window_at, mask=is_m, other=0.0).to(tl.float32)
+    low = tl.load(before + window_at, mask=is_m, other=0.0).to(tl.float32)
+    c = tl.zeros([BLOCK], tl.float32)
+    if POSITIONS:
+        c = tl.load(counted + p, mask=is_m, other=0.0).to(tl.float32)
+    return j, context, p, x, up, low, c
+
+
+@triton.jit
+def _shared(j, context, up, low, c, j2, context2, x2, up2, low2, c2, both, joint):
+    """[BLOCK]: what entries 2 give to the others by the windows that hold both, and by pairs."""
+    same = (j[:, None] == j2[None, :]) & (context[:, None] == context2[None, :])
+    held = tl.minimum(up[:, None], up2[None, :]) - tl.maximum(low[:, None], low2[None, :])
+    q = tl.maximum(held, 0.0) * both + joint * c[:, None] * c2[None, :]
+    return tl.sum(tl.where(same, q * x2[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def smooth_by_counts_kernel(
+    out, f, feature, token, up_to, before, place, spread, counted, joint, windows, M, T, window,
+    PER_CONTEXT: tl.constexpr, POSITIONS: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `smooth_kernel`, for the Q that `WindowCounts` and the position term make. Grid (M /
+    BLOCK,)."""
+    begin = tl.program_id(0) * BLOCK
+    j, context, p, x, up, low, c = _counts_of(
+        f, feature, token, up_to, before, place, counted, begin, M, T,
+        PER_CONTEXT, POSITIONS, PLACED, BLOCK,
+    )  # fmt: skip
+    both, pairs = -1.0 / (window * (window - 1)), 0.0
+    own = (up - low) / (window - 1)
+    if POSITIONS:
+        n_windows = tl.load(windows).to(tl.float32)
+        pairs = n_windows * tl.load(joint).to(tl.float32)
+        own -= n_windows * tl.load(spread + p).to(tl.float32)
+    acc = own * x + _shared(j, context, up, low, c, j, context, x, up, low, c, both, pairs)
+    end = tl.minimum(begin + BLOCK, M)
+    for side in tl.static_range(2):
+        edge = begin if side == 0 else end - 1
+        own_feature = tl.load(feature + edge)
+        own_context = tl.load(token + edge).to(tl.int32) // T
+        step = (2 * side - 1) * BLOCK
+        from_, near = begin + step, begin - 1 if side == 0 else begin + BLOCK
+        while _is_near(feature, token, own_feature, own_context, near, M, T):
+            j2, context2, p2, x2, up2, low2, c2 = _counts_of(
+                f, feature, token, up_to, before, place, counted, from_, M, T,
+                PER_CONTEXT, POSITIONS, PLACED, BLOCK,
+            )  # fmt: skip
+            acc += _shared(j, context, up, low, c, j2, context2, x2, up2, low2, c2, both, pairs)
+            from_ += step
+            near += step
+    at = begin + tl.arange(0, BLOCK)
+    tl.store(out + at, acc, mask=at < M)
 
 
 # ------------------------------------------------------------------ the reconstruction's error

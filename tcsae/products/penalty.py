@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from tcsae.tensors.sparse import SparseCodes, split_tokens
+from tcsae.tensors.window_counts import WindowCounts
 
 if TYPE_CHECKING:
     from tcsae.products.plain import Plain
@@ -32,7 +33,8 @@ class Weights(NamedTuple):
     are those over `measure_BT`.
     """
 
-    within_BTT: Tensor
+    windows_BTT: Tensor | None
+    """The windows' part of `within`; None: `counts` has it."""
     n_windows: Tensor
     """At least 1."""
     measure_BT: Tensor
@@ -42,6 +44,26 @@ class Weights(NamedTuple):
     counted_T: Tensor | None = None
     place_BT: Tensor | None = None
     """Where each position stands, if not at its own place."""
+    counts: WindowCounts | None = None
+    """Of windows that are of so many positions."""
+    within_BTT: Tensor | None = None
+    """Where it is at hand; `matrix` makes it."""
+
+    def matrix(self) -> Tensor:
+        """`within`, [B, T, T]."""
+        if self.within_BTT is not None:
+            return self.within_BTT
+        within_BTT = self.windows_BTT
+        if within_BTT is None:
+            assert self.counts is not None
+            within_BTT = self.counts.laplacian()
+        if self.spread_T is not None and self.counted_T is not None and self.joint is not None:
+            pairs_TT = self.joint * self.counted_T[:, None] * self.counted_T - self.spread_T.diag()
+            within_BTT = within_BTT + self.n_windows * pairs_TT
+        if self.place_BT is not None:
+            for dim, at in ((1, self.place_BT[:, :, None]), (2, self.place_BT[:, None, :])):
+                within_BTT = within_BTT.gather(dim, at.expand_as(within_BTT))
+        return within_BTT
 
     def between(self, sums_TF: Tensor) -> tuple[Tensor, Tensor]:
         """The part of e between contexts [F], and half its gradient to the sums [T, F]."""
@@ -63,7 +85,7 @@ def penalty_of_entries(
     order_M, feature_M = codes.order_M, codes.sorted_feature_M
     f_M = values_M.index_select(0, order_M)
     sums = functools.partial(products.sorted_sums, codes)
-    smooth_M = products.smooth(codes, f_M, weights.within_BTT)
+    smooth_M = products.smooth(codes, f_M, weights.matrix())
     e_F = sums(smooth_M, f_M) / weights.n_windows
     half_M = None
     if weights.spread_T is not None:

@@ -62,6 +62,9 @@ class Plain:
     dead_every: ClassVar[int] = 1
     """After so many steps it is looked up which features are dead."""
 
+    takes_counts: ClassVar[bool] = False
+    """Whether the temporal penalty needs no matrix of windows of so many positions."""
+
     records: ClassVar[bool] = False
     """Whether a step may be recorded once and replayed."""
 

@@ -39,6 +39,7 @@ class Triton(GPU):
 
     name: ClassVar[str] = "triton"
     records: ClassVar[bool] = True
+    takes_counts: ClassVar[bool] = True
     # Dense products cost 2 d_sae / (780 TFLOP/s) a number, gathers 2 k / (4.5 TB/s).
     sparse_from_ratio: ClassVar[float] = 128
 
@@ -199,6 +200,25 @@ class Triton(GPU):
                 )  # fmt: skip
         return smooth_M
 
+    def _smooth_by_counts(self, codes: SparseCodes, f_M: Tensor, weights: Weights) -> Tensor:
+        """As `smooth` by the weights' matrix, which is not made."""
+        counts = weights.counts
+        if counts is None:
+            return self.smooth(codes, f_M, weights.matrix())
+        smooth_M, n_positions = torch.empty_like(f_M), counts.up_to_BT.shape[1]
+        has_term, place_BT = weights.spread_T is not None, weights.place_BT
+        none = counts.up_to_BT
+        term = (none,) * 3 if not has_term else (weights.spread_T, weights.counted_T, weights.joint)
+        with _on(f_M):
+            kernels.smooth_by_counts_kernel[(triton.cdiv(len(f_M), SMOOTH[0]),)](
+                smooth_M, f_M, codes.sorted_feature_M, codes.sorted_token_M, counts.up_to_BT,
+                counts.before_BT, none if place_BT is None else place_BT.contiguous(), *term,
+                weights.n_windows, len(f_M), n_positions, counts.window,
+                PER_CONTEXT=len(counts.up_to_BT) > 1, POSITIONS=has_term,
+                PLACED=place_BT is not None, BLOCK=SMOOTH[0], num_warps=SMOOTH[1],
+            )  # fmt: skip
+        return smooth_M
+
     def window_penalty(
         self, codes: SparseCodes, values_M: Tensor, weights: Weights, normalised: Normalised | None
     ) -> tuple[Tensor, Tensor]:
@@ -208,7 +228,7 @@ class Triton(GPU):
         d_sae, n_entries, device = codes.d_sae, len(values_M), values_M.device
         is_placed, has_term = weights.place_BT is not None, weights.spread_T is not None
         f_M = values_M.index_select(0, codes.order_M)
-        smooth_M = self.smooth(codes, f_M, weights.within_BTT)
+        smooth_M = self._smooth_by_counts(codes, f_M, weights)
         measure_BT = weights.measure_BT.to(codes.dtype).to(f_M).contiguous()
         none = measure_BT  # read where there is no such argument: never
         place_BT = none if weights.place_BT is None else weights.place_BT.contiguous()

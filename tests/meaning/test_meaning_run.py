@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_here, small_job, write_texts
+from wandb_server import offline_runs
 
 import tcsae
 from tcsae.base.run_files import RunFiles
@@ -34,6 +35,8 @@ def finished(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation__windows="[2,4]",
         evaluation__meaning="[probes]",
         evaluation__label_fields="[kind]",
+        tracking="offline",
+        tracking__artifacts="false",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TCSAE_STORE", str(root / "store"))
@@ -72,6 +75,22 @@ def test_a_run_keeps_what_its_instruments_found(finished: Path) -> None:
         files.notes.read_text().split()
     )
     assert "Probe: semantics, one token" in files.report.read_text()
+
+
+def test_the_headlines_are_in_the_summary_of_wandb_and_in_a_comparison(finished: Path) -> None:
+    import wandb
+
+    from tcsae.report.comparison import compare_runs
+    from tcsae.report.notes import comparison_notes
+
+    wandb.teardown()  # what its own process has not written yet
+    (sent,) = offline_runs(finished)
+    found = json.loads(RunFiles(finished).final_info.read_text())["meaning"]
+    for name, entry in found.items():
+        assert sent.summary[f"eval/{name}"] == entry["value"]
+    comparison = compare_runs([finished])
+    assert "Probe: semantics, one token" in comparison_notes(comparison)
+    assert {"probe_context_token", "probe_semantics_transfer"} <= set(comparison.headline)
 
 
 def test_the_arms_of_the_experiment_have_one_l0() -> None:

@@ -57,6 +57,11 @@ CASES: dict[str, Case] = {
         {"feature": "*i32"},
         ({"PER_CONTEXT": True, "BLOCK": G.SMOOTH[0]}, G.SMOOTH[1]),
     ),
+    "smooth by counts": (
+        K.smooth_by_counts_kernel,
+        {"feature": "*i32", "windows": LONG},
+        (POSITIONS | {"PER_CONTEXT": True, "BLOCK": G.SMOOTH[0]}, G.SMOOTH[1]),
+    ),
     "error": (K.error_kernel, {}, ({"BLOCK": 4096}, 8)),
     "groups of 16,384": (K.groups_kernel, {"pre": ROW}, (GROUPS | {"GROUPS": 2048}, 8)),
     "groups of 65,536": (K.groups_kernel, {"pre": ROW}, (GROUPS | {"GROUPS": 8192}, 8)),
@@ -66,7 +71,7 @@ CASES: dict[str, Case] = {
     "update of long rows": (K.update_rows_kernel, {}, ({"BLOCK": 8192}, 16)),
 }
 INDICES = ("index", "start", "token", "position", "first_piece", "first_part", "order", "place")
-NUMBERS = ("N", "M", "F", "D", "T", "S", "k", "n_groups")
+NUMBERS = ("window", "N", "M", "F", "D", "T", "S", "k", "n_groups")
 
 
 def signature(kernel: Any, given: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:

@@ -159,17 +159,19 @@ def check_update(products: Plain, device: str, *, d_sae: int, width: int) -> Non
     assert error(moments[0][1], moments[1][1]) < 1e-5
 
 
-def penalties() -> Iterator[tuple[str, Any, bool]]:
+def penalties() -> Iterator[tuple[str, Any, bool, float]]:
     for form in ("scale_free", "slow", "window_variance"):
         for window in (4, "document"):
             for shuffle in (False, True):
-                yield form, window, shuffle
+                yield form, window, shuffle, 1.0
+        yield form, 4, False, 0.0
 
 
 def check_whole_penalty(
     products: Plain, device: str, *, contexts: int, positions: int, d_sae: int, k: int
 ) -> None:
-    """Value and gradient of every form with its position term, against autograd's dense float64."""
+    """Value and gradient of every form, with its position term and without, against autograd's
+    dense float64."""
     from tcsae.products import BY_DEVICE
 
     codes = sparse_codes(products, contexts * positions, d_sae, k, device)
@@ -177,8 +179,8 @@ def check_whole_penalty(
     valid = (torch.rand(contexts, positions, generator=generator) < 0.95).to(device)
     segments = (torch.rand(contexts, positions, generator=generator) < 0.1).cumsum(1).to(device)
     values_M = codes.values_M * valid.flatten()[codes.token_M]
-    for form, window, shuffle in penalties():
-        loss = Consistency(form, window, shuffle_positions=shuffle, position_weight=1.0).to(device)
+    for form, window, shuffle, beta in penalties():
+        loss = Consistency(form, window, shuffle_positions=shuffle, position_weight=beta)
         found = []
         for wide in (False, True):
             v_M = values_M.double().requires_grad_() if wide else values_M.clone().requires_grad_()
@@ -191,8 +193,8 @@ def check_whole_penalty(
                 )  # fmt: skip
                 value.backward()
             found += [value.detach(), v_M.grad]
-        assert error(found[0], found[2]) < 1e-5, (form, window, shuffle)
-        assert error(found[1], found[3]) < 1e-4, (form, window, shuffle)
+        assert error(found[0], found[2]) < 1e-5, (form, window, shuffle, beta)
+        assert error(found[1], found[3]) < 1e-4, (form, window, shuffle, beta)
 
 
 class _by:

@@ -13,6 +13,7 @@ import torch
 from browser import Tags
 from run_folders import F, N, T, changed, codes, seeded, write_run
 
+from tcsae.jobs.tracking import comparison_columns
 from tcsae.report.compare_page import write_compare_report
 from tcsae.report.comparison import Comparison, compare_runs
 from tcsae.report.gain import NOT_MEASURED, SETTINGS, gain_words, gains
@@ -100,6 +101,10 @@ def test_sentence_notes_page_and_csv_say_it(
     assert float(written[f"{name}_gain_layout_share"]) == entry["layout"]["share"]
     assert float(written[f"{name}_baseline_median"]) == medians[0]
     assert float(written[f"{name}_median"]) == medians[1]
+    in_wandb = comparison_columns(comparison)
+    for column in ("gain_share_of_10", "gain_layout_share", "delta_without_layout"):
+        assert in_wandb[f"{name}_{column}"][row["id"]] == float(written[f"{name}_{column}"])
+    assert in_wandb[f"{name}_median"][row["id"]] == medians[1]
 
 
 def test_runs_without_the_column_say_so_once_and_the_rest_is_there(
