@@ -65,7 +65,7 @@ def test_a_flag_that_is_none_is_one_line(given: str, said: str) -> None:
         ("seed=0,1", "several values are a sweep"),
         ("window=4,8", "several values are a sweep"),
         ("sae.k=4,8", "several values are a sweep"),
-        ("hydra/sweeper=optuna", "must be one of basic, grid"),
+        ("hydra/sweeper=ax", "must be one of basic, grid, optuna"),
     ],
 )
 def test_what_to_type_instead_is_said(override: str, said: str) -> None:

@@ -295,15 +295,17 @@ def test_the_citation_is_of_this_package() -> None:
 
 def training_commands(page: str) -> list[list[str]]:
     """The overrides of every `python -m tcsae.train ...` of a page, whole lines and in spans; of
-    several values the first. What stands in [brackets] or is a placeholder is left out."""
+    several values, or of an interval, the first. What stands in [brackets] or is a placeholder is
+    left out."""
     lines = page.replace("\\\n", " ")
     found = re.findall(r"python -m tcsae\.train([^`\n#]*)", re.sub(r" \[[^]\n]*\]", "", lines))
     commands = []
     for text in found:
         text = re.split(r" {4,}|  \(", text.rstrip())[0]  # words beside the command
-        words = [word for word in text.split() if not word.startswith("-")]
+        words = [word.strip("\"'") for word in text.split() if not word.startswith("-")]
         if any(mark in text for mark in ("<", "...", "NAME", "FOLDER", "--help")):
             continue
+        words = [re.sub(r"=(?:tag\(log,)?interval\(([^,]+),.*", r"=\1", word) for word in words]
         values = [re.sub(r"^([\w.+/]+=)([^\[{,]*),.*", r"\1\2", word) for word in words]
         commands.append([value for value in values if "=" in value])
     return commands

@@ -32,6 +32,7 @@ from tcsae.config import (
 from tcsae.config.compose import compose_tree, conf_folder, config_of
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions, checked
 from tcsae.config.sae import architectures, config_class
+from tcsae.config.sweeper import AdaptiveOptions
 from tcsae.config.synthetic import Children, Lifetime, PositionBound, WorldConfig
 from tcsae.launch.sweeper import GridSweeper
 
@@ -470,3 +471,29 @@ def test_the_sweepers_keys_are_those_of_conf() -> None:
     shown = OmegaConf.load(conf_folder() / "hydra" / "sweeper" / "grid.yaml")
     taken = set(inspect.signature(GridSweeper).parameters)
     assert set(shown) - {"_target_"} == taken == {"params", "points", "max_batch_size"}
+    shown = OmegaConf.load(conf_folder() / "hydra" / "sweeper" / "optuna.yaml")
+    assert set(shown) - {"_target_"} == set(ADAPTIVE) == set(AdaptiveOptions.model_fields)
+
+
+# Option of hydra/sweeper=optuna -> another value. What each does is in tests/launch/test_adaptive.
+ADAPTIVE: dict[str, Any] = {
+    "objective": "l0",
+    "direction": "minimize",
+    "constraints": {"l0": "<=8"},
+    "baseline": "lambda=0",
+    "n_trials": 3,
+    "n_jobs": 2,
+    "seed": 1,
+    "params": {"lambda": "interval(0,1)"},
+}
+
+
+def test_every_option_of_the_adaptive_sweeper_is_taken_and_read() -> None:
+    shown = dict(OmegaConf.load(conf_folder() / "hydra" / "sweeper" / "optuna.yaml"))
+    del shown["_target_"]
+    usual = checked(AdaptiveOptions, {**shown, "params": {}}, "hydra.sweeper")
+    assert usual == AdaptiveOptions()
+    for name, value in ADAPTIVE.items():
+        chosen = checked(AdaptiveOptions, {name: value}, "hydra.sweeper")
+        assert getattr(chosen, name) == value != getattr(usual, name)
+        assert name in attributes()

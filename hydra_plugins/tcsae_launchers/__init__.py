@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tcsae.launch import here, local, slurm, sweeper
+from tcsae.launch import adaptive, here, local, slurm, sweeper
 
 
 class HereLauncher(here.HereLauncher):
@@ -19,3 +19,7 @@ class SlurmLauncher(slurm.SlurmLauncher):
 
 class GridSweeper(sweeper.GridSweeper):
     """hydra/sweeper=grid"""
+
+
+class OptunaSweeper(adaptive.OptunaSweeper):
+    """hydra/sweeper=optuna"""

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SWEEP_FILE = "sweep.json"
+STUDY_FILE = "study.jsonl"
+"""Of an adaptive sweep: Optuna's journal, a line of JSON for each thing that happened."""
+STUDY_LOCK = ".study.jsonl.lock"
 REPORT = "report.html"
 """The page of a run, and of a comparison."""
 FEATURES_FOLDER = "report_features"

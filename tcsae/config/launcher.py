@@ -102,23 +102,19 @@ class SlurmOptions(Options):
         return self
 
 
-Chosen = TypeVar("Chosen", bound=Options)
+Chosen = TypeVar("Chosen", bound=StrictModel)
 
 
-def checked(kind: type[Chosen], given: dict[str, Any]) -> Chosen:
+def checked(kind: type[Chosen], given: dict[str, Any], node: str = "hydra.launcher") -> Chosen:
     """Raises UserError, in one line, naming every option that is wrong."""
     # Hydra writes 32 where 32.0 is meant.
     try:
         return kind.model_validate(given, strict=False)
     except ValidationError as error:
-        said = [_in_words(detail) for detail in error.errors()]
+        said = [_in_words(detail, node) for detail in error.errors()]
         raise UserError("; ".join(dict.fromkeys(said))) from None
 
 
-def _in_words(detail: Any) -> str:
+def _in_words(detail: Any, node: str) -> str:
     key, message = detail["loc"][:1], detail["msg"].removeprefix("Value error, ")
-    return (
-        f"hydra.launcher.{key[0]} = {detail['input']}: {message}"
-        if key
-        else (f"hydra.launcher: {message}")
-    )
+    return f"{node}.{key[0]} = {detail['input']}: {message}" if key else f"{node}: {message}"

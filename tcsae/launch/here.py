@@ -47,6 +47,6 @@ class HereLauncher(GridLauncher):
         except Interrupted as stopped:
             log.warning(f"{stopped}; the same command goes on from here")
             sys.exit(INTERRUPTED_EXIT_CODE)
-        if self.options.compare and place.is_first:
+        if self.compares and place.is_first:
             write_sweep_page(sweep.path)
         return said

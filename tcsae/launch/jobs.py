@@ -36,11 +36,12 @@ class GridJob:
         return self.files.is_finished
 
 
-def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """For every job the overrides in which the jobs differ, the seed last; "job" if in none."""
+def names_of(overrides: Sequence[Sequence[str]], shown: Sequence[str] = ()) -> list[str]:
+    """For every job the overrides in which the jobs differ, and those of the keys `shown`, the seed
+    last; "job" if in none."""
     values = [dict(o.lstrip("+").split("=", 1) for o in job if "=" in o) for job in overrides]
     keys = sorted(dict.fromkeys(key for job in values for key in job), key="seed".__eq__)
-    varying = [key for key in keys if len({job.get(key) for job in values}) > 1]
+    varying = [key for key in keys if key in shown or len({job.get(key) for job in values}) > 1]
     return [
         ",".join(f"{key}={job[key]}" for key in varying if key in job) or "job" for job in values
     ]

@@ -52,6 +52,10 @@ class GridLauncher(Launcher):
         self.given = {key: _plain(value) for key, value in options.items()}
         self.context: HydraContext | None = None
         self.config: DictConfig | None = None
+        self.more_to_come = False
+        """Whether the sweeper will launch further jobs into the folder: no comparison page yet."""
+        self.shown_keys: tuple[str, ...] = ()
+        """Keys that a job's name has even if those launched with it have the same value."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -68,6 +72,11 @@ class GridLauncher(Launcher):
     @abstractmethod
     def processes(self) -> int | None:
         """How many packs run at once; None if that is not known."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the comparison page is written when these jobs have ended."""
+        return self.options.compare and not self.more_to_come
 
     def device(self) -> str:
         """What the jobs will run on, for the estimate: "cuda" or "cpu"."""
@@ -150,7 +159,7 @@ class GridLauncher(Launcher):
         before have the numbers that they had, so that a grid may grow."""
         assert self.context is not None and self.config is not None
         jobs: list[GridJob] = []
-        names = names_of(job_overrides)
+        names = names_of(job_overrides, self.shown_keys)
         numbers = _Numbers(self.sweep.jobs(), first)
         for overrides, name in shown(zip(job_overrides, names, strict=True), len(names)):
             try:

@@ -48,7 +48,7 @@ class LocalLauncher(GridLauncher):
         if stop:
             log.warning(f"{stop.signal_name}: stopped; the same command goes on from here")
             sys.exit(INTERRUPTED_EXIT_CODE)
-        if self.options.compare:
+        if self.compares:
             write_sweep_page(sweep.path)
         said: dict[int, str] = {}
         for file, pack, code in zip(files, packs, codes, strict=True):

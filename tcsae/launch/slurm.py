@@ -92,7 +92,7 @@ class SlurmLauncher(GridLauncher):
         watched = _sent_before(sweep)
         closing = None
         if packs:
-            jobs, closing = submit(sweep, packs, options)
+            jobs, closing = submit(sweep, packs, options, self.compares)
             log.info(f"sent as Slurm job {jobs[0].job_id.partition('_')[0]}; {said} shows them")
             numbers = [[job.number for job in pack] for pack in packs]
             watched += list(zip(numbers, jobs, strict=True))
@@ -132,7 +132,9 @@ def _sent_before(sweep: SweepFolder) -> list[tuple[list[int], Any]]:
     return [(numbers, job) for numbers, job in sent if job.job_id in queue]
 
 
-def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[list[Any], Any]:
+def submit(
+    sweep: SweepFolder, packs: Packs, options: SlurmOptions, compares: bool
+) -> tuple[list[Any], Any]:
     """The array's jobs and the closing job (or None). Raises UserError if Slurm refuses them."""
     folder = sweep.path / PACKS / time.strftime("slurm-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
@@ -143,7 +145,7 @@ def submit(sweep: SweepFolder, packs: Packs, options: SlurmOptions) -> tuple[lis
         executor = _executor(folder, options, "tcsae-" + sweep.name)
         jobs = _sent(executor, [str(file) for file in files])
     closing = None
-    if options.compare:
+    if compares:
         arrays = ":".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
         executor = _executor(folder, _closing_options(options, arrays), "tcsae-compare")
         closing = executor.submit(ClosingJob(), str(sweep.path))

@@ -54,6 +54,7 @@ class GridSweeper(Sweeper):
         jobs, results = self.grid(arguments), []
         size = self.max_batch_size or len(jobs)
         for first in range(0, len(jobs), size):
+            self.launcher.more_to_come = first + size < len(jobs)
             results += self.launcher.launch(jobs[first : first + size], initial_job_idx=first)
         failed = [result for result in results if result.status == JobStatus.FAILED]
         if failed:
