@@ -20,6 +20,7 @@ from tcsae.data.batches import ActivationBatches, Calibration, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
+from tcsae.data.labelled import check_labels
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
@@ -108,6 +109,8 @@ def open_stream(
 
     `model`: that of the config, where it is at hand already.
     """
+    if "probes" in config.evaluation.meaning:
+        check_labels(config.dataset, config.evaluation.label_fields)
     model, contexts = open_contexts(config, stop, model)
     root = _root(config)
     sources: list[Any] = []

@@ -20,6 +20,7 @@ def check_reachable(configs: Sequence[Config]) -> None:
     """
     # Here, as the plan of a sweep and its menu need no torch.
     from tcsae.data.corpora import reach_text
+    from tcsae.data.labelled import check_labels
     from tcsae.data.weights import reach_weights
 
     real = [config for config in configs if config.model.world is None]
@@ -33,6 +34,13 @@ def check_reachable(configs: Sequence[Config]) -> None:
     }
     for dataset in texts.values():
         reach_text(dataset)
+    labelled = {
+        (c.dataset.path, *c.evaluation.label_fields): c
+        for c in real
+        if "probes" in c.evaluation.meaning
+    }
+    for config in labelled.values():
+        check_labels(config.dataset, config.evaluation.label_fields)
 
 
 def warn_of_own_disks(configs: Sequence[Config], sweep: Path) -> None:
