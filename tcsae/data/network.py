@@ -178,7 +178,10 @@ class Network:
     @cached_property
     def keeps_its_past(self) -> bool:
         """Whether a text in two pieces gives the logits of the text, but for rounding: a family
-        may keep no keys and values, or count positions from the piece's start."""
+        may keep no keys and values, or count positions from the piece's start. Not in bfloat16: its
+        rounding differs between one token and many, and the likeliest token with it."""
+        if self.model.dtype != torch.float32:
+            return False
         ids_BT = torch.arange(3, 19, device=self.model.device)[None]
         whole = self._forward(ids_BT)[:, 8:].float()
         try:
@@ -191,8 +194,8 @@ class Network:
         return bool((parted - whole).abs().mean() <= ROUNDING * whole.std())
 
 
-ROUNDING = 0.05
-"""Of the logits' standard deviation, on average: bfloat16 makes .01; a wrong position makes 1."""
+ROUNDING = 1e-3
+"""Of the logits' standard deviation, on average."""
 
 
 class Growing:
