@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from tcsae.launch.launcher import GridLauncher, Packs
 from tcsae.launch.preflight import check_reachable, warn_of_own_disks
 from tcsae.launch.slurm_job import ClosingJob, PackJob
 from tcsae.launch.sweep_folder import PACKS, SweepFolder
+from tcsae.launch.telling import StatusPage
 from tcsae.runs.state import queued
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,14 @@ class SlurmLauncher(GridLauncher):
             watched += list(zip(numbers, jobs, strict=True))
         if not options.wait:
             return None
+        page = StatusPage(sweep.path)
         try:
             jobs = [job for _, job in watched]
-            ended = _wait(jobs + ([closing] if closing else []), options)
+            ended = _wait(jobs + ([closing] if closing else []), options, page.write)
         except KeyboardInterrupt:
             log.warning(f"no longer watching; the jobs go on: {said}; the same command watches on")
             sys.exit(INTERRUPTED_EXIT_CODE)
+        page.write({}, is_last=True)
         if closing and ended[closing.job_id]:
             log.warning(f"no comparison page: {ended[closing.job_id]}")
         return {n: text for numbers, job in watched if (text := ended[job.job_id]) for n in numbers}
@@ -258,7 +261,11 @@ def _mark_queued(packs: Packs, job_ids: list[str]) -> None:
 # ---------------------------------------------------------------------------- waiting for them
 
 
-def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
+def _wait(
+    jobs: list[Any],
+    options: SlurmOptions,
+    tell: Callable[[dict[str, str]], None] = lambda said: None,
+) -> dict[str, str]:
     """By job id: empty for a job that ended well, else what there is to say of it."""
     started = said_at = time.monotonic()
     ended: dict[str, str] = {}
@@ -266,6 +273,7 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
     hopeless, released = dict(missing), dict(missing)
     while len(ended) < len(jobs):
         queue = in_queue([job.job_id for job in jobs if job.job_id not in ended])
+        tell({name: found.said for name, found in (queue or {}).items()})
         for job in jobs:
             name = job.job_id
             if name in ended:
