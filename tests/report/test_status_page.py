@@ -18,13 +18,14 @@ from tcsae.status import main
 def sweep(tmp_path: Path) -> Path:
     """One job each: done, failed, running, waiting at Slurm, and one named to break a page."""
     names = ["lambda=0", "lambda=1", "lambda=2", "lambda=3", "<script>alert(1)</script>"]
-    packs = [{"jobs": [n], "job_id": f"7_{n}"} for n in range(5)]
-    folder = write_sweep(tmp_path / "grid", names, submissions=[{"packs": packs}])
+    packs = [{"jobs": [n], "job_id": f"987654_{n}"} for n in range(5)]
+    sent = {"packs": packs, "closing_job_id": None}
+    folder = write_sweep(tmp_path / "grid", names, submissions=[sent])
     write_final(folder / "run-0", final_loss=0.25, wall_seconds=100.0, tokens_per_second=5e4)
     (folder / "run-0" / "report.html").write_text("a page")
     write_state(folder / "run-1", state="failed", message="not finite at step 0")
     write_state(folder / "run-2")
-    write_state(folder / "run-3", state="queued", attempt=0, slurm_job_id="7_3")
+    write_state(folder / "run-3", state="queued", attempt=0, slurm_job_id="987654_3")
     return folder
 
 
@@ -37,12 +38,12 @@ def rows(page: str) -> dict[str, str]:
 
 def test_the_page_says_what_every_job_does(sweep: Path) -> None:
     (group,) = find_groups([sweep], now=NOW + 2)
-    said = {"7_3": "pending (Resources)", "7_2": "running"}
+    said = {"987654_3": "pending (Resources)", "987654_2": "running"}
     page = write_status_page(group, said).read_text(encoding="utf-8")
     found = rows(page)
     assert found["0"].startswith("0 lambda=0 done - 100 % 50,000 - 0.25")
     assert found["1"].startswith("1 lambda=1 failed not finite at step 0")
-    assert found["2"].startswith("2 lambda=2 running train 25 % 10.0 1 min")
+    assert found["2"].startswith("2 lambda=2 running train 25 % 10 1 min")
     assert found["3"].startswith("3 lambda=3 queued pending (Resources)")
     assert found["4"].startswith("4 &lt;script&gt;alert(1)&lt;/script&gt; queued")
     assert '<a href="run-0/report.html">lambda=0</a>' in page and page.count("report.html") == 1
@@ -79,9 +80,9 @@ def test_a_command_that_waits_writes_it_now_and_then(
     sweep: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     page, file = StatusPage(sweep), sweep / "status.html"
-    page.write({"7_3": "pending (Priority)"})
+    page.write({"987654_3": "pending (Priority)"})
     assert "pending (Priority)" in file.read_text() and "http-equiv" in file.read_text()
-    page.write({"7_3": "pending (Resources)"})  # too soon
+    page.write({"987654_3": "pending (Resources)"})  # too soon
     assert "Resources" not in file.read_text()
     page.write({}, is_last=True)
     assert "pending" not in file.read_text() and "http-equiv" not in file.read_text()
