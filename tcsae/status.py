@@ -23,6 +23,8 @@ from tcsae.report.status_table import WIDTH, fitting_text, text, to_json, traceb
 from tcsae.runs.status import Group, find_groups
 
 WATCH_EVERY = 5.0
+SLURM_SECONDS = 5.0
+"""How long Slurm is waited for, without whose word the page is written too."""
 _CLEAR = "\x1b[H\x1b[J"
 
 
@@ -73,7 +75,7 @@ def _said_by_slurm(groups: Sequence[Group]) -> dict[str, str]:
     if shutil.which("squeue") is None:
         return {}
     try:
-        jobs = slurm_jobs([group.folder for group in groups if group.is_sweep])
+        jobs = slurm_jobs([group.folder for group in groups if group.is_sweep], SLURM_SECONDS)
     except (UserError, LookupError, TypeError):  # or a damaged sweep.json
         return {}
     return {name: found.said for name, found in jobs.items()}

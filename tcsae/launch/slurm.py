@@ -358,13 +358,13 @@ def cancel(job_ids: list[str]) -> None:
         subprocess.run(["scancel", *job_ids], capture_output=True, timeout=60)
 
 
-def in_queue(job_ids: list[str]) -> dict[str, InQueue] | None:
+def in_queue(job_ids: list[str], seconds: float = 60) -> dict[str, InQueue] | None:
     """State and reason by job id ("12_3") of those that Slurm still has to end; None if it does not
-    answer."""
+    answer within `seconds`."""
     main = ",".join(dict.fromkeys(name.partition("_")[0] for name in job_ids))
     command = ["squeue", "--noheader", "--array", "--jobs", main, "--format", "%i %T %r"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (subprocess.TimeoutExpired, OSError):
         return None
     if answer.returncode:

@@ -60,8 +60,9 @@ def test_a_page_that_is_not_written_again_is_not_read_again(sweep: Path) -> None
 
 
 def test_the_command_writes_it_once_or_until_all_have_ended(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "")  # no Slurm
     main([str(sweep), "--html"])
     assert capsys.readouterr().out == f"{sweep / 'status.html'}\n"
     assert "http-equiv" not in (sweep / "status.html").read_text()
