@@ -26,6 +26,7 @@ SLOW = (
     *("report/test_run_page.py", "report/test_compare_page.py", "test_compare.py"),
     *("test_look.py", "test_serve.py", "meaning/test_meaning_run.py", "meaning/test_again.py"),
     *("training/test_architectures.py", "training/test_no_synchronisation.py"),
+    *("training/test_fake_cuda.py", "training/test_metrics.py"),
     *("sae/test_dead_features.py", "data/test_language_model.py", "data/test_store.py"),
     *("test_evaluate.py", "test_export.py", "test_calibrate.py", "metrics/test_specialization.py"),
     *("test_analysis.py", "products/test_kernels.py", "test_synthetic_run.py"),

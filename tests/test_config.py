@@ -44,6 +44,8 @@ def options() -> list[str]:
         more = {
             "model/other": " model.name=x/y",
             "dataset/files": " dataset.path=x",
+            "dataset/activations": " dataset.path=x",
+            "model/activations": " dataset.path=x",
             "consistency/first_group": " sae=matryoshka",
             "dataset/synthetic": " model=synthetic",
             **{

@@ -51,7 +51,14 @@ def arranged(arguments: Sequence[str]) -> list[str]:
         if takes_value[name] and not given and rest:
             flags.append(rest.pop(0))
     _check_copied(overrides)
-    return flags + _for_the_jobs(overrides)
+    return flags + _for_the_jobs(with_model(overrides))
+
+
+def with_model(overrides: Sequence[str]) -> list[str]:
+    """dataset=activations chooses its model too, which Hydra lets only a later group do."""
+    names = {override.partition("=")[0] for override in overrides}
+    chosen = "dataset=activations" in overrides and "model" not in names
+    return [*overrides, *(["model=activations"] if chosen else [])]
 
 
 def _check_copied(overrides: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tcsae.config import Config, number_options, parse
+from tcsae.config.arguments import with_model
 from tcsae.config.effect import refuse_without_effect
 
 _PACKAGE = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def compose_tree(overrides: list[str]) -> DictConfig:
 
     prepare_hydra()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("train", overrides)
+        return compose("train", with_model(overrides))
 
 
 def to_config(composed: DictConfig) -> Config:

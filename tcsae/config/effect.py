@@ -25,12 +25,16 @@ class Rule(NamedTuple):
 
 
 def _has_no_choice_of_text(config: Any) -> bool:
-    return config.dataset.source in ("wheel", "synthetic")
+    return config.dataset.source in ("wheel", "synthetic", "activations")
 
 
 def _is_not_on_the_hub(config: Any) -> bool:
     model = config.model
-    return _is_a_world(config) or model.path is not None or model.package is not None
+    return _has_no_model(config) or model.path is not None or model.package is not None
+
+
+def _has_no_model(config: Any) -> bool:
+    return config.model.why_no_text is not None
 
 
 def _is_a_world(config: Any) -> bool:
@@ -53,8 +57,8 @@ def _has_no_contrast(config: Any) -> bool:
     return _has_no_pairs(config) or config.sae.pair_loss == "squared_difference"
 
 
-_NO_TEXT = "a synthetic world has no text"
-_NO_MODEL = "a synthetic world has no language model"
+_NO_TEXT = "what is in a model's place has no text"
+_NO_MODEL = "what is in a model's place has no language model"
 _NO_PAIRS = "sae.pair_coefficient=0 leaves the pairs out"
 _NO_CONTRAST = "sae.pair_loss=squared_difference contrasts nothing, and sae.pair_coefficient=0 too"
 MEASURED = (
@@ -63,7 +67,7 @@ MEASURED = (
     Rule("dataset.chat", ("template",), _has_no_choice_of_text, "there are no conversations"),
     Rule("dataset.segments", ("document",), _has_no_choice_of_text, "there are no turns"),
     Rule("dataset.path", (None,), _is_a_world, _NO_TEXT),
-    Rule("dataset.subset", (None,), _is_a_world, _NO_TEXT),
+    Rule("dataset.subset", (None,), _has_no_model, _NO_TEXT),
     Rule(
         "dataset.eval_fraction",
         (0.15,),
@@ -71,10 +75,10 @@ MEASURED = (
         "a world has as many documents for both sides as they need",
     ),
     Rule("model.hook", ("resid_post",), _is_a_world, _NO_MODEL),
-    Rule("model.dtype", ("auto", "float32"), _is_a_world, _NO_MODEL),
-    Rule("model.extra_masked_ids", ([],), _is_a_world, _NO_MODEL),
-    Rule("model.bos_id", (None,), _is_a_world, _NO_MODEL),
-    Rule("evaluation.model_contexts", (64, 16, 256), _is_a_world, _NO_MODEL),
+    Rule("model.dtype", ("auto", "float32"), _has_no_model, _NO_MODEL),
+    Rule("model.extra_masked_ids", ([],), _has_no_model, _NO_MODEL),
+    Rule("model.bos_id", (None,), _has_no_model, _NO_MODEL),
+    Rule("evaluation.model_contexts", (64, 16, 256), _has_no_model, _NO_MODEL),
     Rule(
         "model.world.correlation",
         (0.0,),
@@ -99,7 +103,7 @@ MEASURED = (
         lambda config: config.store.mode == "stream",
         "store=stream stores no activations",
     ),
-    Rule("store.also", ([],), _is_a_world, _NO_MODEL),
+    Rule("store.also", ([],), _has_no_model, _NO_MODEL),
     Rule(
         "evaluation.bootstrap",
         (1000,),

@@ -38,7 +38,8 @@ class ModelConfig(StrictModel):
     n_layers: Count | None = None
     """Number of blocks, if known before loading; ignored with `path`."""
     default_layer: Annotated[int, Field(ge=0)] | None = None
-    hook: Hook = "resid_post"
+    hook: Hook | Literal["given"] = "resid_post"
+    """given: vectors from files, of no model that is here (dataset=activations)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     forward_contexts: Count = 16
@@ -56,14 +57,28 @@ class ModelConfig(StrictModel):
     def _world_is_all(self) -> Self:
         if self.world is not None and (self.path or self.package or self.untrained):
             raise ValueError("world=... is for model=synthetic: a language model has none")
+        if self.is_given and (self.world or self.path or self.package or self.untrained):
+            raise ValueError("hook=given is for dataset=activations, which reads no model")
         return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether activations come from files of one's own."""
+        return self.hook == "given"
+
+    @property
+    def why_no_text(self) -> str | None:
+        """What it is in place of a language model; None: it is one."""
+        if self.world is not None:
+            return f"{self.name} is a synthetic world"
+        return "these are activations of one's own" if self.is_given else None
 
 
 class DatasetConfig(StrictModel):
     """The text, and how it becomes contexts."""
 
     name: str
-    source: Literal["wheel", "files", "hub", "synthetic"]
+    source: Literal["wheel", "files", "hub", "synthetic", "activations"]
     path: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -298,6 +313,11 @@ class Measured(StrictModel):
                 "world are its own, and a language model reads text (world=... is for "
                 "model=synthetic alone)"
             )
+        if self.model.is_given != (self.dataset.source == "activations"):
+            raise ValueError(
+                "dataset=activations and model=activations go together, and each chooses the "
+                "other: leave out any other choice of model or dataset"
+            )
         if self.model.world is not None:
             self.model.world.check_contexts(size)
         if unfit := self.unfit_instruments(self.evaluation.meaning):
@@ -310,11 +330,11 @@ class Measured(StrictModel):
     def unfit_instruments(self, names: Sequence[str]) -> str | None:
         """Why the model of this run allows some instruments of `evaluation.meaning` no answer."""
         again = [name for name in names if name in NEED_A_LANGUAGE_MODEL]
-        if not again or self.model.world is None:
+        if not again or self.model.why_no_text is None:
             return None
         return (
             f"evaluation.meaning = [{','.join(again)}]: text goes through a language model again "
-            "there, and model=synthetic has none: leave it out, or choose a language model"
+            f"there, and {self.model.why_no_text}: leave it out, or choose a language model"
         )
 
     def dump(self) -> dict[str, Any]:

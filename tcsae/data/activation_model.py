@@ -1,4 +1,4 @@
-"""What gives activations: a language model, or a synthetic world in its place."""
+"""What gives activations: a language model; in its place a synthetic world, or files of vectors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class ActivationModel(Protocol):
     d_in: int
     layer: int
     hook_name: str
+    no_model: str | None
+    """Why there is no language model; None: there is."""
     checks: dict[str, Any] | None
     """What was found when it was loaded; None: nothing was."""
 

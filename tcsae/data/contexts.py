@@ -144,6 +144,7 @@ def build_contexts(
     cfg: DatasetConfig,
     *,
     progress: Progress | None = None,
+    are_tokens: bool = True,
 ) -> tuple[Contexts, Contexts]:
     """Training and held-out contexts of `corpus`, with no group of documents in both.
 
@@ -156,6 +157,7 @@ def build_contexts(
 
     Args:
         tokenizer: Hugging Face fast tokenizer.
+        are_tokens: whether numbers that documents come as are token ids, and so a model's.
 
     Raises:
         UserError: the text gives fewer contexts than asked, or one group only.
@@ -176,7 +178,7 @@ def build_contexts(
         _fill_from_stream(corpus, cfg, (train, held_out), report)
     contexts = [_contexts_of(side, special, cfg) for side in (train, held_out)]
     contexts[1] = replace(contexts[1], passage=torch.from_numpy(held_out.passage()))
-    if train.tokens_given or held_out.tokens_given:
+    if are_tokens and (train.tokens_given or held_out.tokens_given):
         logger.warning(
             "%s: tokens are taken as they are, as this model's, and a row is one document",
             corpus.describe(),

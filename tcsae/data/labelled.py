@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,10 +70,67 @@ def labelled_documents(
     yield from found
 
 
+LOOKED_AT = 1000
+"""Rows in which a field of labels must be seen before a run begins."""
+
+
+def check_labels(cfg: DatasetConfig, fields: Sequence[str]) -> None:
+    """Before anything is loaded: whether rows of the text have `evaluation.label_fields`.
+
+    Raises UserError for plain text, a field that none of the first rows has, and a value there that
+    is neither a label nor spans. Of a text that has no such fields nothing is asked.
+    """
+    if cfg.source != "files" or not fields:
+        return
+    corpus = open_corpus(cfg)
+    assert isinstance(corpus, FilesCorpus)
+    paths = _with_rows(corpus, fields[0])
+    for name in fields:
+        values = itertools.chain.from_iterable(_labels_in(path, name) for path in paths)
+        looked = list(itertools.islice(values, LOOKED_AT))
+        if all(value is None for value in looked):
+            raise UserError(
+                f"evaluation.label_fields={name}: none of the first {len(looked):,} rows of "
+                f"{corpus.root} has it{_others(paths[0], name)}: name a field of labels"
+            )
+
+
+def _with_rows(corpus: FilesCorpus, name: str) -> list[Path]:
+    """The files that have rows. Raises UserError, which names the field, where none has."""
+    paths = [path for path in corpus.files if kind_of(path) in ROWS]
+    if not paths:
+        raise UserError(
+            f"evaluation.label_fields={name}: {corpus.root} is plain text, which has no fields: "
+            "leave the key out, or give rows (jsonl, csv, parquet)"
+        )
+    return paths
+
+
+def _labels_in(path: Path, name: str) -> Iterator[str | list[Span] | None]:
+    """Of every row of a file, None where it has no such label."""
+    try:
+        yield from READERS[kind_of(path)](path, name, row_label)
+    except UserError as error:
+        said = str(error).replace("dataset.text_field", "evaluation.label_fields")
+        raise UserError(said) from None
+
+
+def _others(path: Path, name: str) -> str:
+    """The other fields of the first row, where they are read with it."""
+
+    def names(row: Any, where: str, name: str) -> list[str]:
+        return [str(key) for key in row if key != name] if isinstance(row, dict) else []
+
+    found: list[str] = next(READERS[kind_of(path)](path, name, names), [])
+    return f" (there are {', '.join(found)})" if found else ""
+
+
 def why_none(cfg: DatasetConfig, fields: Sequence[str]) -> str:
     """What a text without labels lacks, and how to give it some."""
     if cfg.source == "synthetic":
         return "a synthetic world has no labels of text"
+    if cfg.source == "activations":
+        return "activations of one's own have no text, so no labels"
     if cfg.source == "hub":
         return "a text that streams from the hub has no labels here: use dataset=files"
     if not fields:
@@ -139,21 +198,10 @@ def _of_rows(
 def _values(corpus: FilesCorpus, name: str) -> dict[str, str | list[Span] | None]:
     """{row's id, as of its document: its label, or its spans}."""
     found: dict[str, str | list[Span] | None] = {}
-    for path in corpus.files:
-        if (kind := kind_of(path)) not in ROWS:
-            continue
+    for path in _with_rows(corpus, name):
         file = path.relative_to(corpus.root).as_posix()
-        try:
-            for number, value in enumerate(READERS[kind](path, name, row_label)):
-                found[f"{file}:{number}"] = value
-        except UserError as error:
-            said = str(error).replace("dataset.text_field", "evaluation.label_fields")
-            raise UserError(said) from None
-    if not found:
-        raise UserError(
-            f"evaluation.label_fields={name}: {corpus.root} is plain text, which has no fields: "
-            "leave the key out, or give rows (jsonl, csv, parquet)"
-        )
+        for number, value in enumerate(_labels_in(path, name)):
+            found[f"{file}:{number}"] = value
     return found
 
 
@@ -187,6 +235,7 @@ def _is_span(part: Any) -> bool:
     return (
         isinstance(part, list | tuple)
         and len(part) == 3
-        and all(type(place) is int and place >= 0 for place in part[:2])
+        and all(type(place) is int for place in part[:2])
+        and 0 <= part[0] < part[1]
         and isinstance(part[2], str)
     )

@@ -68,6 +68,8 @@ class LanguageModel:
         UserError: no such weights, no such layer, a folder that does not load.
     """
 
+    no_model: str | None = None
+
     def __init__(
         self, cfg: ModelConfig, layer: int | str | None, also: Sequence[int | str] = ()
     ) -> None:

@@ -20,9 +20,11 @@ from tcsae.data.batches import ActivationBatches, Calibration, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
+from tcsae.data.labelled import check_labels
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
 from tcsae.data.synthetic_model import SyntheticModel
+from tcsae.data.vectors_model import VectorsModel
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +93,11 @@ class Stream:
 
 
 def open_model(config: Measured) -> ActivationModel:
-    """The language model of the config, or the world in its place; UserError if there is none."""
+    """The language model of the config, or what is in its place; UserError if there is none."""
     if config.model.world is not None:
         return SyntheticModel(config.model, config.layer)
+    if config.model.is_given:
+        return VectorsModel(config.model, config.dataset, config.layer)
     also = config.store.also if config.store.mode == "disk" else ()
     return LanguageModel(config.model, config.layer, also)
 
@@ -105,6 +109,8 @@ def open_stream(
 
     `model`: that of the config, where it is at hand already.
     """
+    if "probes" in config.evaluation.meaning:
+        check_labels(config.dataset, config.evaluation.label_fields)
     model, contexts = open_contexts(config, stop, model)
     root = _root(config)
     sources: list[Any] = []
@@ -151,7 +157,7 @@ def open_contexts(
     Raises UserError for weights or text that cannot be had.
     """
     model = model or open_model(config)
-    if isinstance(model, SyntheticModel):
+    if isinstance(model, SyntheticModel | VectorsModel):
         return model, model.contexts(config.dataset)
     assert isinstance(model, LanguageModel)
     return model, load_or_build_contexts(config.dataset, model, _root(config), stop)

@@ -73,6 +73,7 @@ class SyntheticModel:
     def identity(self) -> dict[str, Any]:
         return {"weights": self.content, "hook": self.hook_name, "dtype": "float32"}
 
+    no_model: str | None = "a synthetic world has no language model"
     beside: Sequence[ActivationModel] = ()
 
     def activations(self, ids_BT: Tensor) -> Tensor:

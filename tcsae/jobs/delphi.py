@@ -37,12 +37,12 @@ _SMALL = 1 << 16
 def export_for_delphi(run: Path, output: Path) -> Path:
     """Write what delphi reads of the finished run in `run` into `output`, new or empty.
 
-    Raises UserError: no finished run, a synthetic world, `output` is not empty, weights or text
+    Raises UserError: no finished run, no language model, `output` is not empty, weights or text
     that are not there.
     """
     loaded, output = load_run(run), Path(output)
-    if loaded.config.model.world is not None:
-        raise UserError(f"{loaded.config.model.name} is a synthetic world: there is no text")
+    if (why := loaded.config.model.why_no_text) is not None:
+        raise UserError(f"{why}: there is no text")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not an empty folder: choose another")
     ids, locations, values, hook = _fired(loaded)

@@ -30,6 +30,7 @@ from tcsae.config.effect import refuse_without_effect
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
 from tcsae.data.synthetic import HOOK as SYNTHETIC
+from tcsae.data.vectors import HOOK as GIVEN
 from tcsae.jobs.cautions import hub_name
 from tcsae.jobs.facts import Facts, facts_of, part
 from tcsae.runs.folder import load_any_sae
@@ -175,6 +176,11 @@ def _defaults(facts: Facts, chosen: Sequence[str]) -> Iterator[str]:
         yield from _model(facts.model)
     if facts.context_size is not None:
         yield f"dataset.context_size={facts.context_size}"
+    if facts.hook_name == GIVEN:
+        raise UserError(
+            "activations of one's own: what was measured of a run is in its folder, and "
+            "tcsae.evaluate reads activations of language models alone"
+        )
     if not {"layer", "model.hook"} <= set(chosen) and facts.hook_name != SYNTHETIC:
         yield from _place(facts.hook_name, chosen)
 

@@ -13,6 +13,7 @@ from tcsae.base.files import read_json, tensors_digest, write_json
 from tcsae.base.run_files import RunFiles, runs_below
 from tcsae.base.signals import StopRequest
 from tcsae.config import Measured
+from tcsae.data.labelled import check_labels
 from tcsae.data.stream import open_held_out
 from tcsae.jobs.finish import write_pages
 from tcsae.meaning.held_text import HeldText
@@ -43,10 +44,18 @@ def measure_finished(
         raise UserError(
             f"{unknown[0]}: no such instrument; there is {', '.join(sorted(INSTRUMENTS))}"
         )
+    if "label_fields" in settings and "probes" not in instruments:
+        raise UserError(
+            "--labels names what probes learn, and probes are not among --instruments: add them, "
+            "or leave it out"
+        )
     runs = [_load(path) for path in _finished(folders)]
     for run in runs:
         if unfit := run.config.unfit_instruments(instruments):
             raise UserError(f"{run.folder}: {unfit}")
+        if "probes" in instruments:
+            fields = settings.get("label_fields", run.config.evaluation.label_fields)
+            check_labels(run.config.dataset, fields)
     found = {}
     for group in _by_text(runs):
         text = _open(group[0], stop)

@@ -177,6 +177,7 @@ class _Model:
     """Stands for the language model: logits of the right shape, and the hook's tensor."""
 
     device = "meta"
+    no_model: str | None = None
 
     def __init__(self, vocabulary: int, d_in: int, dtype: torch.dtype) -> None:
         self.vocabulary, self.d_in, self.dtype = vocabulary, d_in, dtype

@@ -19,7 +19,7 @@ from tcsae.config import Config, resolve_layer
 from tcsae.launch import world as worlds
 from tcsae.launch.jobs import passes_key
 from tcsae.launch.machine import MACHINES, Machine, Stage, Work
-from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts
+from tcsae.launch.model_facts import ModelFacts, model_facts, text_contexts, vectors_facts
 
 if TYPE_CHECKING:  # it loads torch
     from tcsae.launch.counted import Evaluation, Passes, Training
@@ -109,6 +109,8 @@ class _Counted(NamedTuple):
 def _counted(config: Config, machine: Machine) -> _Counted | None:
     world = config.model.world
     facts = model_facts(config.model) if world is None else worlds.facts_of(world)
+    if config.model.is_given:
+        facts = vectors_facts(config.dataset)
     contexts = text_contexts(config.dataset)
     if facts is None or contexts is None:
         return None
@@ -119,7 +121,10 @@ def _counted(config: Config, machine: Machine) -> _Counted | None:
         wanted == "bfloat16" or (wanted == "auto" and machine.bfloat16)
         for wanted in (config.model.dtype, config.training.precision)
     )
-    if world is None:
+    if config.model.is_given:
+        read = Work("read the vectors", disk_bytes=4.0 * size * facts.d_model)
+        to_hook = whole = counted.Passes(read, 0, 0)
+    elif world is None:
         to_hook = counted.passes(facts.shape, at_once, size, _layer(config, facts) + 1, short)
         whole = counted.passes(facts.shape, at_once, size, None, short)
     else:
@@ -208,7 +213,7 @@ def _train(c: _Counted, machine: Machine) -> Stage:
 
 def _on_model(c: _Counted, forward: Work, scores: Work) -> Stage:
     """What goes through the model of the contexts that are run to its logits, and the scores."""
-    if c.config.model.world is not None:
+    if c.config.model.why_no_text is not None:
         return ()  # it has no logits
     contexts = min(c.config.evaluation.model_contexts, c.contexts[1])
     return forward.times(contexts), scores.times(contexts)

@@ -81,7 +81,7 @@ def reading_once(packs: Sequence[Sequence[GridJob]]) -> list[list[GridJob]]:
 
     def told(job: GridJob) -> GridJob:
         config = job.config
-        if config.store.mode == "stream" or config.model.world is not None:
+        if config.store.mode == "stream" or config.model.why_no_text is not None:
             return job
         others = [*config.store.also, *places[passes_key(config)]]
         also = [place for place in dict.fromkeys(map(str, others)) if place != _place(config)]

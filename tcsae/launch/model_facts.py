@@ -69,6 +69,13 @@ def _facts(shape: str) -> ModelFacts:
     return ModelFacts(shape, config.num_hidden_layers, config.hidden_size, config.vocab_size)
 
 
+def vectors_facts(cfg: DatasetConfig) -> ModelFacts:
+    """The shape of dataset=activations: one layer, and what stands for tokens."""
+    from tcsae.data.vectors import open_vectors
+
+    return ModelFacts("", 1, open_vectors(cfg.path).d_in, 2)
+
+
 BYTES_PER_TOKEN = 4
 """Of English text; parquet's compression is left out of account."""
 _TEXT = (".txt", ".md", ".jsonl", ".parquet", ".arrow")
@@ -78,6 +85,11 @@ def text_contexts(cfg: DatasetConfig) -> tuple[int, int] | None:
     """(training, held-out) contexts; None: a text without a known end, or that is not there."""
     if cfg.n_contexts is not None:
         return cfg.n_contexts, cfg.n_eval_contexts
+    if cfg.source == "activations":
+        from tcsae.data.vectors import n_contexts
+
+        given = n_contexts(cfg.path or "", cfg.context_size)
+        return max(1, round(given * (1 - cfg.eval_fraction))), cfg.n_eval_contexts
     size = _text_bytes(cfg)
     if not size:
         return None

@@ -20,17 +20,27 @@ def check_reachable(configs: Sequence[Config]) -> None:
     """
     # Here, as the plan of a sweep and its menu need no torch.
     from tcsae.data.corpora import reach_text
+    from tcsae.data.labelled import check_labels
     from tcsae.data.weights import reach_weights
 
     real = [config for config in configs if config.model.world is None]
     models = {(c.model.name, c.model.path, c.model.package, c.model.revision): c for c in real}
     for config in models.values():
+        if config.model.is_given:
+            continue
         reach_weights(config.model)
     texts = {
         (d.source, d.path, d.subset, d.split, d.revision): d for d in (c.dataset for c in real)
     }
     for dataset in texts.values():
         reach_text(dataset)
+    labelled = {
+        (c.dataset.path, *c.evaluation.label_fields): c
+        for c in real
+        if "probes" in c.evaluation.meaning
+    }
+    for config in labelled.values():
+        check_labels(config.dataset, config.evaluation.label_fields)
 
 
 def warn_of_own_disks(configs: Sequence[Config], sweep: Path) -> None:

@@ -41,6 +41,8 @@ from tcsae.sae.base import SparseAutoencoder
 TIMES = (4, 2)
 KEPT = 8
 CONTEXTS = 24
+LEAST = {"explained_variance": 0.05, "l0": 1e-6}
+"""Within the training length, to take shares of: of next to nothing they say nothing."""
 _POSITIONS = 32
 """Positions whose codes are held at a time."""
 
@@ -67,10 +69,15 @@ def lengths(sae: SparseAutoencoder, text: HeldText, config: Measured) -> Finding
     for name, start, stop in zip(names, edges, edges[1:], strict=False):
         text.stop.check()
         blocks[name] = of_block(sae, long.run, long.units, start, stop)
-    headline = {}
+    headline, unread = {}, []
+    for metric, least in LEAST.items():
+        if not float(blocks["1x"][metric][0]) >= least:
+            unread.append(_no_share(metric, blocks["1x"][metric], long.units))
     for name in list(blocks)[1:]:
-        for metric in ("explained_variance", "l0"):
-            ratio = blocks[name][metric] / blocks["1x"][metric]
+        for metric, least in LEAST.items():
+            within = blocks["1x"][metric]
+            is_read = float(within[0]) >= least
+            ratio = blocks[name][metric] / within if is_read else torch.full_like(within, torch.nan)
             headline[f"lengths_{metric}_{name}"] = number_of(ratio, long.units)
         omega = blocks[name]["omega_squared"]
         headline[f"lengths_omega_squared_{name}"] = number_of(omega, long.units)
@@ -85,7 +92,7 @@ def lengths(sae: SparseAutoencoder, text: HeldText, config: Measured) -> Finding
         "n_contexts": len(long.run.x),
         "n_documents": long.units.n_documents,
     }
-    return Findings(headline, [*_said(blocks, long, details), *long.said], details)
+    return Findings(headline, [*_said(blocks, long, details), *unread, *long.said], details)
 
 
 def _long(text: HeldText, config: Measured) -> Long | str:
@@ -209,6 +216,16 @@ def _of_different(S_GF: Tensor, n_G: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------- in words
 
 
+_WORDS = {"explained_variance": "explained variance", "l0": "L0", "omega_squared": "omega²"}
+
+
+def _no_share(metric: str, rows_R: Tensor, units: Units) -> str:
+    return (
+        f"Within the training length {_WORDS[metric]} is {as_text(number_of(rows_R, units))}: too "
+        "little to take shares of it."
+    )
+
+
 def _dumped(rows_R: Tensor, units: Units) -> dict[str, Any]:
     found = number_of(rows_R, units)
     return {"value": found.value, "interval": list(found.interval)}
@@ -218,8 +235,7 @@ def _said(
     blocks: Mapping[str, Mapping[str, Tensor]], long: Long, details: Mapping[str, Any]
 ) -> list[str]:
     said = []
-    words = {"explained_variance": "explained variance", "l0": "L0", "omega_squared": "omega²"}
-    for metric, name in words.items():
+    for metric, name in _WORDS.items():
         parts = [
             f"{as_text(number_of(rows[metric], long.units))} at positions "
             f"{' to '.join(str(p) for p in details['blocks'][block]['positions'])}"

@@ -167,11 +167,16 @@ def _of_label(label: Label, labels: TokenLabels, document: np.ndarray) -> Task |
     unit = _units(label, items, group)
     if (kept := _kept_classes(items, unit, label)) is None:
         found = sorted({item.label for item in items})
-        what = "class" if len(found) == 1 else "classes"
+        if len(found) == 1:
+            return (
+                f"no probe of {label.name}: it has 1 class in the held-out text "
+                f"({label.classes[found[0]]}), which is nothing to tell apart: name another label, "
+                "or hold out documents of other classes too"
+            )
         return (
-            f"no probe of {label.name}: it has {len(found)} {what} in the held-out text, and takes "
-            f"2 that are each in {SPLITS} documents or more (plays, where it is of plays): give "
-            "more documents, or raise dataset.eval_fraction and dataset.n_eval_contexts"
+            f"no probe of {label.name}: it has {len(found)} classes in the held-out text, and "
+            f"takes 2 that are each in {SPLITS} documents or more (plays, where it is of plays): "
+            "give more documents, or raise dataset.eval_fraction and dataset.n_eval_contexts"
         )
     number = {old: new for new, old in enumerate(kept)}
     chosen = [

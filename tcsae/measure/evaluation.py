@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 ENCODE_CONTEXTS = 16
 DIGITS = 6
 """What float32 carries, in the lists of consistency.json."""
-NO_LANGUAGE_MODEL = "a synthetic world has no language model"
 # Elements of one logits tensor; two are held at a time.
 _LOGITS = 2**26
 
@@ -189,7 +188,7 @@ def evaluate(
     """
     sae = sae.to(model.device).eval()
     units = held_out_units(batches)
-    layout = None if isinstance(model, SyntheticModel) else _layout(model, batches)
+    layout = None if model.no_model is not None else _layout(model, batches)
     seen = on_activations(sae, config, batches, units, stop, layout)
     evaluation = _evaluation(sae, config, model, batches, units, sae_cfg, behaviour, *seen)
     if isinstance(model, SyntheticModel):
@@ -232,7 +231,7 @@ def _evaluation(
         ),
         intervals=reconstruction.compute_intervals(units=units)
         | behaviour.compute_intervals(units=units.subset(through_model)),
-        no_model=NO_LANGUAGE_MODEL if isinstance(model, SyntheticModel) else None,
+        no_model=model.no_model,
         unstructured={
             "explained_variance_by_norm_limit": by_limit,
             "norm_limit_caution": caution(by_limit, config.dataset.norm_filter),
@@ -347,10 +346,10 @@ def on_the_model(
 
     The model as it is, and with zeros, is run once for all SAEs, and what comes before the hook
     once for all of that; of `config` only
-    evaluation.model_contexts and the size of a context matter. A synthetic world has no
-    language model: no token is counted, and all is NaN. Raises Interrupted if a signal comes.
+    evaluation.model_contexts and the size of a context matter. Where there is no language model
+    no token is counted, and all is NaN. Raises Interrupted if a signal comes.
     """
-    if isinstance(model, SyntheticModel):
+    if model.no_model is not None:
         return [_no_behaviour(config, batches) for _ in saes]
     language_model: Any = model  # or what stands for one where its work is counted
     saes = [sae.to(model.device).eval() for sae in saes]

@@ -167,10 +167,10 @@ def _model(cfg: str, layer: int | str | None) -> LanguageModel:
 def shared_model(cfg: ModelConfig, layer: int | str | None) -> LanguageModel:
     """The language model of a config; asked again for the same one, the one that is loaded.
 
-    Raises UserError for a synthetic world, which is none.
+    Raises UserError for what is none.
     """
-    if cfg.world is not None:
-        raise UserError(f"{cfg.name} is a synthetic world, which reads no text")
+    if cfg.why_no_text is not None:
+        raise UserError(f"{cfg.why_no_text}: no text can be read")
     return _model(cfg.model_dump_json(by_alias=True), layer)
 
 

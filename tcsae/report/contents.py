@@ -144,6 +144,8 @@ class Contents:
         model = self.run.config.model
         if (world := model.world) is not None:
             return f"{model.name}, {world.n_true:,} true features in {world.d_in} dimensions"
+        if model.is_given:
+            return f"own activations, {self.run.config.dataset.path}"
         return f"{model.name}, block {self.run.final_info['layer']}, {model.hook}"
 
     @property

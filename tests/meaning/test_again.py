@@ -13,18 +13,19 @@ import torch
 from browser import Tags
 from helpers import run_here, small_config, small_job, write_texts
 
+import tcsae
 from tcsae.base.run_files import RunFiles
-from tcsae.base.signals import stop_on_signal
+from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.config.compose import config_of
 from tcsae.config.sae import config_class
 from tcsae.data.batches import ActivationBatches, Calibration
 from tcsae.data.contexts import Contexts, SpecialIds, segments_of, valid_of
 from tcsae.data.store import StreamSource
-from tcsae.data.stream import open_model
+from tcsae.data.stream import open_held_out, open_model
 from tcsae.meaning.__main__ import main
 from tcsae.meaning.again import Run
 from tcsae.meaning.held_text import Findings, HeldText
-from tcsae.meaning.lengths import _long, of_block
+from tcsae.meaning.lengths import _long, lengths, of_block
 from tcsae.meaning.shift import shift
 from tcsae.metrics.position import position_dependence
 from tcsae.metrics.units import Units
@@ -175,6 +176,19 @@ def test_a_run_is_measured_at_shifts_and_lengths(finished: Path) -> None:
     info = json.loads(RunFiles(finished).final_info.read_text())
     assert {"shift_cosine", "lengths_explained_variance_2x"} <= set(info["meaning"])
     assert any("In longer contexts" in sentence for sentence in found["lengths"]["said"])
+
+
+def test_of_next_to_nothing_no_share_is_taken(finished: Path) -> None:
+    run = tcsae.load_run(finished)
+    _, batches = open_held_out(run.config, float("inf"), StopRequest())
+    text = HeldText(open_model(run.config), batches, StopRequest())
+    with torch.no_grad():
+        run.sae.W_dec.zero_()  # it explains nothing; its features fire as before
+    found = lengths(run.sae, text, run.config)
+    assert found.headline["lengths_explained_variance_2x"].value is None
+    assert found.headline["lengths_l0_2x"].value is not None
+    (said,) = [sentence for sentence in found.said if "too little to take shares" in sentence]
+    assert "explained variance is" in said
 
 
 def test_page_notes_and_comparison_show_them_beside_omega(finished: Path, tmp_path: Path) -> None:

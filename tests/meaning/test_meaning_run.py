@@ -129,6 +129,8 @@ def test_the_door_finds_what_the_run_found(
         (["{run}", "--instruments", "tea"], "tea: no such instrument; there is"),
         (["{run}/eval"], "has no finished run: train one first"),
         (["{run}/nowhere"], "is not a folder"),
+        (["{run}", "--labels", "topic"], "none of the first 60 rows of"),
+        (["{run}", "--instruments", "shift", "--labels", "kind"], "leave it out"),
     ],
 )
 def test_a_mistake_at_the_door_is_one_line(

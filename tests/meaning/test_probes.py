@@ -177,7 +177,7 @@ def test_a_group_is_held_out_as_a_whole_where_the_label_is_of_groups() -> None:
 @pytest.mark.parametrize(
     ("classes", "value", "said"),
     [
-        (["one"], np.zeros(DOCUMENTS, int), "it has 1 class in the held-out text"),
+        (["one"], np.zeros(DOCUMENTS, int), "it has 1 class in the held-out text (one)"),
         (
             [str(d) for d in range(DOCUMENTS)],
             np.arange(DOCUMENTS),

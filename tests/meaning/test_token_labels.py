@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import tiny_tokenizer
 
@@ -13,7 +14,7 @@ from tcsae.base.errors import UserError
 from tcsae.config import DatasetConfig
 from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
 from tcsae.data.corpora import open_corpus
-from tcsae.data.labelled import labelled_documents, speeches
+from tcsae.data.labelled import check_labels, labelled_documents, speeches
 from tcsae.meaning.token_labels import Label, TokenLabels, token_labels
 
 WORDS = [
@@ -151,6 +152,7 @@ def test_a_text_without_labels_says_what_to_give(
     [
         ([1, 2], "not of [start, end, tag]"),
         ([[0, 3, 4]], "not of [start, end, tag]"),
+        ([[5, 2, "N"]], "not of [start, end, tag]"),
         ({"a": 1}, "holds dict, no label"),
     ],
 )
@@ -163,11 +165,39 @@ def test_a_field_that_holds_no_label_is_one_clear_line(
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_field_that_no_row_has_is_refused_before_anything_is_loaded(
+    tmp_path: Path, kind: str
+) -> None:
+    frame = pd.DataFrame([{"text": f"the dog {n}", "kind": "a", "empty": None} for n in range(5)])
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_csv(file, index=False) if kind == "csv" else frame.to_parquet(file)
+    cfg = DatasetConfig(name="files", source="files", path=str(file))
+    check_labels(cfg, ["kind"])
+    for field in ("topic", "empty"):
+        with pytest.raises(UserError) as raised:
+            check_labels(cfg, ["kind", field])
+        said = str(raised.value)
+        assert "evaluation.label_fields" in said and field in said and "\n" not in said
+        # Of a column that is there and empty, parquet reads no other.
+        assert "kind" in said or (kind, field) == ("parquet", "empty")
+
+
+def test_a_label_that_only_later_rows_have_is_found(tmp_path: Path) -> None:
+    rows = [{"text": "the dog"}, {"text": "a cat", "kind": "b"}]
+    check_labels(dataset(tmp_path, rows), ["kind"])
+
+
 def test_plain_text_has_no_fields(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the dog")
     cfg = DatasetConfig(name="files", source="files", path=str(tmp_path))
     with pytest.raises(UserError, match=r"evaluation.label_fields=x: .* is plain text"):
         list(labelled_documents(cfg, ["x"], frozenset({"x"})))
+    with pytest.raises(UserError, match=r"evaluation.label_fields=x: .* is plain text"):
+        check_labels(cfg, ["x"])
 
 
 def test_who_speaks_in_a_scene_and_what_must_not_count() -> None:
