@@ -5,7 +5,8 @@
 Models of the real shapes with random weights (their values cost no time), written as folders and
 opened as `model.path` opens yours; contexts of 128 random tokens. tokens/s by contexts in a forward
 pass, median of 3 rounds; then a whole harvest into shards on this machine's disk. Needs no hub.
---smoke: tiny shapes, also without a GPU.
+--smoke: tiny shapes, also without a GPU. --page: write the table of docs/performance.md from
+docs/gpu_harvest.json, no more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tcsae.data.contexts import Contexts
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore
 
+ROOT = Path(__file__).parent.parent
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu_harvest.json"
 POSITIONS = 128
 LAYERS = {"gpt2": 8, "smollm2": 15, "gemma-2-2b": 19}
 
@@ -111,12 +114,33 @@ def measure(name: str, device: str, smoke: bool) -> dict[str, Any]:
         return rows
 
 
+def write_page() -> None:
+    from pages import block, replace_block
+
+    results = json.loads(RESULTS.read_text())
+    lines = [
+        f"{results['card']}; contexts of {POSITIONS} tokens, bfloat16, random weights.",
+        "",
+        "| model | contexts a pass | tokens/s, read | tokens/s, into the store |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in results["models"].items():
+        for contexts, row in rows.items():
+            rates = [f"{row[key]:,.0f}" for key in ("forward_tokens_s", "store_tokens_s")]
+            lines.append(f"| {name}, layer {LAYERS[name]} | {contexts} | {' | '.join(rates)} |")
+    replace_block(PAGE, block("gpu harvest", "\n".join(lines)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too")
+    parser.add_argument("--page", action="store_true", help="write docs/performance.md, no more")
     args = parser.parse_args()
+    if args.page:
+        write_page()
+        return
     logging.disable()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:

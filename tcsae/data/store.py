@@ -18,6 +18,8 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,6 +126,34 @@ def _wait_for(path: Path, stop: StopRequest) -> None:
         time.sleep(0.1)
 
 
+class _Behind:
+    """Writes a shard while the next one is computed. Its locks are held until it is on the disk;
+    whatever the disk said is raised at the next `write` or `wait`, or at the end."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: tuple[Future[None], contextlib.ExitStack] | None = None
+
+    def write(self, work: Callable[[], None], held: contextlib.ExitStack) -> None:
+        self.wait()
+        self._last = self._thread.submit(work), held.pop_all()
+
+    def wait(self) -> None:
+        if self._last is not None:
+            (written, held), self._last = self._last, None
+            with held:  # by this thread, which took the locks
+                written.result()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
 class ActivationStore:
     """The shards of one set of contexts at one hook point of one model.
 
@@ -184,15 +214,18 @@ class ActivationStore:
         total = len(self.contexts.ids) * per_context
         done = total - sum((r.stop - r.start) * per_context for r in map(self._rows, missing))
         made = 0
-        with Progress(what, total, done=done) as progress:
+        with Progress(what, total, done=done) as progress, _Behind() as behind:
             # First round: leave shards that others hold to them. Second: wait for those.
             for wait in (False, True):
                 for shard in sorted(missing, key=_turn):
                     if not self.shard_path(shard).is_file():
-                        made += self._harvest_shard(shard, wait, progress, stop)
+                        made += self._harvest_shard(shard, wait, progress, stop, behind)
+                behind.wait()
         return made
 
-    def _harvest_shard(self, shard: int, wait: bool, progress: Progress, stop: StopRequest) -> int:
+    def _harvest_shard(
+        self, shard: int, wait: bool, progress: Progress, stop: StopRequest, behind: _Behind
+    ) -> int:
         """Make one shard here and, by the same forward passes, those beside it that are missing.
 
         Jobs at several places of a model come here at once. Each asks for the locks in one order,
@@ -217,12 +250,13 @@ class ActivationStore:
                         remove_temporaries(store.folder, store.shard_path(shard).name)
             if self not in mine:
                 return 0
-            self._make(shard, mine, progress, stop)
+            behind.write(self._make(shard, mine, progress, stop), held)
         return 1
 
     def _make(
         self, shard: int, stores: list[ActivationStore], progress: Progress, stop: StopRequest
-    ) -> None:
+    ) -> Callable[[], None]:
+        """Computes the shard of these stores; called, what is returned writes it."""
         rows: list[list[Tensor]] = [[] for _ in stores]
         places = [store.model for store in stores]
         for ids in self.contexts.ids[self._rows(shard)].split(self.model.cfg.forward_contexts):
@@ -230,10 +264,14 @@ class ActivationStore:
             for kept, x_BTD in zip(rows, self.model.activations_at(ids, places), strict=True):
                 kept += [] if x_BTD is None else [x_BTD.cpu()]
             progress.update(ids.numel())
-        for store, kept in zip(stores, rows, strict=True):
-            if kept:  # else there is no such place, which the run that wants it will say
-                path = store.shard_path(shard)
-                save_tensors(path, {"activations": torch.cat(kept)}, {"shard": str(shard)})
+
+        def write() -> None:
+            for store, kept in zip(stores, rows, strict=True):
+                if kept:  # else there is no such place, which the run that wants it will say
+                    path = store.shard_path(shard)
+                    save_tensors(path, {"activations": torch.cat(kept)}, {"shard": str(shard)})
+
+        return write
 
     def _shard(self, shard: int) -> Tensor:
         if shard not in self._open:

@@ -49,6 +49,10 @@ class GraphedStep:
         return self._result
 
     def _record(self, tensors: tuple[Tensor, ...]) -> None:
+        # Recorded on a stream of its own, and the steps before were not: torch would warn of that.
+        warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if warn is not None:  # of torch 2.10 and newer
+            warn(False)
         inputs = tuple(tensor.clone() for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
         try:

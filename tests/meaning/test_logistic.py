@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
@@ -61,7 +62,8 @@ def test_all_features_agree_with_scikit_learn(data: tuple[Tensor, np.ndarray]) -
 
 
 def agree(own: np.ndarray, theirs: np.ndarray, label: np.ndarray) -> None:
-    """Accuracy, macro AUC and macro F1, to 1e-6."""
+    """Probabilities, accuracy, macro AUC and macro F1, to 1e-6."""
+    np.testing.assert_allclose(expit(own), expit(theirs), atol=1e-6)
     weights = np.ones((1, len(label)))
     right, total = accuracy_sums(own.argmax(1), label, weights)[:, 0]
     assert right / total == pytest.approx((theirs.argmax(1) == label).mean(), abs=1e-6)
