@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +46,17 @@ def generator_for(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 def hash_int(text: str) -> int:
     """A stable 63-bit integer of a text (Python's own hash changes between processes)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def short_mantissas(wanted: bool) -> Iterator[None]:
+    """A GPU's float32 products read 10 bits of a mantissa (tf32) here, if wanted, or all 23."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, wanted
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 class Now(NamedTuple):
@@ -126,6 +138,10 @@ class Member:
 
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
+        with short_mantissas(self.config.training.precision == "tf32"):
+            return self._train_step(batch, x_BTD, log)
+
+    def _train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         now, dead = self._now(), self._dead(batch)
         x_BTD = self._averaged(batch, x_BTD)
         tensors = (x_BTD, batch.valid, batch.segments)
@@ -336,6 +352,8 @@ class Member:
         otherwise."""
         device = torch.device(self.device).type
         width = "bfloat16" if self.autocast else "float32"
+        if self.config.training.precision == "tf32" and device == "cuda":
+            width = "tf32"
         return f"{self.products.name} products in {width} on {device}, torch {torch.__version__}"
 
     def checkpoint(self, facts: dict[str, Any]) -> Checkpoint:
