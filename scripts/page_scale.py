@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -219,7 +220,11 @@ def text(found: dict[str, Any]) -> str:
             f"| {case['first_row_seconds']:.2f} | {case['drawn_seconds']:.2f} "
             f"| {case['feature_seconds']:.2f} | {case['word_seconds']:.2f} |"
         )
-    return "\n".join([*lines, "", f"On {found['processor']}, headless Chromium, `file://`."])
+    where = (
+        f"On {found['processor']}, {found['cores']} cores with a load of {found['load']:.0f} of "
+        "other work; headless Chromium, `file://`."
+    )
+    return "\n".join([*lines, "", where])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, help="a folder for the pages")
     given = parser.parse_args(arguments)
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"cases": []}
+    load = os.getloadavg()[0]  # of before this run
     for n_features in given.features if given.run else ():
         with tempfile.TemporaryDirectory() as temporary:
             folder = (given.keep or Path(temporary)) / str(n_features)
@@ -240,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(case), flush=True)
         same = (case["d_sae"], case["name"])
         known["cases"] = [c for c in known["cases"] if (c["d_sae"], c["name"]) != same] + [case]
-        known["processor"] = processor()
+        known |= {"processor": processor(), "cores": os.cpu_count(), "load": load}
     known["cases"].sort(key=lambda c: (c["d_sae"], c["name"] == "now"))
     RESULTS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     replace_block(PAGE, block("page scale", text(known)))

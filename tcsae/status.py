@@ -17,11 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tcsae.base.errors import UserError
 from tcsae.cli import agreed, command, refuse, show
 from tcsae.report.status_table import WIDTH, fitting_text, text, to_json, tracebacks
-from tcsae.runs.status import find_groups
+from tcsae.runs.status import Group, find_groups
 
 WATCH_EVERY = 5.0
+SLURM_SECONDS = 5.0
+"""How long Slurm is waited for, without whose word the page is written too."""
 _CLEAR = "\x1b[H\x1b[J"
 
 
@@ -50,6 +53,34 @@ def _watch(folders: Sequence[Path], seconds: float) -> None:
         time.sleep(seconds)
 
 
+def _write_pages(folders: Sequence[Path], seconds: float | None) -> None:
+    """One page in each folder, again and again until every job has ended where `seconds` say so."""
+    from tcsae.report.status_page import write_status_page
+
+    while True:
+        groups = find_groups(folders)
+        said, again = _said_by_slurm(groups), seconds is not None
+        pages = [write_status_page(group, said, again) for group in groups]
+        is_over = all(group.is_over for group in groups)
+        show("\n".join(map(str, pages)) + (": all have ended" if again and is_over else ""))
+        if seconds is None or is_over:
+            return
+        time.sleep(seconds)
+
+
+def _said_by_slurm(groups: Sequence[Group]) -> dict[str, str]:
+    """State and reason by job id; nothing where there is no Slurm, or it does not answer."""
+    from tcsae.launch.stopping import slurm_jobs
+
+    if shutil.which("squeue") is None:
+        return {}
+    try:
+        jobs = slurm_jobs([group.folder for group in groups if group.is_sweep], SLURM_SECONDS)
+    except (UserError, LookupError, TypeError):  # or a damaged sweep.json
+        return {}
+    return {name: found.said for name, found in jobs.items()}
+
+
 def _cancel(folders: Sequence[Path], yes: bool) -> None:
     """Jobs that run elsewhere than on Slurm are their own command's to stop."""
     from tcsae.launch.slurm import cancel
@@ -76,6 +107,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="What the jobs of sweeps and runs are doing, from their files alone.",
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="a sweep or a run")
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="write status.html into each folder; with --watch again and again",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--watch",
@@ -93,6 +129,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.yes and not given.cancel:
         parser.error("--yes goes with --cancel")
+    if given.html and (given.json or given.cancel or given.failed):
+        parser.error("--html goes with --watch alone")
     if given.watch is not None:
         try:
             given.watch = float(given.watch)
@@ -103,7 +141,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _show(given: argparse.Namespace) -> None:
-    if given.watch is not None:
+    if given.html:
+        _write_pages(given.folders, given.watch)
+    elif given.watch is not None:
         _watch(given.folders, given.watch)
     elif given.json:
         print(json.dumps(to_json(find_groups(given.folders)), indent=2, allow_nan=False))

@@ -109,6 +109,29 @@ def test_two_features_at_once_change_what_each_of_them_changes(run: LoadedRun) -
     assert continuation(reader, PROMPT, {}, tokens=8) == run.steer(PROMPT, first, tokens=8).plain
 
 
+@pytest.mark.parametrize("strength", [None, 0.0, 40.0])
+def test_what_was_run_is_not_run_again_and_nothing_differs(
+    run: LoadedRun, feature: int, strength: float | None
+) -> None:
+    """Growing with keys and values kept, against the whole text run for every token."""
+    network = run.reader.model._network
+    assert network.keeps_its_past
+    value = (strength or 0.0) * float(run.per_feature["mean_activation"][feature])
+    given = {} if strength is None else {feature: value}
+    kept = continuation(run.reader, PROMPT, given, tokens=24)
+    network.keeps_its_past = False
+    try:
+        assert continuation(run.reader, PROMPT, given, tokens=24) == kept != ""
+    finally:
+        network.keeps_its_past = True
+
+
+def test_only_the_new_token_is_run(run: LoadedRun) -> None:
+    growing = run.reader.model.growing()
+    assert growing.logits(torch.tensor([[0, 5, 6]])).shape[1] == 3
+    assert growing.logits(torch.tensor([[7]])).shape[1] == 1
+
+
 def test_what_is_drawn_is_drawn_alike(run: LoadedRun, feature: int) -> None:
     first, again, other = (
         run.steer(PROMPT, feature, 5.0, tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)

@@ -181,7 +181,8 @@ class TrainingConfig(StrictModel):
     average: Literal["none", "window", "document"] = "none"
     """What is trained on in place of single tokens: the mean activation of every `window` of
     positions or of every document of a context (the baseline of turn-averaged SAEs)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "tf32"] = "auto"
+    """Of a step's products; tf32 is float32 with short mantissas, on GPUs alone."""
     products: Literal["auto", "plain", "triton"] = "auto"
     """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
     compile: bool = False

@@ -22,7 +22,7 @@ from tcsae.data.contexts import SpecialIds
 from tcsae.data.loading import HOOKS, load_model, quiet, with_places
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
-from tcsae.data.network import Logits, Network, Replace
+from tcsae.data.network import Growing, Logits, Network, Replace
 from tcsae.data.shape import positions_are_learned, read_shape
 from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
@@ -239,6 +239,12 @@ class LanguageModel:
     def logits(self, ids_BT: Tensor, replace: Replace | None = None) -> Tensor:
         """[B, T, vocab]; `replace` maps the hook's activations [B, T, d_in] to their stand-in."""
         return self._network.logits(ids_BT.to(self.device, torch.long), replace)
+
+    @torch.inference_mode()
+    def growing(self) -> Growing:
+        """For a text to which tokens are added: none that is there already is run again, where
+        the family allows it."""
+        return Growing(self._network, self._network.keeps_its_past)
 
     @torch.inference_mode()
     def unembedding(self) -> Tensor | None:

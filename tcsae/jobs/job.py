@@ -318,6 +318,8 @@ def _check_windows(config: Config, stream: Stream) -> None:
 
 def _bfloat16_products(config: Config, device: str) -> bool:
     wanted = config.training.precision
+    if wanted == "tf32" and not device.startswith("cuda"):
+        log.warning(f"training.precision = tf32 is for GPUs: on {device} it is float32")
     return bfloat16_is_native(device) if wanted == "auto" else wanted == "bfloat16"
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from tcsae.launch.launcher import GridLauncher, Packs
 from tcsae.launch.preflight import check_reachable, warn_of_own_disks
 from tcsae.launch.slurm_job import ClosingJob, PackJob
 from tcsae.launch.sweep_folder import PACKS, SweepFolder
+from tcsae.launch.telling import StatusPage
 from tcsae.runs.state import queued
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,14 @@ class SlurmLauncher(GridLauncher):
             watched += list(zip(numbers, jobs, strict=True))
         if not options.wait:
             return None
+        page = StatusPage(sweep.path)
         try:
             jobs = [job for _, job in watched]
-            ended = _wait(jobs + ([closing] if closing else []), options)
+            ended = _wait(jobs + ([closing] if closing else []), options, page.write)
         except KeyboardInterrupt:
             log.warning(f"no longer watching; the jobs go on: {said}; the same command watches on")
             sys.exit(INTERRUPTED_EXIT_CODE)
+        page.write({}, is_last=True)
         if closing and ended[closing.job_id]:
             log.warning(f"no comparison page: {ended[closing.job_id]}")
         return {n: text for numbers, job in watched if (text := ended[job.job_id]) for n in numbers}
@@ -258,7 +261,11 @@ def _mark_queued(packs: Packs, job_ids: list[str]) -> None:
 # ---------------------------------------------------------------------------- waiting for them
 
 
-def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
+def _wait(
+    jobs: list[Any],
+    options: SlurmOptions,
+    tell: Callable[[dict[str, str]], None] = lambda said: None,
+) -> dict[str, str]:
     """By job id: empty for a job that ended well, else what there is to say of it."""
     started = said_at = time.monotonic()
     ended: dict[str, str] = {}
@@ -266,6 +273,7 @@ def _wait(jobs: list[Any], options: SlurmOptions) -> dict[str, str]:
     hopeless, released = dict(missing), dict(missing)
     while len(ended) < len(jobs):
         queue = in_queue([job.job_id for job in jobs if job.job_id not in ended])
+        tell({name: found.said for name, found in (queue or {}).items()})
         for job in jobs:
             name = job.job_id
             if name in ended:
@@ -350,13 +358,13 @@ def cancel(job_ids: list[str]) -> None:
         subprocess.run(["scancel", *job_ids], capture_output=True, timeout=60)
 
 
-def in_queue(job_ids: list[str]) -> dict[str, InQueue] | None:
+def in_queue(job_ids: list[str], seconds: float = 60) -> dict[str, InQueue] | None:
     """State and reason by job id ("12_3") of those that Slurm still has to end; None if it does not
-    answer."""
+    answer within `seconds`."""
     main = ",".join(dict.fromkeys(name.partition("_")[0] for name in job_ids))
     command = ["squeue", "--noheader", "--array", "--jobs", main, "--format", "%i %T %r"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (subprocess.TimeoutExpired, OSError):
         return None
     if answer.returncode:

@@ -11,10 +11,10 @@ from tcsae.launch.slurm import InQueue, in_queue
 from tcsae.launch.sweep_folder import SweepFolder
 
 
-def slurm_jobs(sweeps: Sequence[Path]) -> dict[str, InQueue]:
+def slurm_jobs(sweeps: Sequence[Path], seconds: float = 60) -> dict[str, InQueue]:
     """By job id: what Slurm still has to end of the sweeps, closing jobs among them.
 
-    Raises UserError if Slurm does not say.
+    Raises UserError if Slurm does not say within `seconds`.
     """
     sent: list[str] = []
     for sweep in sweeps:
@@ -25,7 +25,7 @@ def slurm_jobs(sweeps: Sequence[Path]) -> dict[str, InQueue]:
         return {}
     if shutil.which("squeue") is None:
         raise UserError("there is no Slurm on this machine (no squeue): cancel on a login node")
-    queue = in_queue(sent)
+    queue = in_queue(sent, seconds)
     if queue is None:
         raise UserError("Slurm does not say what is in its queue (squeue fails): try again later")
     return {id_: queue[id_] for id_ in dict.fromkeys(sent) if id_ in queue}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,22 +108,30 @@ def continuation(
 
 def _with_features(
     reader: TextReader, values: Mapping[int, float]
-) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-    """For ids [1, T]: what stands in for the hook's activations [1, T, D]."""
+) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """For ids [1, T], and the place of the first one that is run (those before were, in an earlier
+    call): what stands in for the hook's activations from there on, [1, T - first, D]."""
     sae = reader.sae
     features = torch.tensor(list(values), device=sae.device)
     wanted = torch.tensor(list(values.values()), dtype=torch.float32, device=sae.device)
 
-    def of(ids_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    past: list[Tensor] = []  # what a sequential architecture looks at again
+
+    def of(ids_BT: Tensor, first: int = 0) -> Callable[[Tensor], Tensor]:
         contexts = contexts_of(ids_BT.int(), reader.model.special_ids)
 
         def replace(x_BTD: Tensor) -> Tensor:
             x = x_BTD.float()
+            if sae.sequential:
+                x = torch.cat([*(p[:, :first] for p in past), x], 1) if first else x
+                past[:] = [x]
+            at = slice(ids_BT.shape[1] - x.shape[1], None)
             # Special tokens and massive ones are no tokens that the SAE was trained on.
-            counted = contexts.valid.to(x.device) & (x.norm(dim=-1) <= reader.norm_limit)
-            codes = sae.encode(x, segments=contexts.segments.to(x.device), valid=counted)
+            counted = contexts.valid[:, at].to(x.device) & (x.norm(dim=-1) <= reader.norm_limit)
+            codes = sae.encode(x, segments=contexts.segments[:, at].to(x.device), valid=counted)
             change = (wanted - codes[..., features]) @ sae.W_dec[features]
-            return torch.where(counted[..., None], x + change, x).to(x_BTD.dtype)
+            new = torch.where(counted[..., None], x + change, x).to(x_BTD.dtype)
+            return new[:, -x_BTD.shape[1] :]
 
         return replace
 
@@ -135,14 +144,15 @@ def _continued(
     tokens: int,
     temperature: float,
     seed: int,
-    replace: Callable[[Tensor], Callable[[Tensor], Tensor]] | None,
+    replace: Callable[..., Callable[[Tensor], Tensor]] | None,
 ) -> str:
-    model, ids = reader.model, list(prompt)
+    model, ids, more = reader.model, list(prompt), list(prompt)
+    growing = model.growing()
     generator = torch.Generator().manual_seed(seed)
     ends = model.special_ids.boundaries
     for _ in range(tokens):
-        ids_BT = torch.tensor([ids])
-        logits = model.logits(ids_BT, None if replace is None else replace(ids_BT))
+        set_ = None if replace is None else partial(replace, torch.tensor([ids]))
+        logits = growing.logits(torch.tensor([more], device=model.device), set_)
         last = logits[0, -1].float().cpu()
         if temperature == 0:
             new = int(last.argmax())
@@ -152,4 +162,5 @@ def _continued(
         if new in ends:
             break
         ids.append(new)
+        more = [new]
     return str(model.tokenizer.decode(ids[len(prompt) :]))

@@ -305,7 +305,7 @@ class FeatureTable:
         return {
             "features": packed(self._tensors["features"].astype(np.int32)),
             "vocabulary": texts,
-            "ids": packed(_narrow(found_SkA.reshape(len(context), -1))),
+            "ids": packed(_narrow(found_SkA)),
         }
 
 

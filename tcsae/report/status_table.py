@@ -59,7 +59,7 @@ def shorten_names(names: Sequence[str], width: int) -> list[str]:
     return [shorten(name, width) for name in names]
 
 
-def _state_words(status: RunStatus) -> str:
+def state_words(status: RunStatus) -> str:
     words = status.state
     if status.state == "silent" and status.age is not None:
         words += f" for {duration(status.age)}"
@@ -80,7 +80,7 @@ _RIGHT = (True, False, False, False, True, True, True, True)
 _NAME, _STATE = 1, 2
 
 
-def _cells(job: Job) -> list[str]:
+def cells_of(job: Job) -> list[str]:
     status = job.status
     share, rate, left, loss = (
         status.progress,
@@ -91,7 +91,7 @@ def _cells(job: Job) -> list[str]:
     return [
         str(job.number),
         job.name,
-        _state_words(status),
+        state_words(status),
         shorten(status.stage or "-", MAX_STAGE),
         # 99.9 % is not done yet.
         "-" if share is None else f"{math.floor(100 * share)} %",
@@ -103,7 +103,7 @@ def _cells(job: Job) -> list[str]:
 
 def table(jobs: Sequence[Job], width: int = WIDTH, colour: bool = False) -> list[str]:
     """Aligned lines of at most `width` characters where a name of `MIN_NAME` leaves the room."""
-    rows = [_cells(job) for job in jobs]
+    rows = [cells_of(job) for job in jobs]
     sizes = [max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)]
     others = sum(sizes) - sizes[_NAME] + 2 * (len(sizes) - 1)
     sizes[_NAME] = min(sizes[_NAME], max(width - others, MIN_NAME))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +62,17 @@ def _over_ranks(losses: dict[str, Tensor], total: Tensor) -> tuple[dict[str, Ten
     whole = {name: value for name, value in losses.items() if name == "consistency"}
     whole = dict(zip(names, values, strict=True)) | whole
     return whole, torch.stack([value.detach() for value in whole.values()]).sum()
+
+
+@contextlib.contextmanager
+def short_mantissas(wanted: bool) -> Iterator[None]:
+    """A GPU's float32 products read 10 bits of a mantissa (tf32) here, if wanted, or all 23."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, wanted
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 class Now(NamedTuple):
@@ -147,6 +159,10 @@ class Member:
 
     def train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         """One optimizer step on scaled activations; returns the step's metrics if `log`."""
+        with short_mantissas(self.config.training.precision == "tf32"):
+            return self._train_step(batch, x_BTD, log)
+
+    def _train_step(self, batch: Batch, x_BTD: Tensor, log: bool) -> dict[str, float] | None:
         now, dead = self._now(), self._dead(batch)
         x_BTD = self._averaged(batch, x_BTD)
         tensors = (x_BTD, batch.valid, batch.segments)
@@ -364,6 +380,8 @@ class Member:
         otherwise."""
         device = torch.device(self.device).type
         width = "bfloat16" if self.autocast else "float32"
+        if self.config.training.precision == "tf32" and device == "cuda":
+            width = "tf32"
         ranks = f", {n} ranks" if (n := n_ranks()) > 1 else ""
         return (
             f"{self.products.name} products in {width} on {device}{ranks}, torch "

@@ -331,6 +331,25 @@ def test_a_signal_stops_a_harvest_and_whole_shards_stay(
     assert leftovers(tmp_path) == []
 
 
+def test_a_disk_that_refuses_a_shard_ends_the_harvest_and_frees_its_lock(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written while the next ones are computed: what the disk said is not lost."""
+
+    def full(path: Path, *given: Any) -> None:
+        if path.name == "00002.safetensors":
+            raise UserError("no space left")
+        save_tensors(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tcsae.data.store.save_tensors", full)
+        with pytest.raises(UserError, match="no space left"):
+            opened(tiny_gpt2, texts, tmp_path)
+    assert [shard.name for shard in shards(tmp_path)] == ["00000.safetensors", "00001.safetensors"]
+    opened(tiny_gpt2, texts, tmp_path)
+    assert "00002.safetensors" in {shard.name for shard in shards(tmp_path)}
+
+
 def test_a_signal_stops_the_packing_of_contexts(
     tiny_gpt2: Path, texts: Path, tmp_path: Path
 ) -> None:

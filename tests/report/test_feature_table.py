@@ -119,7 +119,8 @@ def test_with_many_activations_fewer_contexts_are_shown(
 
 def test_words_are_the_texts_around_the_peaks(table: FeatureTable) -> None:
     words = table.words()
-    found = unpacked(words["ids"]).reshape(96, -1, 2 * module.AROUND + 1)
+    found = unpacked(words["ids"])
+    assert found.shape[::2] == (96, 2 * module.AROUND + 1)
     assert words["vocabulary"][0] == ""
     analysis = table.contents.analysis
     tensors, tokens = analysis.top_contexts, analysis.top_tokens["tokens"]
@@ -153,7 +154,7 @@ def test_words_of_several_tokens_are_whole(contents: Contents) -> None:
     )
     table = FeatureTable(dataclasses.replace(contents, analysis=changed))
     words = table.words()
-    said = "".join(words["vocabulary"][i] for i in unpacked(words["ids"])[0])
+    said = "".join(words["vocabulary"][i] for i in unpacked(words["ids"])[0, 0])
     assert "é" in said and "\\xc3" not in said
     joined = table.part(0, 1)["top"]["joined"]
     assert [at, at + 2, "é"] in [row[1:] for row in joined]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import EVIL, Tags, page_of
 from chrome import Page, chrome
+from helpers import REPOSITORY
 
 from tcsae.base.files import read_json
 from tcsae.base.run_files import RunFiles
@@ -16,7 +19,12 @@ from tcsae.jobs.tracking import _REPORT_FILES
 from tcsae.report import side_folder
 from tcsae.report.contents import Contents
 from tcsae.report.index_page import write_index
+from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import load_run
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import page_scale  # noqa: E402
 
 PART = 20
 
@@ -161,26 +169,42 @@ def test_a_page_of_one_file_searches_the_same_words(
     opened(tab, f"file://{alone}")
     found, said = search(tab, word)
     assert set(found) == features and "by their contexts" in said
+    # Two words, whatever white space is between them.
+    texts = around(Contents.of(load_run(page.parent)))
+    line = next(line for text in texts.values() for line in text.split("\n") if word in line)
+    at = line.index(word)
+    phrase = line[at : line.find(" ", at + len(word) + 1)].strip()
+    assert " " in phrase
+    assert set(search(tab, phrase)[0]) == {i for i, text in texts.items() if phrase in text}
     assert tab.requests == [] and tab.messages == []
+
+
+def around(contents: Contents) -> dict[int, str]:
+    """By feature, the texts around its peaks, a line each."""
+    analysis = contents.analysis
+    assert analysis is not None
+    tensors, tokens = analysis.top_contexts, analysis.top_tokens["tokens"]
+    found: dict[int, str] = {}
+    for i, own in enumerate(tensors["features"].tolist()):
+        kept = zip(tensors["context"][i].tolist(), tensors["position"][i].tolist(), strict=True)
+        rows = [tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0]
+        texts = ["".join(tokens[str(t)] for t in row) for row in rows]
+        found[own] = "\n".join(re.sub(r"\s+", " ", text) for text in texts).lower()
+    return found
 
 
 def rare_word(contents: Contents) -> tuple[str, set[int]]:
     """A word near some peaks, and the features of those; it names no feature and no cluster."""
-    analysis = contents.analysis
-    assert analysis is not None
-    tensors, tokens = analysis.top_contexts, analysis.top_tokens["tokens"]
-    named = [" ".join(row).lower() for row in analysis.specialization["features"]["top_tokens"]]
-    names = [str(c["name"]).lower() for c in analysis.specialization["clusters"]]
-    around: dict[int, str] = {}
-    for i, own in enumerate(tensors["features"].tolist()):
-        kept = zip(tensors["context"][i].tolist(), tensors["position"][i].tolist(), strict=True)
-        rows = [tensors["ids"][c].tolist()[max(0, at - 24) : at + 25] for c, at in kept if c >= 0]
-        around[own] = "\n".join("".join(tokens[str(t)] for t in row) for row in rows).lower()
-    words = sorted({word for text in around.values() for word in text.split() if word.isalpha()})
+    assert contents.analysis is not None
+    specialization = contents.analysis.specialization
+    named = [" ".join(row).lower() for row in specialization["features"]["top_tokens"]]
+    named += [str(c["name"]).lower() for c in specialization["clusters"]]
+    texts = around(contents)
+    words = sorted({word for text in texts.values() for word in text.split() if word.isalpha()})
     for word in words:
-        features = {i for i, text in around.items() if word in text}
-        if len(word) > 2 and len(features) < 40 and not any(word in s for s in [*named, *names]):
-            return word, features
+        own = {i for i, text in texts.items() if re.search(rf"(?<![^\W_]){word}", text)}
+        if len(word) > 2 and len(own) < 40 and not any(word in said for said in named):
+            return word, own
     raise AssertionError("every word names something")
 
 
@@ -260,3 +284,19 @@ def test_the_same_content_has_the_same_name_and_what_was_taken_is_put_back(
     assert beside(page_of(folder)) == before
     html = Tags((folder / "report.html").read_text(encoding="utf-8"))
     assert len(html.named("script")) == 3  # none of them is of the folder
+
+
+def test_the_page_of_65536_features_keeps_its_limits_and_the_docs_say_what_was_measured() -> None:
+    found = read_json(page_scale.RESULTS)
+    (largest,) = [c for c in found["cases"] if (c["d_sae"], c["name"]) == (65_536, "now")]
+    assert largest["listed"] == 65_536
+    assert largest["first_row_seconds"] < 3 and largest["page_bytes"] < 15e6
+    assert page_scale.text(found) in page_scale.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_with_its_features_repeated_has_a_page(run_folder: Path, tmp_path: Path) -> None:
+    wide = page_scale.widened(load_run(run_folder), 250)
+    html = write_run_page(wide, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(beside(tmp_path / "report.html")) == 250 // PART + 1 + 1
+    assert "SAE of 250 features" in html

@@ -291,11 +291,24 @@
     return around;
   }
 
+  /** Whether a text has the words asked for: in scripts that part words, from a word's beginning. */
+  function hasWords(wanted) {
+    if (!/^[a-z]/.test(wanted)) return (text) => text.includes(wanted);
+    const literal = wanted.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+    const pattern = new RegExp(`(?<![\\p{L}\\p{N}])${literal}`, "u");
+    return (text) => text.includes(wanted) && pattern.test(text);
+  }
+
+  /** Texts as they are searched: white space is a space, and none runs on into the next. */
+  const folded = (texts) =>
+    texts.map((text) => text.replace(/\s+/g, " ")).join("\n").toLowerCase();
+
   function ofTheWords({ features, vocabulary, ids }) {
-    const numbers = held(ids), length = ids.shape[1];
+    const numbers = held(ids), [, k, length] = ids.shape;
+    const text = (start) =>
+      Array.from(numbers.subarray(start, start + length), (i) => vocabulary[i]).join("");
     return new Map(Array.from(held(features), (feature, row) => [feature,
-      Array.from(numbers.subarray(row * length, (row + 1) * length), (i) => vocabulary[i])
-        .join("").toLowerCase()]));
+      folded(Array.from({ length: k }, (_, n) => text((row * k + n) * length)))]));
   }
 
   function ofTheContexts(part) {
@@ -306,7 +319,7 @@
         const [from, to] = nearPeak(top, entry);
         return piecesOf(top, held(top.context)[entry], from, to).map(({ text }) => text).join("");
       });
-      found.set(part.first + i, texts.join("\n").toLowerCase());
+      found.set(part.first + i, folded(texts));
     });
     return found;
   }
@@ -328,8 +341,9 @@
     const named = (feature) => !wanted || haystack(feature).includes(wanted);
     order = inOrder(numbers.filter(named));
     if (texts instanceof Map && texts.size) {
-      const near = numbers.filter((feature) => texts.get(feature)?.includes(wanted) &&
-        !named(feature));
+      const has = hasWords(wanted);
+      const near = numbers.filter((feature) => texts.has(feature) && !named(feature) &&
+        has(texts.get(feature)));
       if (near.length) said.push(`${near.length.toLocaleString("en")} of them by their contexts`);
       order.push(...inOrder(near));
     }
