@@ -424,6 +424,7 @@ OPTIONS: dict[str, Any] = {
     "additional_parameters": {"reservation": "r"},
     "wait": False,
     "closing_partition": "p",
+    "max_retries": 2,
     "poll_seconds": 1.0,
 }
 NEEDS = {"bandwidth_gb_s": {"tflops": 1.0}}

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SWEEP_FILE = "sweep.json"
+STARTS = ".starts.json"
+"""Beside a pack's file: how often its job was started without having saved anything."""
 STUDY_FILE = "study.jsonl"
 """Of an adaptive sweep: Optuna's journal, a line of JSON for each thing that happened."""
 STUDY_LOCK = ".study.jsonl.lock"

@@ -146,7 +146,7 @@ def submit(
         for file, pack in zip(files, packs, strict=True):
             write_pack(file, pack, sweep.path)
         executor = _executor(folder, options, "tcsae-" + sweep.name)
-        jobs = _sent(executor, [str(file) for file in files])
+        jobs = _sent(executor, PackJob(options.max_retries), [str(file) for file in files])
     closing = None
     if compares:
         arrays = ":".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
@@ -158,19 +158,19 @@ def submit(
     return jobs, closing
 
 
-def _sent(executor: Any, files: list[str]) -> list[Any]:
+def _sent(executor: Any, job: PackJob, files: list[str]) -> list[Any]:
     """The jobs of an array, or of several where Slurm takes none as large (MaxArraySize)."""
     from submitit.core.utils import FailedJobError
 
     try:
-        return executor.map_array(PackJob(), files)
+        return executor.map_array(job, files)
     except FailedJobError as error:
         if len(files) == 1 or "job array specification" not in str(error):
             raise
     half = -(-len(files) // 2)
-    first = _sent(executor, files[:half])
+    first = _sent(executor, job, files[:half])
     try:
-        return first + _sent(executor, files[half:])
+        return first + _sent(executor, job, files[half:])
     except BaseException:
         cancel([job.job_id for job in first])
         raise

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.base.files import read_json, write_json
 from tcsae.base.log import console
-from tcsae.base.run_files import RunFiles
+from tcsae.base.run_files import STARTS, RunFiles
 from tcsae.base.signals import stop_on_signal
 from tcsae.launch.closing import write_sweep_page
 from tcsae.launch.jobs import read_pack
@@ -24,10 +25,18 @@ KILL_WAIT = 600.0
 
 
 class PackJob:
-    """What submitit sends: the pack is in a JSON file."""
+    """What submitit sends: the pack is in a JSON file.
+
+    Slurm starts a job again whose node has failed, and one that is preempted is queued again: at
+    most `max_retries` times in a row without anything saved in between.
+    """
+
+    def __init__(self, max_retries: int) -> None:
+        self.max_retries = max_retries
 
     def __call__(self, path: str) -> None:
         before = progress_mark(Path(path))
+        count_start(Path(path), before, self.max_retries)
         try:
             with stop_on_signal() as stop:
                 work_or_raise(Path(path), stop)
@@ -47,6 +56,26 @@ class ClosingJob:
         console()
         if write_sweep_page(Path(sweep)) is None:
             raise UserError("no comparison page")
+
+
+def count_start(path: Path, mark: tuple[int, ...], most: int) -> int:
+    """How many starts of the pack's job in a row, before this one, had saved nothing.
+
+    Raises UserError if those are more than `most` are good for.
+    """
+    file = path.with_name(path.stem + STARTS)
+    kept = read_json(file) if file.is_file() else {}
+    vain = kept["vain"] + 1 if kept.get("mark") == list(mark) else 0
+    write_json(file, {"mark": list(mark), "vain": vain})
+    if vain > most:
+        raise UserError(
+            f"started {vain} times and nothing was saved (a node that fails, or preemption before "
+            "the first save): given up. Leave the node out (hydra.launcher.exclude), lower "
+            "training.checkpoint_every, or raise hydra.launcher.max_retries; the same command goes on"
+        )
+    if vain:
+        log.warning(f"started again, and nothing was saved since: retry {vain} of {most}")
+    return vain
 
 
 def progress_mark(path: Path) -> tuple[int, ...]:

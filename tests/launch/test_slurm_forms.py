@@ -15,7 +15,9 @@ from state_folders import write_sweep
 from sweeps import grid_maker, words
 
 from tcsae import status
+from tcsae.base.errors import UserError
 from tcsae.launch import slurm
+from tcsae.launch.slurm_job import count_start
 
 SBATCH = """#!/usr/bin/env bash
 f="${@: -1}"; n=$(ls "$KEPT" | wc -l); cp "$f" "$KEPT/$n.sh"
@@ -196,3 +198,13 @@ def test_looks_at_the_queue_grow_rare() -> None:
     pauses = [slurm._pause(5.0, waited) for waited in (0, 60, 300, 900, 1800, 10**6)]
     assert pauses == [5.0, 5.0, 10.0, 30.0, 60.0, 60.0]
     assert slurm._pause(120.0, 10**6) == 120.0
+
+
+def test_a_job_that_is_started_in_vain_is_given_up(tmp_path: Path) -> None:
+    """Counted in a row: whatever was saved in between begins the count anew."""
+    pack = tmp_path / "0.json"
+    assert [count_start(pack, (0, 100, 3), 2) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"started 3 times and nothing was saved .* given up"):
+        count_start(pack, (0, 100, 3), 2)
+    assert [count_start(pack, mark, 2) for mark in [(0, 200, 3)] * 2 + [(0, 300, 3)]] == [0, 1, 0]
+    assert count_start(tmp_path / "1.json", (0, 100, 3), 0) == 0
