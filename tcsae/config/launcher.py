@@ -91,8 +91,8 @@ class SlurmOptions(Options):
     closing_partition: str | None = None
     """Where the comparison page is written; null: `partition`. It asks for no GPU."""
     max_retries: Annotated[int, Field(ge=0)] = 5
-    """How often in a row a job is started again without having saved anything in between (nodes that
-    fail, preemption before the first save); then it has failed."""
+    """How often in a row a job is started again without having saved anything in between (nodes
+    that fail, preemption before the first save); then it has failed."""
     poll_seconds: Positive = 5
     """How often the queue is looked at while waiting."""
 

@@ -71,7 +71,8 @@ def count_start(path: Path, mark: tuple[int, ...], most: int) -> int:
         raise UserError(
             f"started {vain} times and nothing was saved (a node that fails, or preemption before "
             "the first save): given up. Leave the node out (hydra.launcher.exclude), lower "
-            "training.checkpoint_every, or raise hydra.launcher.max_retries; the same command goes on"
+            "training.checkpoint_every, or raise hydra.launcher.max_retries; the same command "
+            "goes on"
         )
     if vain:
         log.warning(f"started again, and nothing was saved since: retry {vain} of {most}")
