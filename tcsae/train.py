@@ -23,7 +23,8 @@ from tcsae.base import ranks
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted
 from tcsae.config import Config, run_name
 from tcsae.config.arguments import OURS, arranged
-from tcsae.config.compose import conf_folder, prepare_hydra, to_config
+from tcsae.config.compose import prepare_hydra, to_config
+from tcsae.config.folder import conf_folder
 from tcsae.config.mistakes import for_the_user
 from tcsae.launch.hydra_keys import WRITE_NOTHING, refuse_of_one_run, trains_nothing
 from tcsae.launch.plan import cost_lines

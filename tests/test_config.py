@@ -28,8 +28,8 @@ from tcsae.config import (
     run_id,
     run_name,
 )
-from tcsae.config.compose import conf_folder
 from tcsae.config.compose import config_of as config
+from tcsae.config.folder import conf_folder
 from tcsae.config.sae import architectures, config_class
 from tcsae.report.runs import settings_of
 from tcsae.train import _sweep_name

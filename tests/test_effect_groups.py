@@ -10,7 +10,8 @@ import pytest
 from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
-from tcsae.config.compose import conf_folder, config_of
+from tcsae.config.compose import config_of
+from tcsae.config.folder import conf_folder
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 

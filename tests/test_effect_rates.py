@@ -11,7 +11,8 @@ from helpers import REPOSITORY, run_here, small_job
 from omegaconf import OmegaConf
 
 import tcsae
-from tcsae.config.compose import conf_folder, config_of
+from tcsae.config.compose import config_of
+from tcsae.config.folder import conf_folder
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 

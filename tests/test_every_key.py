@@ -29,7 +29,8 @@ from tcsae.config import (
     TrainingConfig,
     run_id,
 )
-from tcsae.config.compose import compose_tree, conf_folder, config_of
+from tcsae.config.compose import compose_tree, config_of
+from tcsae.config.folder import conf_folder
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions, checked
 from tcsae.config.sae import architectures, config_class
 from tcsae.config.sweeper import AdaptiveOptions

@@ -13,8 +13,8 @@ from helpers import small_config
 from tcsae.base.files import read_json
 from tcsae.base.signals import StopRequest
 from tcsae.config import DatasetConfig
-from tcsae.config.compose import conf_folder
 from tcsae.config.compose import config_of as composed
+from tcsae.config.folder import conf_folder
 from tcsae.data.stream import open_stream
 from tcsae.jobs.bank import run
 from tcsae.metrics.norm_limits import NOT_ENCODED

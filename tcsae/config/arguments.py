@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hydra.errors import HydraException
+
+from tcsae.config.folder import conf_folder
 
 MULTIRUN = ("--multirun", "-m")
 OURS = {
@@ -55,10 +58,34 @@ def arranged(arguments: Sequence[str]) -> list[str]:
 
 
 def with_model(overrides: Sequence[str]) -> list[str]:
-    """dataset=activations chooses its model too, which Hydra lets only a later group do."""
-    names = {override.partition("=")[0] for override in overrides}
-    chosen = "dataset=activations" in overrides and "model" not in names
-    return [*overrides, *(["model=activations"] if chosen else [])]
+    """The model that other choices choose too, which Hydra lets only a later group do:
+    dataset=activations its own, and model.path alone `other`, for what the default model's option
+    says of its layers and its first token is not true of the folder's."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if "model" in given:
+        return [*overrides, *_named_by_folder(given, given["model"])]
+    if "dataset=activations" in overrides:
+        return [*overrides, "model=activations"]
+    named = _named_by_folder(given, "other")
+    has_name = named or "model.name" in given
+    if "model.path" in given and has_name and not _chooses_model(given.get("+experiment")):
+        return [*overrides, "model=other", *named]
+    return list(overrides)
+
+
+def _named_by_folder(given: Mapping[str, str], model: str) -> list[str]:
+    """model.name of weights that have none but their folder's; none of a list of folders."""
+    path = given.get("model.path", "").strip("'\"")
+    if model != "other" or "model.name" in given or path in ("", "null") or set(path) & set(",$"):
+        return []
+    return [f"model.name={_in_quotes(Path(path).expanduser().resolve().name)}"]
+
+
+def _chooses_model(experiment: str | None) -> bool:
+    """Whether one of these options of conf/experiment has a model of its own."""
+    folder = conf_folder() / "experiment"
+    files = [folder / f"{name}.yaml" for name in re.findall(r"\w+", experiment or "")]
+    return any("override /model:" in file.read_text() for file in files if file.is_file())
 
 
 def _check_copied(overrides: Sequence[str]) -> None:
@@ -76,9 +103,13 @@ def _folder_quoted(override: str) -> str:
     key, _, value = override.partition("=")
     plain = not value.startswith(("'", '"')) and "$" not in value
     if key in ("hydra.run.dir", "hydra.sweep.dir") and plain and set(value) & set(",="):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{escaped}'"
+        return f"{key}={_in_quotes(value)}"
     return override
+
+
+def _in_quotes(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _flags() -> dict[str, bool]:

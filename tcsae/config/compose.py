@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,14 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from tcsae.config import Config, number_options, parse
 from tcsae.config.arguments import with_model
 from tcsae.config.effect import refuse_without_effect
-
-_PACKAGE = Path(__file__).parent.parent
-
-
-def conf_folder() -> Path:
-    """conf/ inside the installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+from tcsae.config.folder import conf_folder
 
 
 def prepare_hydra() -> None:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tcsae.base.errors import UserError
 from tcsae.base.files import disk_reason
-from tcsae.config.compose import conf_folder
+from tcsae.config.folder import conf_folder
 
 
 def for_the_user(error: Exception) -> str | None:

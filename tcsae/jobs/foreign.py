@@ -25,8 +25,9 @@ from tcsae.config import (
     Source,
     parse_loaded,
 )
-from tcsae.config.compose import compose_tree, conf_folder, override_value
+from tcsae.config.compose import compose_tree, override_value
 from tcsae.config.effect import refuse_without_effect
+from tcsae.config.folder import conf_folder
 from tcsae.config.strict import StrictModel
 from tcsae.data.language_model import HOOKS
 from tcsae.data.synthetic import HOOK as SYNTHETIC

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tcsae.base.errors import SweepFailed, UserError
 from tcsae.config import number_options, run_id
-from tcsae.config.compose import conf_folder
+from tcsae.config.folder import conf_folder
 from tcsae.config.launcher import Options, SlurmOptions, checked
 from tcsae.launch.jobs import (
     GridJob,

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from tcsae.base.errors import UserError
 from tcsae.config.arguments import arranged
-from tcsae.config.compose import conf_folder, prepare_hydra
+from tcsae.config.compose import prepare_hydra
+from tcsae.config.folder import conf_folder
 from tcsae.config.mistakes import for_the_user
 from tcsae.launch import hydra_keys
 from tcsae.launch.launcher import GridLauncher, Packs

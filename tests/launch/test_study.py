@@ -12,7 +12,7 @@ from hydra._internal.utils import create_config_search_path
 
 from tcsae.base.errors import UserError
 from tcsae.config import number_options
-from tcsae.config.compose import conf_folder
+from tcsae.config.folder import conf_folder
 from tcsae.launch import study as studies
 from tcsae.launch.objective import OF_TRUTH, constraint_of, full_key
 from tcsae.launch.search_space import Space, space_of

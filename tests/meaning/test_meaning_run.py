@@ -96,7 +96,8 @@ def test_the_headlines_are_in_the_summary_of_wandb_and_in_a_comparison(finished:
 def test_the_arms_of_the_experiment_have_one_l0() -> None:
     from omegaconf import OmegaConf
 
-    from tcsae.config.compose import conf_folder, config_of
+    from tcsae.config.compose import config_of
+    from tcsae.config.folder import conf_folder
 
     points = OmegaConf.load(conf_folder() / "experiment/meaning.yaml").hydra.sweeper.points
     arms = [config_of("+experiment=meaning", *point.split()) for point in points]
