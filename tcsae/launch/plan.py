@@ -65,14 +65,19 @@ def plan_lines(
     if sent:
         lines.append(f"{len(sent)} have been sent before and have not ended: they are waited for")
     n_left = sum(len(pack) for pack in packs)
+    if again := len({job.number for job in jobs} - before - sent) - n_left:
+        lines.append(f"{again} are the same as another and are done once with it")
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
     lines.append(f"{n_left} to do in {_processes(packs)}, on {streams} of activations")
     if options.dry_run:
         where = {job.number: index for index, pack in enumerate(packs) for job in pack}
+        same = {job.folder: job.number for pack in packs for job in pack}
         for job in jobs:
             place = "sent before" if job.number in sent else "finished"
             if job.number in where:
                 place = f"process {where[job.number]}"
+            elif job.folder in same:
+                place = f"as job {same[job.folder]}"
             lines.append(f"  {job.number:>4}  {place:<12} {job.name}")
     to_do = [job for pack in packs for job in pack]
     if to_do:

@@ -120,6 +120,15 @@ def test_a_dry_run_shows_jobs_and_packing_and_writes_nothing(grid: Grid, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_which_jobs_are_the_same(grid: Grid, tmp_path: Path) -> None:
+    arguments = grid(tmp_path / "sweep", window="4,8", **{"lambda": "1,1.0"})
+    outcome = run_here(*arguments, "--dry-run")
+    assert outcome.code == 0
+    said = words(outcome)
+    assert "2 to do in" in said and "2 are the same as another and are done once with it" in said
+    assert len(re.findall(r"INFO\s+\d+  as job \d+ ", said)) == 2 and "finished  " not in said
+
+
 def test_a_dry_run_of_a_single_run_says_its_cost_and_writes_nothing(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
