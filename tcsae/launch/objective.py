@@ -12,7 +12,7 @@ from typing import Any
 from tcsae.base.errors import UserError
 from tcsae.config import Config
 
-# tests/launch/test_objective.py holds these lists to what a run writes.
+# tests/launch/test_adaptive.py holds these lists to what a run writes.
 OF_A_RUN = (
     *("final_loss", "held_out_seen_in_training", "massive_token_share", "norm_limit"),
     *("tokens", "tokens_in_windows", "tokens_per_second", "training_seconds", "training_steps"),
