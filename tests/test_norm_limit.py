@@ -27,7 +27,8 @@ def test_the_default_is_3_whatever_the_text() -> None:
     assert DatasetConfig.model_fields["norm_filter"].default == 3
     assert {"shakespeare", "files"} <= set(DATASETS)
     for dataset in DATASETS:
-        more = {"files": ["dataset.path=there"], "synthetic": ["model=synthetic"]}
+        there = ["dataset.path=there"]
+        more = {"files": there, "activations": there, "synthetic": ["model=synthetic"]}
         assert composed(f"dataset={dataset}", *more.get(dataset, [])).dataset.norm_filter == 3
 
 

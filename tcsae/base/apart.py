@@ -7,6 +7,7 @@ error: its call is made here instead.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -98,7 +99,8 @@ class Apart:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with contextlib.suppress(OSError):  # of what was half sent
+                        stream.close()
 
 
 def _ask(process: subprocess.Popen[bytes], call: Any) -> Any:

@@ -111,7 +111,9 @@ def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
 
         step("the optimizer's start")
         held = counting.held
-        early, late = step("steps"), step("dead features", late=True)
+        early = step("steps")
+        step("what the first late step alone does", late=True)  # p_anneal's last value of p
+        late = step("dead features", late=True)
         logged = step("logged steps", late=True, log=True)
         workspace = counting.peak - held
         checkpoint = sum(size_of(x) for x in member.checkpoint({}).tensors.values())

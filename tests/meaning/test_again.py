@@ -224,7 +224,7 @@ def test_contexts_are_no_longer_than_the_models_positions(tiny_gpt2: Path, texts
 
 
 def test_a_synthetic_world_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(Exception, match="model=synthetic has none: leave it out"):
+    with pytest.raises(Exception, match="is a synthetic world: leave it out, or choose"):
         config_of("model=synthetic", "evaluation.meaning=[shift]")
     config_of("model=synthetic", "evaluation.meaning=[probes]")
 

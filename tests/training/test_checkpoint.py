@@ -179,9 +179,9 @@ def test_the_last_good_checkpoint_goes_on_once_the_cause_is_gone(
 ) -> None:
     fixed = {"store__dir": str(tmp_path / "store"), "layer": "1"}
     config = small_config(tiny_gpt2, texts, **fixed)
-    original = Member._penalty
+    original = Consistency.forward
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "_penalty", lambda self, *a: original(self, *a) * float("nan"))
+        patch.setattr(Consistency, "forward", lambda *a, **k: original(*a, **k) * float("nan"))
         with pytest.raises(UserError, match="last good checkpoint is kept: none yet"):
             run(config, tmp_path / "run")
     assert run(config, tmp_path / "run")["training_steps"] == 12
