@@ -61,14 +61,15 @@ def with_model(overrides: Sequence[str]) -> list[str]:
     """The model that other choices choose too, which Hydra lets only a later group do:
     dataset=activations its own, and model.path alone `other`, for what the default model's option
     says of its layers and its first token is not true of the folder's."""
-    given = dict(override.partition("=")[::2] for override in overrides)
+    parts = (override.partition("=") for override in overrides)
+    given = {key.lstrip("+"): value for key, _, value in parts}
     if "model" in given:
         return [*overrides, *_named_by_folder(given, given["model"])]
     if "dataset=activations" in overrides:
         return [*overrides, "model=activations"]
     named = _named_by_folder(given, "other")
     has_name = named or "model.name" in given
-    if "model.path" in given and has_name and not _chooses_model(given.get("+experiment")):
+    if "model.path" in given and has_name and not _chooses_model(given.get("experiment")):
         return [*overrides, "model=other", *named]
     return list(overrides)
 
