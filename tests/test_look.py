@@ -394,9 +394,8 @@ def test_a_folder_with_a_config_of_its_own_is_no_run(run: LoadedRun, tmp_path: P
     state |= {"decoder.weight": torch.randn(48, 20), "bias": torch.zeros(48)}
     torch.save(state, tmp_path / "ae.pt")
     where = {"layer": 1, "model": "other", "model__path": str(run.config.model.path)}
-    with pytest.raises(UserError, match=r"model\.name"):
-        tcsae.open(tmp_path, **where)
-    opened = tcsae.open(tmp_path, model__name="tiny", **where)
+    del where["model"]  # the folder alone says which model it is
+    opened = tcsae.open(tmp_path, **where)
     assert opened.features("river stone").values.shape[1] == 20
 
 
