@@ -32,6 +32,7 @@ def dry_run(preset: str) -> str:
         if done.returncode:
             sys.exit(done.stderr)
         said = (done.stdout + done.stderr).replace(f"{folder}/store", "STORE")
+        said = said.replace(f"{Path.cwd()}/", "")  # the sweep's folder, from where it is given
     lines = [_LINE.sub(r"\g<text>", line).rstrip() for line in said.splitlines()]
     command = f"$ python -m tcsae.train {' '.join(arguments)}"
     return "\n".join(f"    {line}".rstrip() for line in (command, *lines))
