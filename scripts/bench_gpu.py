@@ -273,23 +273,35 @@ def write_page() -> None:
     replace_block(PAGE, block("gpu", "\n\n".join(parts)))
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """With the options of every benchmark for a card."""
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument("--page", action="store_true", help="write docs/performance.md, no more")
+    return parser.parse_args()
+
+
+def device_for(args: argparse.Namespace) -> str:
+    """Where it is measured; SystemExit without a GPU, but for --smoke."""
+    logging.disable()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.smoke:
+        name = Path(sys.argv[0]).stem
+        raise SystemExit(f"{name}: torch sees no GPU here; --smoke tries the script on a CPU")
+    return device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d-sae", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--k", type=int, nargs="+", default=[32])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU too")
-    parser.add_argument("--page", action="store_true", help="write docs/performance.md, no more")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.page:
         write_page()
         return
-    logging.disable()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.smoke:
-        raise SystemExit("bench_gpu: torch sees no GPU here; --smoke tries the script on a CPU")
+    device = device_for(args)
     d_in, kernels = 2304, "triton" if device == "cuda" else "auto"
     if args.smoke:
         d_in, args.d_sae, args.tokens, args.k, args.rounds = 64, [512], [256], [8], 2

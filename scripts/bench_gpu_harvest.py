@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import sys
 import tempfile
@@ -25,15 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench_gpu import PAGE, POSITIONS, ROOT, card, device_for, parsed
+
 from tcsae.base.signals import StopRequest
 from tcsae.config.compose import config_of
 from tcsae.data.contexts import Contexts
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore
 
-ROOT = Path(__file__).parent.parent
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu_harvest.json"
-POSITIONS = 128
+RESULTS = ROOT / "docs" / "gpu_harvest.json"
 LAYERS = {"gpt2": 8, "smollm2": 15, "gemma-2-2b": 19}
 
 
@@ -134,19 +133,12 @@ def write_page() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=list(LAYERS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too")
-    parser.add_argument("--page", action="store_true", help="write docs/performance.md, no more")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.page:
         write_page()
         return
-    logging.disable()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.smoke:
-        raise SystemExit("bench_gpu_harvest: torch sees no GPU here; --smoke tries it on a CPU")
-    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    results: dict[str, Any] = {"card": f"{card}, torch {torch.__version__}", "models": {}}
+    device = device_for(args)
+    results: dict[str, Any] = {"card": card(device), "models": {}}
     for name in args.models:
         results["models"][name] = measure(name, device, args.smoke)
         if args.json:

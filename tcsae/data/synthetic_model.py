@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcsae.base.errors import UserError
-from tcsae.config import DatasetConfig, ModelConfig, resolve_layer
-from tcsae.data.activation_model import ActivationModel
-from tcsae.data.contexts import Contexts, SpecialIds, segments_of, valid_of
-from tcsae.data.language_model import choose_device
+from tcsae.config import DatasetConfig, ModelConfig
+from tcsae.data.contexts import Contexts, segments_of, valid_of
 from tcsae.data.synthetic import (
     BOS,
     FORMAT,
@@ -24,6 +20,7 @@ from tcsae.data.synthetic import (
     documents_each,
 )
 from tcsae.data.token_text import TokenTexts
+from tcsae.data.without_model import WithoutModel
 
 
 class _FeatureTexts(TokenTexts):
@@ -42,7 +39,7 @@ class _FeatureTexts(TokenTexts):
         return f"{name} {feature - self._world.members(name).start} ", None
 
 
-class SyntheticModel:
+class SyntheticModel(WithoutModel):
     """`ActivationModel` of a world. Nothing of it is a language model: it has no logits, no text.
 
     What stands for a token is the strongest true feature on it, by class and number ("phrase 12").
@@ -50,18 +47,12 @@ class SyntheticModel:
     Raises UserError: no such layer (a world has one, 0), no such device.
     """
 
+    no_model: str | None = "a synthetic world has no language model"
+
     def __init__(self, cfg: ModelConfig, layer: int | str | None) -> None:
         assert cfg.world is not None
-        self.cfg, self.world = cfg, World(cfg.world)
-        self.device = choose_device(cfg.device)
-        self.dtype = torch.float32
-        self.d_in, self.hook_name = cfg.world.d_in, HOOK
-        try:
-            self.layer = resolve_layer(layer, 1)
-        except ValueError as error:
-            raise UserError(f"{error} for a synthetic world") from None
-        self.checks: dict[str, Any] | None = None
-        self.special_ids = SpecialIds(BOS, frozenset({BOS}), frozenset({BOS}))
+        self.world, self.d_in = World(cfg.world), cfg.world.d_in
+        super().__init__(cfg, layer, "a synthetic world", HOOK, BOS)
         self.vocabulary = self.world.n_true + 2
 
     @property
@@ -69,23 +60,8 @@ class SyntheticModel:
         said = f"{FORMAT}:{self.world.cfg.model_dump_json()}"
         return f"synthetic:{hashlib.sha256(said.encode()).hexdigest()}"
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"weights": self.content, "hook": self.hook_name, "dtype": "float32"}
-
-    no_model: str | None = "a synthetic world has no language model"
-    beside: Sequence[ActivationModel] = ()
-
     def activations(self, ids_BT: Tensor) -> Tensor:
         return self.world.activations(ids_BT.cpu()).to(self.device)
-
-    def activations_at(
-        self, ids_BT: Tensor, places: Sequence[ActivationModel]
-    ) -> list[Tensor | None]:
-        return [self.activations(ids_BT) for _ in places]
-
-    def unembedding(self) -> Tensor | None:
-        return None
 
     def shown(self, ids_BT: Tensor) -> Tensor:
         value_BT, feature_BT = self.world.codes(ids_BT.cpu()).max(-1)

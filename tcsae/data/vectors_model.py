@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tcsae.base.errors import UserError
-from tcsae.config import DatasetConfig, ModelConfig, resolve_layer
-from tcsae.data.activation_model import ActivationModel
-from tcsae.data.contexts import Contexts, SpecialIds, build_contexts
-from tcsae.data.language_model import choose_device
+from tcsae.config import DatasetConfig, ModelConfig
+from tcsae.data.contexts import Contexts, build_contexts
 from tcsae.data.token_text import TokenTexts
 from tcsae.data.vectors import HOOK, content_name, open_vectors
+from tcsae.data.without_model import WithoutModel
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +44,7 @@ class _Numbers:
         return self._n
 
 
-class VectorsModel:
+class VectorsModel(WithoutModel):
     """`ActivationModel` of files of vectors. A token is a vector, its id the vector's number.
 
     Every context begins with a place of zeros, BOS, that counts nowhere: contexts of T places hold
@@ -59,43 +55,23 @@ class VectorsModel:
     """
 
     no_model: str | None = "activations of one's own come without a language model"
-    beside: Sequence[ActivationModel] = ()
     vocabulary = 2
 
     def __init__(self, cfg: ModelConfig, dataset: DatasetConfig, layer: int | str | None) -> None:
-        self.cfg, self._vectors = cfg, open_vectors(dataset.path)
+        self._vectors = open_vectors(dataset.path)
         self._vectors.check_numbers()
-        self.device = choose_device(cfg.device)
-        self.dtype = torch.float32
-        self.d_in, self.hook_name = self._vectors.d_in, HOOK
-        try:
-            self.layer = resolve_layer(layer, 1)
-        except ValueError as error:
-            raise UserError(f"{error} for activations of one's own") from None
-        self.checks: dict[str, Any] | None = None
-        self.special_ids = SpecialIds(BOS, frozenset({BOS}), frozenset({BOS}))
+        self.d_in = self._vectors.d_in
+        super().__init__(cfg, layer, "activations of one's own", HOOK, BOS)
 
     @property
     def content(self) -> str:
         return content_name(self._vectors)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"weights": self.content, "hook": self.hook_name, "dtype": "float32"}
 
     def activations(self, ids_BT: Tensor) -> Tensor:
         numbers = ids_BT.cpu().long()
         x_BTD = torch.from_numpy(self._vectors.take((numbers - 1).clamp(min=0).numpy()))
         x_BTD[numbers == BOS] = 0
         return x_BTD.to(self.device)
-
-    def activations_at(
-        self, ids_BT: Tensor, places: Sequence[ActivationModel]
-    ) -> list[Tensor | None]:
-        return [self.activations(ids_BT) for _ in places]
-
-    def unembedding(self) -> Tensor | None:
-        return None
 
     def shown(self, ids_BT: Tensor) -> Tensor:
         return (ids_BT != BOS).long()

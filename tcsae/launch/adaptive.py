@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
 
 from tcsae.base.errors import SweepFailed, UserError
 from tcsae.base.files import read_json
@@ -29,7 +25,7 @@ from tcsae.base.run_files import STUDY_FILE, RunFiles, is_sweep
 from tcsae.config import Config, run_id
 from tcsae.config.launcher import checked
 from tcsae.config.sweeper import AdaptiveOptions
-from tcsae.launch.launcher import GridLauncher
+from tcsae.launch.launcher import GridLauncher, plain
 from tcsae.launch.objective import Constraint, constraint_of, full_key, number_at
 from tcsae.launch.search_space import Space, space_of
 from tcsae.launch.study import (
@@ -44,6 +40,7 @@ from tcsae.launch.study import (
     tell,
     tell_none,
 )
+from tcsae.launch.sweeper import LaunchingSweeper, as_written
 from tcsae.report.trials import Column, Row, Trials, write_trials
 
 if TYPE_CHECKING:
@@ -72,23 +69,14 @@ class Asked:
         return tuple(dict.fromkeys((self.objective, *(c.key for c in self.constraints))))
 
 
-class OptunaSweeper(Sweeper):
+class OptunaSweeper(LaunchingSweeper):
     """Its options are in tcsae/config/sweeper.py."""
 
     def __init__(self, **options: Any) -> None:
-        self.given = {key: _plain(value) for key, value in options.items()}
-        self.launcher: Any = None
-        self.context: HydraContext | None = None
+        super().__init__()
+        self.given = {key: plain(value) for key, value in options.items()}
         self._baseline: dict[str, float] = {}
         """The baseline's numbers, once it has ended."""
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self.context = hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     # ---- what is checked before anything runs ----
 
@@ -99,7 +87,7 @@ class OptunaSweeper(Sweeper):
         _check_launcher(self.launcher)
         optuna()
         assert self.context is not None
-        preset = [f"{key}={_as_written(value)}" for key, value in options.params.items()]
+        preset = [f"{key}={as_written(value)}" for key, value in options.params.items()]
         space = space_of([*preset, *arguments], self.context.config_loader)
         asked = self._asked(options, space)
         self._check_axes(space)
@@ -382,11 +370,3 @@ def _conditions(key: str, asked: Asked, baseline: dict[str, float]) -> str:
 
 def _each_once(jobs: list[list[str]]) -> list[list[str]]:
     return [list(job) for job in dict.fromkeys(map(tuple, jobs))]
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _as_written(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -49,7 +49,7 @@ class GridLauncher(Launcher):
     kind: ClassVar[str]
 
     def __init__(self, **options: Any) -> None:
-        self.given = {key: _plain(value) for key, value in options.items()}
+        self.given = {key: plain(value) for key, value in options.items()}
         self.context: HydraContext | None = None
         self.config: DictConfig | None = None
         self.more_to_come = False
@@ -247,7 +247,8 @@ def _each_once(jobs: Sequence[GridJob]) -> list[GridJob]:
     return list({job.folder: job for job in reversed(jobs)}.values())[::-1]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of Hydra's config, in containers of Python's own."""
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 

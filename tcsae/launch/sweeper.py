@@ -17,7 +17,23 @@ from omegaconf import DictConfig, ListConfig
 from tcsae.base.errors import SweepFailed, UserError
 
 
-class GridSweeper(Sweeper):
+class LaunchingSweeper(Sweeper):
+    """A sweeper with the launcher that Hydra's config names."""
+
+    def __init__(self) -> None:
+        self.launcher: Any = None
+        self.context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+
+class GridSweeper(LaunchingSweeper):
     """Every combination of `params` and of the command line's lists, for every one of `points`.
 
     Args:
@@ -37,17 +53,8 @@ class GridSweeper(Sweeper):
         self.points = list(points or []) or [""]
         if max_batch_size is not None and max_batch_size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size = {max_batch_size}: must be 1 or more")
+        super().__init__()
         self.max_batch_size = max_batch_size
-        self.launcher: Any = None
-        self.context: HydraContext | None = None
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self.context = hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Raises SweepFailed, after everything else has ended, if a job failed."""
@@ -67,7 +74,7 @@ class GridSweeper(Sweeper):
 
         assert self.context is not None
         parser = OverridesParser.create(config_loader=self.context.config_loader)
-        preset = [f"{key!s}={_as_written(value)}" for key, value in self.params.items()]
+        preset = [f"{key!s}={as_written(value)}" for key, value in self.params.items()]
         jobs: dict[tuple[str, ...], None] = {}
         for point in self.points:
             parsed = parser.parse_overrides([*preset, *shlex.split(point), *arguments])
@@ -78,5 +85,6 @@ class GridSweeper(Sweeper):
         return [list(job) for job in jobs]
 
 
-def _as_written(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, ListConfig) else str(value)
+def as_written(value: Any) -> str:
+    """A preset's value as it would stand on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, list | ListConfig) else str(value)
