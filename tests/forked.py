@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +96,10 @@ class Forked(subprocess.Popen[str]):
     def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
         self.args, self.returncode, self._child_created = arguments, None, False
         self.stdin = self.stdout = self.stderr = None
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out, self._err = os.memfd_create("stdout"), os.memfd_create("stderr")
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {"arguments": arguments, "env": env, "cwd": os.getcwd()}
-        fds = [self._out.fileno(), self._err.fileno(), theirs.fileno()]
+        fds = [self._out, self._err, theirs.fileno()]
         socket.send_fds(_server(), [json.dumps(request).encode()], fds)
         theirs.close()
         said = self._line.recv(64)
@@ -124,10 +123,10 @@ class Forked(subprocess.Popen[str]):
     def communicate(self, input: str | None = None, timeout: float | None = None) -> Any:
         self.wait(timeout)
         found = []
-        for file in (self._out, self._err):
-            file.seek(0)
-            found.append(file.read().decode())
-            file.close()
+        for fd in (self._out, self._err):
+            with os.fdopen(fd, "rb") as file:
+                file.seek(0)
+                found.append(file.read().decode())
         return tuple(found)
 
 
