@@ -8,7 +8,7 @@ sends that many tiny jobs of a synthetic world (`seed` x `lambda`) to its preemp
 While they go on: a file lies where a run wants its folder, twice (two failures); a job of the
 other partition takes the node from all that train, until three are preempted; and the node is set
 down and up again. Then the obstacles are removed, and the same command does what is left. 200 jobs
-take about half an hour on two cores that do nothing else: most of it is Python starting.
+take about six minutes on two cores that do little else: most of it is Python starting.
 """
 
 from __future__ import annotations
