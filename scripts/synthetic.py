@@ -1,8 +1,9 @@
-"""docs/meaning.md's tables of synthetic truth: the loss on the first group beside the rest.
+"""What the loss on the first group finds of features that are known, beside the rest: the map of
+docs/meaning.md, a row a world, and docs/synthetic.md with all tables.
 
     python scripts/synthetic.py DIR ...   read sweeps of +experiment=synthetic_first_group and
-                                          synthetic_study into docs/synthetic.json, write the page
-    python scripts/synthetic.py           write the page from docs/synthetic.json
+                                          synthetic_study into docs/synthetic.json, write the pages
+    python scripts/synthetic.py           write the pages from docs/synthetic.json
 
 A study is one world at one length of training, width and selection; what is given replaces what the
 JSON had of it. A setting is a row. Intervals are over seeds: the error of other held-out documents
@@ -18,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from effect import ROOT, entry, grouped
-from pages import processor, publish, with_interval
+from pages import block, given_folders, processor, replace_block, with_interval
 
 from tcsae.base.labels import label, markdown_table
 from tcsae.report.paired import Term, combine
 from tcsae.report.runs import AVERAGED, Run, settings_of
 
 RESULTS = ROOT / "docs" / "synthetic.json"
-PAGES = (ROOT / "docs" / "meaning.md",)
-BLOCK = "synthetic"
+MAP, PAGE = ROOT / "docs" / "meaning.md", ROOT / "docs" / "synthetic.md"
 NONE, TSAE, BATCHTOPK = "matryoshka, none", "T-SAE", "batchtopk, none"
 OTHERS = (TSAE, "T-SAE, control", "topk, none", BATCHTOPK)
 METRICS = {
@@ -45,6 +45,7 @@ CONTRASTS = (
 )
 WANTED = 0.1
 """More of the true features found than by the control and by the Temporal SAE."""
+_NOTHING = {"value": None, "low": None, "high": None}
 _LOSS = re.compile(r"first group, lambda ([0-9.]+)(, control)?")
 
 
@@ -139,6 +140,34 @@ def _less(name: str, ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, An
     return entry(combine(name, terms))
 
 
+def the_map(found: Mapping[str, Any]) -> str:
+    """A row a study: what the loss finds more than none, its control and the Temporal SAE do, and
+    how much longer a parent's feature fires beside a child."""
+    heads = ["world", "tokens", "features", "seeds", "found, no loss", "found, loss"]
+    heads += ["less no loss", "less its control", "less T-SAE", "recall with a child, less control"]
+    rows = [_map_row(name, found[name]) for name in sorted(found, key=_by_size)]
+    return markdown_table(heads, rows)
+
+
+def _by_size(study: str) -> tuple[bool, str]:
+    return "_256`" not in study and "_256_" not in study, study
+
+
+def _map_row(name: str, study: Mapping[str, Any]) -> list[str]:
+    world, tokens, *_, features = re.split(r", (?=\D|\d[\d,]* (?:tokens|features))", name)
+    loss, less = study["loss"], study["loss_minus"]
+    control = f"{loss}, control"
+    cells = [study["values"][arm]["truth_found"] for arm in (NONE, loss)]
+    minus = [less.get(arm, {}).get("truth_found", _NOTHING) for arm in (NONE, control, TSAE)]
+    minus.append(less.get(control, {}).get("truth_recall_with_child", _NOTHING))
+    seeds = len(study["seeds"][loss])
+    return [
+        *(world, tokens.split()[0], features.split()[0], str(seeds)),
+        *(f"{cell['value']:.2f}" for cell in cells),
+        *(_cell(value, signed=True, digits=2) for value in minus),
+    ]
+
+
 def text(found: Mapping[str, Any]) -> str:
     """For each study its table, the differences, and what came of what was wanted, in words."""
     return "\n\n".join(_study(name, study) for name, study in sorted(found.items()))
@@ -201,12 +230,18 @@ def _is_clear(difference: Mapping[str, Any]) -> bool:
     return difference["value"] >= WANTED and low is not None and low > 0
 
 
-def _cell(value: Mapping[str, Any], signed: bool = False) -> str:
-    return "n/a" if value["value"] is None else with_interval(value, signed=signed)
+def _cell(value: Mapping[str, Any], signed: bool = False, digits: int = 3) -> str:
+    return "n/a" if value["value"] is None else with_interval(value, digits, signed)
 
 
 def main() -> None:
-    publish(__doc__, results, text, RESULTS, BLOCK, PAGES)
+    folders = given_folders(__doc__)
+    found = results(folders) if folders else json.loads(RESULTS.read_text(encoding="utf-8"))
+    if folders:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    replace_block(MAP, block("synthetic map", the_map(found)))
+    replace_block(PAGE, block("synthetic", text(found)))
+    print(the_map(found))
 
 
 if __name__ == "__main__":

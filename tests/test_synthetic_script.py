@@ -128,3 +128,24 @@ def test_what_was_wanted_is_said_to_hold_only_where_it_does(
     text = synthetic.text({"`absorption`": study})
     assert ("**no:**" not in text) == holds
     assert f"+{control:.3f}" in text
+
+
+def test_the_map_has_a_row_a_study_and_only_what_was_compared() -> None:
+    arms = ["matryoshka, none", "first group, lambda 10", "first group, lambda 10, control"]
+    values = {arm: {"truth_found": entry(0.1 * n)} for n, arm in enumerate(arms, start=5)}
+    less = {"truth_found": entry(0.1, 0.08), "truth_recall_with_child": entry(0.3)}
+    study = {
+        "loss": arms[1],
+        "seeds": {arm: [0, 1, 2] for arm in arms},
+        "values": values,
+        "loss_minus": {arms[0]: less, arms[2]: less},
+    }
+    name = "`{}`, 1,500,000 tokens of 2 contexts a step, learning rate 0.005, 1,024 features"
+    table = synthetic.the_map(
+        {name.format("absorption"): study, name.format("absorption_256"): study}
+    ).splitlines()
+    at_size, small = table[2:]
+    cells = [cell.strip() for cell in at_size.strip("|").split("|")]
+    assert cells[:6] == ["`absorption_256`", "1,500,000", "1,024", "3", "0.50", "0.60"]
+    assert cells[6:] == ["+0.10 [+0.08, +0.12]", "+0.10 [+0.08, +0.12]", "n/a", "+0.30"]
+    assert small.startswith("| `absorption` |")

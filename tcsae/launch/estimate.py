@@ -32,7 +32,7 @@ PACKING_BYTES, CONTEXT_BYTES = 23, 7
 """Host memory a token: while text becomes contexts, and of the contexts (on disk, too)."""
 PACKING_SECONDS = 3e-6
 """A token of text into contexts, on two cores. Measured."""
-REPORT_SECONDS, COMMON_SECONDS, PAIR_SECONDS = 12.0, 10e-9, 17e-9
+REPORT_SECONDS, COMMON_SECONDS, PAIR_SECONDS = 8.0, 10e-9, 17e-9
 """The analysis on the host, measured: clusters and pages of one run; two features on at a token, a
 lag; one pair's correlation where they are too many to be kept."""
 DEAD_SHARE = 0.05

@@ -280,7 +280,7 @@ def test_a_world_costs_what_drawing_costs_and_no_language_model(tmp_path: Path) 
     assert cost.reference == () and cost.shared_bytes < 1e9
     assert sweep.n_unknown == 0 and sweep.n_harvests == 1
     twice = config.model_copy(
-        update={"dataset": config.dataset.model_copy(update={"n_contexts": 2 * 3968})}
+        update={"dataset": config.dataset.model_copy(update={"n_contexts": 2 * 11904})}
     )
     assert hours(cost_of(twice).harvest, FLOAT32_CPU) > 1.9 * hours(cost.harvest, FLOAT32_CPU)
     truth = [work for work in cost.evaluate if work.what == "truth"]
