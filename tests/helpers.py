@@ -263,7 +263,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """The command in a process of its own; started from nothing if its PYTHONPATH is another."""
+    if "PYTHONPATH" not in env and sys.platform == "linux":
+        from forked import Forked
+
+        return Forked(list(arguments), environment(**env))
     return subprocess.Popen(
         [sys.executable, "-m", "tcsae.train", *arguments],
         env=environment(**env),

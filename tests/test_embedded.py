@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import tcsae
 from tcsae.base.signals import StopRequest
+from tcsae.config.folder import conf_folder
 
 pytestmark = pytest.mark.slow
 
@@ -58,16 +60,25 @@ def default_run(default_run_and_memory: tuple[Path, int]) -> Path:
 
 
 SHORT = ("training.tokens=500000", "evaluation.model_contexts=16", "evaluation.analysis=false")
+WANTED = "lambda=0.3 sae=standard training.target_l0=32"
 
 
 @pytest.fixture(scope="session")
 def ablation(
     home: dict[str, str], default_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """The preset first_look, shorter: one process, on the default run's activations."""
+    """The preset first_look, shorter: one process, on the default run's activations.
+
+    Of its four jobs the weight between 0 and 1 shows nothing that is tested: in its place stands an
+    SAE that is to reach an L0. Side by side, jobs have the weights that each would have alone.
+    """
     folder = tmp_path_factory.mktemp("ablation") / "sweep"
+    preset = OmegaConf.load(conf_folder() / "experiment" / "first_look.yaml")
+    weights, control = preset.hydra.sweeper.points
+    assert weights == "lambda=0,0.3,1"
+    points = json.dumps([weights.replace(",0.3", ""), control, WANTED])
     arguments = ["+experiment=first_look", *SHORT, f"hydra.sweep.dir={folder}"]
-    command = [sys.executable, "-m", "tcsae.train", *arguments]
+    command = [sys.executable, "-m", "tcsae.train", *arguments, f"hydra.sweeper.points={points}"]
     subprocess.run(command, env=home, check=True, timeout=3000)
     jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
     infos = [folder / job["folder"] / "final_info.json" for job in jobs]
@@ -205,13 +216,9 @@ def test_the_shuffled_control_does_not(ablation: dict[str, dict[str, Any]]) -> N
     assert consistency_8(control)[0] < 0.75 * consistency_8(ablation["lambda=1"])[0]
 
 
-def test_a_wanted_l0_is_reached_within_5_percent(
-    default_run: Path, home: dict[str, str], tmp_path: Path
-) -> None:
-    """On the default's activations, steps and length; the L1 coefficient is not tuned for it."""
-    cheap = ("evaluation.analysis=false", "evaluation.model_contexts=4", "lambda=0.3")
-    train(home, tmp_path / "run", "sae=standard", "training.target_l0=32", *cheap)
-    info = json.loads((tmp_path / "run" / "final_info.json").read_text())
+def test_a_wanted_l0_is_reached_within_5_percent(ablation: dict[str, dict[str, Any]]) -> None:
+    """In a third of the default's steps; the L1 coefficient is not tuned for it."""
+    info = ablation[WANTED.replace(" ", ",")]
     assert info["metrics"]["sparsity"]["l0"] == pytest.approx(32, rel=0.05)
 
 

@@ -239,14 +239,24 @@ def test_local_processes_do_the_same_as_this_one(
     assert (sweep / "comparison" / "report.html").is_file()
 
 
+LONG = {"lambda": "0,0.1", "training__tokens": "100000", "training__checkpoint_every": "500"}
+"""Long enough to be stopped as soon as it trains: 781 steps."""
+
+
+@pytest.fixture(scope="module")
+def whole(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sweep = tmp_path_factory.mktemp("whole") / "sweep"
+    assert run_apart(*grid(sweep, **LONG)).code == 0
+    return sweep
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["here", "local"])
 def test_a_sweep_stopped_by_a_signal_goes_on_to_the_same_weights(
-    launcher: str, grid: Grid, tmp_path: Path
+    launcher: str, whole: Path, grid: Grid, tmp_path: Path
 ) -> None:
-    sweep, whole = tmp_path / "sweep", tmp_path / "whole"
-    many = {"lambda": "0,0.1", "training__tokens": "300000", "training__checkpoint_every": "500"}
-    arguments = [*grid(sweep, **many), f"hydra/launcher={launcher}"]
+    sweep = tmp_path / "sweep"
+    arguments = [*grid(sweep, **LONG), f"hydra/launcher={launcher}"]
     process = start(*arguments)
     wait_for(lambda: any('"train"' in p.read_text() for p in sweep.glob("*/state.json")))
     process.send_signal(signal.SIGTERM)
@@ -255,6 +265,5 @@ def test_a_sweep_stopped_by_a_signal_goes_on_to_the_same_weights(
     states = [read_state(folder) for folder in folders(sweep).values()]
     assert [state and state.state for state in states] == ["interrupted", "interrupted"]
     assert run_apart(*arguments).code == 0
-    assert run_apart(*grid(whole, **many)).code == 0
     for name, folder in folders(whole).items():
         assert weights_digest(folders(sweep)[name]) == weights_digest(folder)
