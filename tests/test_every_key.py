@@ -416,6 +416,8 @@ OPTIONS: dict[str, Any] = {
     "exclude": "e",
     "nodelist": "n",
     "timeout_min": 9,
+    "nodes": 2,
+    "tasks_per_node": 2,
     "gpus_per_node": 2,
     "cpus_per_task": 2,
     "mem_gb": 2.0,
@@ -428,13 +430,15 @@ OPTIONS: dict[str, Any] = {
     "max_retries": 2,
     "poll_seconds": 1.0,
 }
-NEEDS = {"bandwidth_gb_s": {"tflops": 1.0}}
+NEEDS = {"bandwidth_gb_s": {"tflops": 1.0}, "tasks_per_node": {"gpus_per_node": 0}}
 VAIN = [
     ("here", {"bandwidth_gb_s": 2.0}, "without tflops"),
     ("local", {"bandwidth_gb_s": 2.0}, "without tflops"),
     ("here", {"pack": 2, "device_memory_gb": 3.0}, "for pack=auto"),
     ("local", {"processes": 1, "gpus": [0, 1]}, "GPUs would be idle"),
     ("slurm", {"compare": False, "closing_partition": "p"}, "nothing with compare=false"),
+    ("slurm", {"tasks_per_node": 4, "gpus_per_node": 2}, "a GPU of its own"),
+    ("slurm", {"tasks_per_node": 1, "gpus_per_node": 4}, "GPUs would be idle"),
     ("slurm", {"wait": False, "poll_seconds": 1.0}, "nothing with wait=false"),
     ("here", {"dry_run": True, "prepare": "text"}, "take one of them"),
     ("here", {"partition": "p"}, "hydra.launcher.partition"),

@@ -25,5 +25,9 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything that can be resumed has been saved."""
 
 
+class RankLost(Interrupted):
+    """Another rank of the same work is gone in the midst of a step; the last checkpoint is kept."""
+
+
 class SweepFailed(UserError):
     """Some jobs of a sweep failed; the table has said which, and why."""

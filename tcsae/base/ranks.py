@@ -41,7 +41,10 @@ JOIN_SECONDS = 300.0
 SILENT_SECONDS = 180.0
 """Without a word after which a rank of another machine is taken for dead; on one machine its
 process is looked at instead."""
+SAVE_SECONDS = 60.0
+"""That the first rank, told to stop, waits for the others to have saved."""
 LOOK_EVERY = 1.0
+GO_ON = "the other ranks save and stop; the same command goes on from here"
 
 
 @dataclass(frozen=True)
@@ -286,9 +289,15 @@ class Group:
                 pause = min(2 * pause, LOOK_EVERY / 2)
         return [found[rank] for rank in range(self.place.size)]
 
-    def agree(self, facts: Mapping[str, str], problem: str | None = None) -> None:
-        """Refuse, in one line of one rank, if the ranks differ in `facts` or one has a problem."""
-        said = self.exchange([dict(facts), problem], self.join_seconds)
+    def agree(
+        self,
+        facts: Mapping[str, str],
+        problem: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Refuse, in one line of one rank, if the ranks differ in `facts` or one has a problem.
+        `check` may raise, while others are waited for."""
+        said = self.exchange([dict(facts), problem], self.join_seconds, check)
         line = next((p for _, p in said if p), None) or _difference([f for f, _ in said])
         if line is None:
             return
@@ -361,8 +370,17 @@ class Group:
             return False
         return time.monotonic() - since > SILENT_SECONDS
 
-    def leave(self, error: str | None = None) -> None:
-        """Say that this rank has done its part, or why it ends before; the last word."""
+    @property
+    def cause(self) -> str | None:
+        """What there is to say of the rank that all have to stop for; None of one that was itself
+        told to."""
+        return None if self.lost is None or self.lost.endswith(STOPPED) else self.lost
+
+    def leave(self, error: str | None = None, wait: float | None = None) -> None:
+        """Say that this rank has done its part, or why it ends before; the last word.
+
+        The rank that keeps the meeting place waits for the others' word: `wait` seconds at most.
+        """
         self._left.set()
         with contextlib.suppress(Exception):  # the meeting place may be gone
             if error is None:
@@ -370,7 +388,7 @@ class Group:
             else:
                 self._put("failed", error)
             if self.place.hosts_store:
-                self._wait_for_leave(3 * LOOK_EVERY if error else self.join_seconds)
+                self._wait_for_leave(self.join_seconds if wait is None else wait)
 
     def _wait_for_leave(self, seconds: float) -> None:
         """The meeting place goes with its process, which so leaves last."""
@@ -433,7 +451,9 @@ def leaving() -> Iterator[None]:
             group, _group = _group, None
             if not group.is_refused:
                 say_lost(group)
-            group.leave(_in_words(error))
+            # Told to stop, the others are saving, and have the meeting place to say so.
+            stopped = isinstance(error, Interrupted) or _code(error) == INTERRUPTED_EXIT_CODE
+            group.leave(_in_words(error), SAVE_SECONDS if stopped else 3 * LOOK_EVERY)
         raise
     if _group is not None:
         group, _group = _group, None
@@ -442,13 +462,16 @@ def leaving() -> Iterator[None]:
 
 def say_lost(group: Group) -> None:
     """One line, of one rank: torchrun's own signal may have been faster than a look."""
-    lost = group.lost
     with contextlib.suppress(Exception):  # the meeting place may be gone
-        lost = group.gone() or lost
-        if lost is not None and not group.is_first_to_say():
+        group.lost = group.gone() or group.lost
+        if group.lost is not None and not group.is_first_to_say():
             return
-    if lost is not None and not lost.endswith(STOPPED):
-        log.error(f"{lost}; the other ranks save and stop; the same command goes on from here")
+    if group.cause is not None:
+        log.error(f"{group.cause}; {GO_ON}")
+
+
+def _code(error: BaseException) -> Any:
+    return error.code if isinstance(error, SystemExit) else None
 
 
 def _in_words(error: BaseException) -> str:

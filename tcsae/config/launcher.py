@@ -18,7 +18,8 @@ class Options(StrictModel):
 
     pack: Count | Literal["auto"] = "auto"
     """Jobs that one process trains side by side on one stream of activations; auto: as many as
-    fit into `device_memory_gb`, at most 16, spread over the processes there are."""
+    fit into `device_memory_gb`, at most 16, spread over the processes there are. On Slurm: those of
+    one Slurm job, whose tasks share them out; auto fills every task."""
     device_memory_gb: Positive | None = None
     """Memory for a pack on its device; null: half of this machine's."""
     dry_run: bool = False
@@ -73,11 +74,16 @@ class SlurmOptions(Options):
     exclude: str | None = None
     nodelist: str | None = None
     timeout_min: Count = 240
+    nodes: Count = 1
+    """Machines for each pack."""
+    tasks_per_node: Count | None = None
+    """Processes ("ranks") for each pack on a node; null: one for each GPU, one without GPUs. A
+    pack's jobs are spread over them, and one job alone is trained by all."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     cpus_per_task: Count = 8
     mem_gb: Positive | None = 32
-    """null: memory is not asked for; mem_per_cpu and the like among `additional_parameters` stand
-    for it."""
+    """Of a node, for all its tasks. null: memory is not asked for; mem_per_cpu and the like among
+    `additional_parameters` stand for it."""
     array_parallelism: Count = 256
     """Array tasks that run at once, at most."""
     signal_delay_s: Count = 120
@@ -98,6 +104,17 @@ class SlurmOptions(Options):
 
     @model_validator(mode="after")
     def _nothing_is_set_in_vain(self) -> Self:
+        tasks, gpus = self.tasks_per_node, self.gpus_per_node
+        if tasks is not None and 1 < tasks > gpus > 0:
+            raise ValueError(
+                f"tasks_per_node is {tasks} and gpus_per_node {gpus}: every task takes a GPU of "
+                f"its own, ask for gpus_per_node={tasks}"
+            )
+        if tasks is not None and tasks < gpus:
+            raise ValueError(
+                f"gpus_per_node is {gpus} and tasks_per_node {tasks}: GPUs would be idle, leave "
+                "tasks_per_node out"
+            )
         if self.closing_partition is not None and not self.compare:
             raise ValueError("closing_partition does nothing with compare=false: leave it out")
         if self.poll_seconds != 5 and not self.wait:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tcsae.base.ranks import Group
 from tcsae.base.run_files import RunFiles
-from tcsae.base.signals import stop_on_signal
+from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.data.stream import open_stream
 from tcsae.jobs.job import new_member
@@ -30,16 +30,15 @@ def shared(config: Config, folder: Path, ranks: Group) -> Share | None:
     return None if ranks.exchange(is_done)[0] else Share.over(ranks)
 
 
-def train_along(config: Config, folder: Path, share: Share) -> None:
+def train_along(config: Config, folder: Path, share: Share, stop: StopRequest) -> None:
     """What every rank but the first does: nothing of it is written but shards of the store.
 
     Raises:
         UserError: what the user can mend, in one line.
         Interrupted: a signal came, or another rank is gone; the same command goes on.
     """
-    with stop_on_signal() as stop:
-        stream = open_stream(config, stop)
-        seat = Seat(new_member(config, stream), folder, _Unseen(), writes=False)
-        train_bank([seat], stream.train, stop, share)
+    stream = open_stream(config, stop)
+    seat = Seat(new_member(config, stream), folder, _Unseen(), writes=False)
+    train_bank([seat], stream.train, stop, share)
     if seat.error is not None:
         raise seat.error

@@ -391,11 +391,26 @@ class SweepCost:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Processes that do a pack: they harvest together, and then each has jobs of its own or, where
+    they train `together`, a part of every batch."""
+
+    size: int = 1
+    together: bool = False
+
+    def parts(self, pack: Sequence[int]) -> list[Sequence[int]]:
+        """The jobs of each process that is not idle."""
+        parts = [pack] if self.together else [pack[rank :: self.size] for rank in range(self.size)]
+        return [part for part in parts if part]
+
+
+@dataclass(frozen=True)
 class _Process:
     """The jobs of a pack, and the store that they wait for if it is not there."""
 
     members: list[Cost]
     harvest: Stage
+    ranks: Ranks
 
     @property
     def shared(self) -> Stage:
@@ -407,10 +422,6 @@ class _Process:
         return max((cost.reference for cost in self.members), key=_most)
 
     @property
-    def own(self) -> list[Stage]:
-        return [cost.train + cost.evaluate for cost in self.members]
-
-    @property
     def device_bytes(self) -> float:
         shared = max(cost.shared_bytes for cost in self.members)
         return shared + sum(cost.member_bytes for cost in self.members)
@@ -420,12 +431,20 @@ class _Process:
         return max(cost.host_bytes_beside(self.device_bytes) for cost in self.members)
 
     def hours(self, machine: Machine) -> float:
-        stages = (self.harvest, self.shared, self.reference, *self.own)
-        return sum(hours(stage, machine) for stage in stages)
+        def each(*stages: Stage) -> float:
+            return sum(hours(stage, machine) for stage in stages)
+
+        trained = each(self.shared, *(cost.train for cost in self.members))
+        alone = each(self.reference, *(cost.evaluate for cost in self.members))
+        shared = self.ranks.size if self.ranks.together else 1
+        return each(self.harvest) / self.ranks.size + trained / shared + alone
 
 
 def _most(stage: Stage) -> float:
     return sum(work.flops + work.float32_flops + work.disk_bytes for work in stage)
+
+
+ALONE = Ranks()
 
 
 def sweep_cost(
@@ -433,12 +452,13 @@ def sweep_cost(
     packs: Sequence[Sequence[int]],
     machine: Machine,
     harvested: Callable[[Config], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> SweepCost:
     """What the jobs cost together.
 
     Args:
-        packs: indices into `configs`, one list for each process. The jobs of a pack read one
-            stream.
+        packs: indices into `configs`, one list for each process, or for all `ranks` of one. The
+            jobs of a pack read one stream.
         machine: what each process runs on.
         harvested: whether a job's store is there already; None: none is.
     """
@@ -452,11 +472,11 @@ def sweep_cost(
             if config.store.mode == "disk":
                 passes.setdefault(passes_key(config), set()).add(key)
     processes = []
-    for pack in packs:
+    for pack in (part for whole in packs for part in ranks.parts(whole)):
         members = [(harvest_key(configs[i]), cost) for i in pack if (cost := costs[i])]
         if members:
             harvest = new[members[0][0]].harvest if members[0][0] in new else ()
-            processes.append(_Process([cost for _, cost in members], harvest))
+            processes.append(_Process([cost for _, cost in members], harvest, ranks))
     for together in passes.values():
         # The deepest layer's pass fills the stores of all, each process waits for it, and what the
         # others add is what they write.

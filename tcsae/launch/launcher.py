@@ -56,6 +56,8 @@ class GridLauncher(Launcher):
         """Whether the sweeper will launch further jobs into the folder: no comparison page yet."""
         self.shown_keys: tuple[str, ...] = ()
         """Keys that a job's name has even if those launched with it have the same value."""
+        self.n_jobs = 0
+        """Of the command, those that are finished already among them."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -123,6 +125,7 @@ class GridLauncher(Launcher):
         if not options.dry_run:
             agree([job.config for job in jobs], sweep.path)
         self._say_added(jobs, sweep)
+        self.n_jobs = len(jobs)
         finished = [job for job in jobs if job.is_finished and not job.config.rerun]
         sources = Sources()
         for job in finished:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from tcsae.config import Config
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
-from tcsae.launch.estimate import members_that_fit, sweep_cost
+from tcsae.launch.estimate import Ranks, members_that_fit, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, reading_once, stream_key
 from tcsae.launch.machine import Machine
+from tcsae.launch.pack_ranks import n_tasks, trains_together
 from tcsae.launch.sweep_folder import SweepFolder
 
 LARGEST_AUTO_PACK = 16
@@ -24,11 +25,12 @@ def packed(
     def size(together: list[GridJob]) -> int:
         if options.pack != "auto":
             return options.pack
+        tasks = n_tasks(options)
         spread = -(-len(together) // processes) if processes else len(together)
         memory = options.device_memory_gb or _half_of_memory_gb() / (processes or 1)
         machine = _machine(options, device)
         fit = min(members_that_fit(job.config, memory, machine) for job in together)
-        return min(LARGEST_AUTO_PACK, spread, fit)
+        return min(LARGEST_AUTO_PACK * tasks, spread, fit * tasks)
 
     return reading_once(make_packs(jobs, size))
 
@@ -68,7 +70,9 @@ def plan_lines(
     if again := len({job.number for job in jobs} - before - sent) - n_left:
         lines.append(f"{again} are the same as another and are done once with it")
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
-    lines.append(f"{n_left} to do in {_processes(packs)}, on {streams} of activations")
+    tasks, together = n_tasks(options), trains_together(options, len(jobs))
+    done_by = _processes(packs) if tasks == 1 else _slurm_jobs(packs, tasks, together)
+    lines.append(f"{n_left} to do in {done_by}, on {streams} of activations")
     if options.dry_run:
         where = {job.number: index for index, pack in enumerate(packs) for job in pack}
         same = {job.folder: job.number for pack in packs for job in pack}
@@ -83,15 +87,28 @@ def plan_lines(
     if to_do:
         index = {job.number: i for i, job in enumerate(to_do)}
         numbers = [[index[job.number] for job in pack] for pack in packs]
-        lines += cost_lines([job.config for job in to_do], numbers, options, device)
+        lines += cost_lines([job.config for job in to_do], numbers, options, device, together)
     return lines
 
 
 def cost_lines(
-    configs: Sequence[Config], packs: Sequence[Sequence[int]], options: Options, device: str
+    configs: Sequence[Config],
+    packs: Sequence[Sequence[int]],
+    options: Options,
+    device: str,
+    together: bool = False,
 ) -> list[str]:
-    """The estimated cost of jobs; `packs` has their numbers, process by process."""
-    return sweep_cost(configs, packs, _machine(options, device)).lines()
+    """The estimated cost of jobs; `packs` has their numbers, pack by pack. `together`: all tasks of
+    a pack train its one job."""
+    ranks = Ranks(n_tasks(options), together)
+    return sweep_cost(configs, packs, _machine(options, device), ranks=ranks).lines()
+
+
+def _slurm_jobs(packs: Sequence[Sequence[GridJob]], tasks: int, together: bool) -> str:
+    sizes = " or ".join(map(str, sorted({len(pack) for pack in packs}))) or "none"
+    many = "one Slurm job" if len(packs) == 1 else f"{len(packs)} Slurm jobs"
+    done = "train one together" if together else f"share out {sizes}"
+    return f"{many} of {tasks} tasks, which {done}"
 
 
 def _processes(packs: Sequence[Sequence[GridJob]]) -> str:

@@ -25,6 +25,7 @@ from tcsae.base.run_files import SWEEP_FILE
 from tcsae.config.launcher import SlurmOptions, checked
 from tcsae.launch.jobs import write_pack
 from tcsae.launch.launcher import GridLauncher, Packs
+from tcsae.launch.pack_ranks import check_busy, n_tasks, tasks_per_node, trains_together
 from tcsae.launch.preflight import check_reachable, warn_of_own_disks
 from tcsae.launch.slurm_job import ClosingJob, PackJob
 from tcsae.launch.sweep_folder import PACKS, SweepFolder
@@ -81,6 +82,7 @@ class SlurmLauncher(GridLauncher):
                 f"job is told to save {options.signal_delay_s} s before the limit "
                 f"(hydra.launcher.signal_delay_s) and needs {LEAST_SECONDS} s before that"
             )
+        check_busy(packs, options, self.n_jobs)
         configs = [job.config for pack in packs for job in pack]
         check_reachable(configs)
         warn_of_own_disks(configs, self.sweep.path)
@@ -93,7 +95,8 @@ class SlurmLauncher(GridLauncher):
         watched = _sent_before(sweep)
         closing = None
         if packs:
-            jobs, closing = submit(sweep, packs, options, self.compares)
+            together = trains_together(options, self.n_jobs)
+            jobs, closing = submit(sweep, packs, options, self.compares, together)
             log.info(f"sent as Slurm job {jobs[0].job_id.partition('_')[0]}; {said} shows them")
             numbers = [[job.number for job in pack] for pack in packs]
             watched += list(zip(numbers, jobs, strict=True))
@@ -136,9 +139,12 @@ def _sent_before(sweep: SweepFolder) -> list[tuple[list[int], Any]]:
 
 
 def submit(
-    sweep: SweepFolder, packs: Packs, options: SlurmOptions, compares: bool
+    sweep: SweepFolder, packs: Packs, options: SlurmOptions, compares: bool, together: bool
 ) -> tuple[list[Any], Any]:
-    """The array's jobs and the closing job (or None). Raises UserError if Slurm refuses them."""
+    """The array's jobs and the closing job (or None). Raises UserError if Slurm refuses them.
+
+    `together`: all tasks of a Slurm job train its one job.
+    """
     folder = sweep.path / PACKS / time.strftime("slurm-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     with _nothing_left_of_a_refusal(folder, sweep):
@@ -146,7 +152,9 @@ def submit(
         for file, pack in zip(files, packs, strict=True):
             write_pack(file, pack, sweep.path)
         executor = _executor(folder, options, "tcsae-" + sweep.name)
-        jobs = _sent(executor, PackJob(options.max_retries), [str(file) for file in files])
+        jobs = _sent(
+            executor, PackJob(options.max_retries, together), [str(file) for file in files]
+        )
     closing = None
     if compares:
         arrays = ":".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
@@ -201,11 +209,22 @@ def _executor(folder: Path, options: SlurmOptions, name: str) -> Any:
         "signal_delay_s": options.signal_delay_s,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
-        "ntasks_per_node": 1,
+        "nodes": options.nodes,
+        "ntasks_per_node": tasks_per_node(options),
+        "srun_args": _srun_args(options),
         "additional_parameters": extra,
     }
     executor.update_parameters(**{key: value for key, value in chosen.items() if value is not None})
     return executor
+
+
+def _srun_args(options: SlurmOptions) -> list[str] | None:
+    """Where there are several tasks: one that ends leaves the others alone, whatever the site's
+    default, as they see to that themselves, and save; and each has its CPUs, which srun does not
+    take over from sbatch."""
+    if n_tasks(options) == 1:
+        return None
+    return ["--kill-on-bad-exit=0", "--wait=0", f"--cpus-per-task={options.cpus_per_task}"]
 
 
 _MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
@@ -222,6 +241,8 @@ def _closing_options(options: SlurmOptions, arrays: str) -> SlurmOptions:
     return options.model_copy(
         update={
             "partition": options.closing_partition or options.partition,
+            "nodes": 1,
+            "tasks_per_node": 1,
             "gpus_per_node": 0,
             "cpus_per_task": min(options.cpus_per_task, 2),
             "mem_gb": None if options.mem_gb is None else min(options.mem_gb, 16),
@@ -248,7 +269,8 @@ def _nothing_left_of_a_refusal(folder: Path, sweep: SweepFolder) -> Iterator[Non
         reason = re.sub(r"sbatch: (error: )?", "; ", text).strip("; ") or "no reason was given"
         raise UserError(
             f"Slurm refused the jobs: {reason} (asked for with hydra.launcher.partition, "
-            "gpus_per_node, cpus_per_task, mem_gb, timeout_min, account; sinfo shows what there is)"
+            "nodes, tasks_per_node, gpus_per_node, cpus_per_task, mem_gb, timeout_min, account; "
+            "sinfo shows what there is)"
         ) from error
 
 
@@ -291,10 +313,11 @@ def _wait(
                 ended[name] = f"Slurm can never start it ({reason}), so it was cancelled"
                 continue
             if missing[name] and job.paths.result_pickle.exists():
-                ended[name] = _failure(job)
+                ended[name] = _failure(job.task(0))
             elif missing[name] >= QUIET_LOOKS:
-                state = accounting_state(name)
-                ended[name] = f"{state}, with no result; its log: {job.paths.stdout}"
+                ended[name] = _failure_of_another(job) or (
+                    f"{accounting_state(name)}, with no result; its log: {job.paths.stdout}"
+                )
         if time.monotonic() - said_at >= SAY_EVERY:
             said_at = time.monotonic()
             states = sorted(found.said for found in (queue or {}).values())
@@ -320,6 +343,16 @@ def _failure(job: Any) -> str:
     traced = re.search(r"-{10,}\n(.*?)\n-{10,}", str(error), re.DOTALL)
     lines = (traced[1] if traced else str(error)).strip().splitlines()
     return f"{lines[-1].partition(': ')[2] or lines[-1]}; its log: {job.paths.stdout}"
+
+
+def _failure_of_another(job: Any) -> str:
+    """What another task says whose first one has died without a word."""
+    first = job.paths.result_pickle
+    for file in sorted(first.parent.glob(f"{job.job_id}_*_result.pkl")):
+        number = file.name.removeprefix(f"{job.job_id}_").partition("_")[0]
+        if said := _failure(type(job)(first.parent, job.job_id, tasks=(int(number),))):
+            return said
+    return ""
 
 
 # Reasons of squeue that no waiting ends.

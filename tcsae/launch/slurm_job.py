@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from tcsae.base import ranks
+from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, RankLost, UserError
 from tcsae.base.files import read_json, write_json
 from tcsae.base.log import console
 from tcsae.base.run_files import STARTS, RunFiles
-from tcsae.base.signals import stop_on_signal
+from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.launch.closing import write_sweep_page
 from tcsae.launch.jobs import read_pack
-from tcsae.launch.worker import work_or_raise
+from tcsae.launch.pack_ranks import work_over_ranks
+from tcsae.launch.together import agree
+from tcsae.launch.worker import prepare_process, raise_failed, work_or_raise
 from tcsae.runs.state import queued, slurm_job_id
 
 log = logging.getLogger(__name__)
@@ -29,20 +32,54 @@ class PackJob:
 
     Slurm starts a job again whose node has failed, and one that is preempted is queued again: at
     most `max_retries` times in a row without anything saved in between.
+
+    Every task of the job comes here (launch/pack_ranks.py). Slurm's signals reach all of them, and
+    each saves what is its own; the first one alone counts, and queues the job again once the others
+    have saved. A task that dies ends the job: the others save, and the same command goes on.
+
+    Args:
+        together: the pack is one job, which all tasks train.
     """
 
-    def __init__(self, max_retries: int) -> None:
-        self.max_retries = max_retries
+    def __init__(self, max_retries: int, together: bool = False) -> None:
+        self.max_retries, self.together = max_retries, together
 
     def __call__(self, path: str) -> None:
+        ranks.begin()
         before = progress_mark(Path(path))
-        count_start(Path(path), before, self.max_retries)
+        group = None
         try:
-            with stop_on_signal() as stop:
-                work_or_raise(Path(path), stop)
+            with stop_on_signal() as stop, ranks.leaving():
+                if ranks.here().size == 1:
+                    count_start(Path(path), before, self.max_retries)
+                    return work_or_raise(Path(path), stop)
+                group = ranks.join()
+                self._work_over_ranks(Path(path), before, group, stop)
         except Interrupted as stopped:
             log.warning(str(stopped))
+            lost = group.cause if group is not None else None
+            if lost is not None or isinstance(stopped, RankLost):
+                raise UserError(f"{lost or stopped}; {ranks.GO_ON}") from None
+            if not ranks.here().is_first:
+                sys.exit(INTERRUPTED_EXIT_CODE)
             _be_queued_again(Path(path), is_stuck=progress_mark(Path(path)) == before)
+
+    def _work_over_ranks(
+        self, path: Path, before: tuple[int, ...], group: ranks.Group | None, stop: StopRequest
+    ) -> None:
+        """Raises JobsFailed in the first rank."""
+        prepare_process()
+        assert group is not None
+        pack, problem = read_pack(path), None
+        if ranks.here().is_first:
+            try:
+                count_start(path, before, self.max_retries)
+            except UserError as error:
+                problem = str(error)
+        agree([job.config for job in pack], path, problem, stop)
+        failed = work_over_ranks(pack, self.together, group, stop)
+        if ranks.here().is_first:
+            raise_failed(pack, failed)
 
     def checkpoint(self, path: str) -> object:
         """submitit's own hook, for a signal before `__call__` has begun: nothing is lost."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from tcsae.base.errors import UserError
 from tcsae.base.ranks import code_digest, gpu_problem, here, join
+from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.config import Config, run_id
 from tcsae.launch.jobs import GridJob
 
@@ -31,11 +32,18 @@ def speak_less(level: int = logging.WARNING) -> None:
             handler.setLevel(level)
 
 
-def agree(configs: Sequence[Config], place: Path, problem: str | None = None) -> None:
+def agree(
+    configs: Sequence[Config],
+    place: Path,
+    problem: str | None = None,
+    stop: StopRequest | None = None,
+) -> None:
     """Meet the other ranks; nothing for a process alone.
 
-    Raises UserError, in one of the ranks, if they differ in the jobs, in their folder or in code,
-    or if one has no GPU of its own, or the `problem` given.
+    Raises:
+        UserError: in one of the ranks, if they differ in the jobs, in their folder or in code, or
+            if one has no GPU of its own, or the `problem` given.
+        Interrupted: a signal came meanwhile.
     """
     group = join()
     if group is None:
@@ -49,7 +57,8 @@ def agree(configs: Sequence[Config], place: Path, problem: str | None = None) ->
         "code version": code_digest(),
     }
     uses_gpu = any(config.model.device != "cpu" for config in configs)
-    group.agree(facts, (gpu_problem() if uses_gpu else None) or problem)
+    check = stop.check if stop is not None else None
+    group.agree(facts, (gpu_problem() if uses_gpu else None) or problem, check)
 
 
 def packs_of_first(
@@ -81,5 +90,6 @@ def run_shared(config: Config, folder: Path) -> dict[str, Any] | None:
     if here().is_first:
         return run(config, folder, share)
     if share is not None:
-        train_along(config, folder, share)
+        with stop_on_signal() as stop:
+            train_along(config, folder, share, stop)
     return None

@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tcsae.base.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
 from tcsae.base.files import disk_errors, make_folder, write_text
@@ -20,6 +21,9 @@ from tcsae.base.printable import printable
 from tcsae.base.signals import StopRequest, stop_on_signal
 from tcsae.launch.jobs import GridJob, read_pack
 
+if TYPE_CHECKING:  # it loads torch
+    from tcsae.training.share import Share
+
 log = logging.getLogger(__name__)
 
 
@@ -27,8 +31,12 @@ class JobsFailed(Exception):
     """Jobs of this pack failed; their tracebacks stand above."""
 
 
-def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
+def work(
+    pack: Sequence[GridJob], stop: StopRequest, share: Share | None = None
+) -> dict[int, Exception]:
     """Do the jobs; the errors of those that failed, by job number.
+
+    With `share` the other ranks train along (jobs/along.py).
 
     Raises Interrupted if a signal came: everything is saved.
     """
@@ -44,7 +52,8 @@ def work(pack: Sequence[GridJob], stop: StopRequest) -> dict[int, Exception]:
         except (OSError, UserError) as failed:  # of its folder: the others have theirs
             errors[job.number] = failed
     with run_logs([job.folder for job in ready]):
-        outcomes = run_bank([(job.config, job.folder) for job in ready], stop) if ready else []
+        bank = [(job.config, job.folder) for job in ready]
+        outcomes = run_bank(bank, stop, share) if bank else []
     errors |= {
         job.number: outcome.error
         for job, outcome in zip(ready, outcomes, strict=True)
@@ -65,13 +74,23 @@ def _write_hydra_files(job: GridJob) -> None:
 
 def work_or_raise(path: Path, stop: StopRequest) -> None:
     """Do the pack in the file `path`. Raises JobsFailed if a job failed, after the others' end."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    console()
+    prepare_process()
     pack = read_pack(path)
     errors = work(pack, stop)
+    for error in errors.values():
+        traceback.print_exception(error)
+    raise_failed(pack, errors)
+
+
+def prepare_process() -> None:
+    """Threads and log lines, before torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    console()
+
+
+def raise_failed(pack: Sequence[GridJob], errors: Mapping[int, Exception | str]) -> None:
+    """Raises JobsFailed if there are errors, which names them."""
     if errors:
-        for error in errors.values():
-            traceback.print_exception(error)
         said = "; ".join(f"{pack_job_name(pack, n)}: {error}" for n, error in errors.items())
         raise JobsFailed(f"{len(errors)} of {len(pack)} jobs failed ({said})")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcsae.base.errors import Interrupted
+from tcsae.base.errors import RankLost
 
 _group: Any = None
 
@@ -76,7 +76,7 @@ def _all_reduce(tensor: Tensor, how: str) -> None:
     try:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, how), group=_group)
     except RuntimeError as error:  # the connection to a rank that is gone
-        raise Interrupted(
+        raise RankLost(
             "stopped in the midst of a step, as another rank is gone; all up to the last "
             "checkpoint is saved"
         ) from error

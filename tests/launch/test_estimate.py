@@ -28,6 +28,7 @@ from tcsae.data.language_model import LanguageModel, bfloat16_is_native
 from tcsae.data.store import ActivationStore
 from tcsae.launch.estimate import (
     Cost,
+    Ranks,
     harvest_key,
     hours,
     job_cost,
@@ -245,6 +246,31 @@ def test_every_process_waits_for_its_whole_harvest(grid: list[Config]) -> None:
     stages = [last.harvest, last.stream, last.train, last.evaluate, last.reference]
     assert sweep.pack_hours[1] == pytest.approx(sum(hours(stage, A100) for stage in stages))
     assert sweep.pack_hours[0] > sweep.pack_hours[1]
+
+
+def test_ranks_harvest_together_and_train_jobs_of_their_own(grid: list[Config]) -> None:
+    costs = [cost_of(config) for config in grid]
+    two = sweep_cost(grid, [[0, 1, 2, 3]], A100, ranks=Ranks(2))
+    apart = sweep_cost(grid, [[0, 2], [1, 3]], A100)
+    assert two.device_hours == pytest.approx(apart.device_hours)
+    assert two.device_bytes == apart.device_bytes and two.host_bytes == apart.host_bytes
+    saved = hours(costs[0].harvest, A100) / 2
+    for ours, other in zip(two.pack_hours, apart.pack_hours, strict=True):
+        assert ours == pytest.approx(other - saved)
+    assert len(sweep_cost(grid, [[0, 1, 2, 3]], A100, ranks=Ranks(8)).pack_hours) == 4
+
+
+def test_ranks_that_train_one_job_share_its_steps_and_not_its_evaluation(
+    grid: list[Config],
+) -> None:
+    cost = cost_of(grid[0])
+    alone_, four = (
+        sweep_cost(grid[:1], alone(1), A100, ranks=ranks) for ranks in (Ranks(), Ranks(4, True))
+    )
+    assert four.device_hours == alone_.device_hours
+    shared = sum(hours(stage, A100) for stage in (cost.harvest, cost.stream, cost.train)) / 4
+    rest = sum(hours(stage, A100) for stage in (cost.evaluate, cost.reference))
+    assert four.pack_hours == (pytest.approx(shared + rest),)
 
 
 def test_what_is_in_the_store_costs_nothing(grid: list[Config]) -> None:

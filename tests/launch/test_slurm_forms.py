@@ -93,6 +93,39 @@ def test_the_closing_job_asks_for_no_gpu(send: Send) -> None:
     assert asked(closing, "reservation") == ["mine"] and "gpu" not in closing.lower()
 
 
+@pytest.mark.parametrize(
+    ("given", "nodes", "tasks", "gpus"),
+    [
+        ((), "1", "1", ["1"]),
+        (("hydra.launcher.gpus_per_node=4",), "1", "4", ["4"]),
+        (("hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=2"), "2", "2", ["2"]),
+        (("hydra.launcher.gpus_per_node=0", "hydra.launcher.tasks_per_node=3"), "1", "3", []),
+    ],
+)
+def test_every_task_is_asked_for_with_its_gpu(
+    send: Send, given: tuple[str, ...], nodes: str, tasks: str, gpus: list[str]
+) -> None:
+    done, (array, closing) = send(*given)
+    assert done.code == 0, words(done)
+    assert asked(array, "nodes") == [nodes] and asked(array, "ntasks-per-node") == [tasks]
+    assert asked(array, "gpus-per-node") == gpus
+    (srun,) = re.findall(r"^srun .*$", array, re.MULTILINE)
+    alone = (nodes, tasks) == ("1", "1")
+    for argument in ("--kill-on-bad-exit=0", "--wait=0", "--cpus-per-task=8"):
+        assert (argument in srun) == (not alone)
+    assert asked(closing, "nodes") == asked(closing, "ntasks-per-node") == ["1"]
+    assert asked(closing, "gpus-per-node") == [] and "--wait=0" not in closing
+
+
+def test_tasks_without_work_are_refused_before_anything_is_sent(send: Send, tmp_path: Path) -> None:
+    two = "hydra.launcher.gpus_per_node=2"
+    shared, _ = send(two, "sae=batchtopk")
+    assert "one SAE over 2 ranks: sae=batchtopk chooses among all tokens" in shared.refusal()
+    three, _ = send("hydra.launcher.gpus_per_node=3", "hydra.launcher.pack=auto", seed="0,1")
+    assert "of 3 tasks 1 would have no job, as a pack has 2" in three.refusal()
+    assert list((tmp_path / "kept").iterdir()) == [] and not (tmp_path / "sweep").exists()
+
+
 def test_a_job_that_can_never_start_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
