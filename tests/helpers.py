@@ -19,7 +19,13 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 SLOW = (
-    *("test_embedded.py", "launch/test_slurm.py", "launch/test_launchers.py", "test_bench.py"),
+    *(
+        "test_embedded.py",
+        "launch/test_slurm.py",
+        "launch/test_slurm_ranks.py",
+        "launch/test_launchers.py",
+        "test_bench.py",
+    ),
     *("launch/test_ranks.py", "launch/test_adaptive.py"),
     *("launch/test_estimate.py", "training/test_resume.py", "training/test_edges.py"),
     *("test_run.py", "test_kill.py", "test_tracking.py", "test_bad_input.py", "test_install.py"),

@@ -30,6 +30,7 @@ from tcsae.base.errors import (
     INTERRUPTED_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
     Interrupted,
+    RankLost,
     UserError,
     first_line,
 )
@@ -342,6 +343,14 @@ class Group:
         found = [said for rank in self.others if (said := self._end_of(rank))]
         return next((s for s in found if not s.endswith(STOPPED)), found[0] if found else None)
 
+    def look_for_lost(self, seconds: float) -> None:
+        """A process that is killed closes its connections before it is seen to have ended."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(Exception):  # the meeting place may be gone
+            while self.lost is None and time.monotonic() < until:
+                self.lost = self.gone()
+                time.sleep(0.02)
+
     def _end_of(self, rank: int) -> str | None:
         if self._got("left", rank):
             return None
@@ -449,6 +458,8 @@ def leaving() -> Iterator[None]:
     except BaseException as error:
         if _group is not None:
             group, _group = _group, None
+            if isinstance(error, RankLost) or isinstance(error.__context__, RankLost):
+                group.look_for_lost(2 * LOOK_EVERY)
             if not group.is_refused:
                 say_lost(group)
             # Told to stop, the others are saving, and have the meeting place to say so.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import Outcome, small_job
+from helpers import Outcome, small_job, start
 
 TOO_LARGE = "1e39"
 """A weight that no float32 holds: the first loss is infinite, and the job fails."""
@@ -51,3 +53,18 @@ def wait_for(
     while not condition():
         assert time.monotonic() < deadline, told()
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def started(size: int, *arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+    """The command in so many ranks, as srun would start them without --kill-on-bad-exit."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank), **env)
+        for rank in range(size)
+    ]

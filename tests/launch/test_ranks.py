@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from helpers import (
     weights_digest,
 )
 from safetensors.torch import load_file
-from sweeps import Grid, folders, grid_maker, wait_for, words
+from sweeps import Grid, folders, free_port, grid_maker, started, wait_for, words
 
 from tcsae.base import ranks
 from tcsae.base.errors import UserError
@@ -54,21 +53,6 @@ def alone(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FOUR = {"window": "4,8", "lambda": "0.1,0.2"}
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def started(size: int, *arguments: str, **env: str) -> list[subprocess.Popen[str]]:
-    """The command in so many ranks, as srun would start them without --kill-on-bad-exit."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        start(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank in range(size)
-    ]
 
 
 def together(size: int, *arguments: str) -> list[Outcome]:
@@ -152,6 +136,32 @@ def test_the_death_of_a_rank_ends_the_job_which_then_goes_on(
     assert [outcome.code for outcome in said] == [75, 75]
     logs = [(folder / "train.log").read_text() for folder in folders(sweep).values()]
     assert all("resuming at step" in log for log in logs)
+
+
+def test_the_death_of_a_rank_that_trains_along_ends_the_run_which_then_goes_on(
+    tiny_gpt2: Path, texts: Path, store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    fixed = {"layer": "1", "store__dir": str(store)}
+    job = small_job(tiny_gpt2, texts, run, **fixed, **LONG)
+    both = started(2, *job)
+    wait_for(lambda: is_training(run), 120)
+    os.kill(both[1].pid, signal.SIGKILL)
+    both[0].wait(timeout=60)  # seconds on a free machine: it hangs on no sum
+    first, _ = (finish(process) for process in both)
+    assert first.code == 75, words(first)
+    assert [line.count("rank 1 of 2 is gone") for line in first.stderr.splitlines()].count(1) == 1
+    assert "Traceback" not in first.stderr
+    state = read_state(run)
+    assert state is not None and state.state == "interrupted"
+    again = started(2, *job)
+    wait_for(
+        lambda: (s := read_state(run)) is not None and s.attempt == 2 and (s.done or 0) > 0, 120
+    )
+    for process in again:
+        process.terminate()
+    assert [finish(process).code for process in again] == [75, 75]
+    assert "resuming at step" in (run / "train.log").read_text()
 
 
 def test_one_run_of_two_ranks_is_that_of_one_but_for_rounding(
