@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from tcsae.report.passage import DENSE, Passage
 from tcsae.report.rows import spans
 from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import LoadedRun
+from tcsae.training.member import Member
 
 TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
 
@@ -413,10 +416,42 @@ def test_what_is_no_run_is_said(sweep: Path, tmp_path: Path) -> None:
         tcsae.open(tmp_path)
     shutil.copytree(sweep / "none", tmp_path / "copy")
     (tmp_path / "copy" / "final_info.json").unlink()
-    with pytest.raises(UserError, match="1 unfinished runs"):
+    for folder in (tmp_path, tmp_path / "copy"):
+        with pytest.raises(UserError, match="copy has not finished: it was stopped; to go on: "):
+            tcsae.open(folder)
+    with pytest.raises(UserError, match="there is no folder .*nothing"):
+        tcsae.load_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not a run folder .*; there are runs below it, such as .*"):
+        tcsae.load_run(sweep)
+    shutil.copytree(sweep / "loss", tmp_path / "other")
+    (tmp_path / "other" / "final_info.json").unlink()
+    with pytest.raises(UserError, match="has 2 unfinished runs: python -m tcsae.status"):
         tcsae.open(tmp_path)
-    with pytest.raises(UserError, match="has not finished"):
-        tcsae.open(tmp_path / "copy")
+
+
+def test_a_stopped_run_says_the_command_that_goes_on(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Member.train_step
+
+    def dies(self: Member, *args: Any) -> Any:
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    folder = tmp_path / "a run, 1"
+    how = {"training.checkpoint_every": "4", "store.dir": str(tmp_path / "store")}
+    arguments = small_job(tiny_gpt2, texts, folder, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "train_step", dies)
+        assert run_here(*arguments).code == 130
+    with pytest.raises(UserError) as refused:
+        tcsae.load_run(folder)
+    said, _, command = str(refused.value).partition("; to go on: ")
+    assert said == f"the run in {folder} has not finished: it was stopped, saved at step 4 of 12"
+    done = run_here(*shlex.split(command)[3:])
+    assert done.code == 0 and "step 4" in done.stdout, done.stdout
+    assert tcsae.load_run(folder).final_info["training_steps"] == 12
 
 
 def test_other_weights_than_the_run_was_made_with_are_refused(sweep: Path, tmp_path: Path) -> None:
