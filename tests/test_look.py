@@ -6,11 +6,13 @@ import contextlib
 import io
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from browser import EVIL, Shown, Tags, show
+from chrome import Page, chrome
 from helpers import run_here, small_job, write_texts
 
 import tcsae
@@ -330,6 +332,52 @@ def test_the_features_that_the_loss_changed_most(sweep: Path, tmp_path: Path) ->
     assert len([a for a in tags.named("details") if a.get("class") == "changed"]) == len(shown)
     seen = show(page)
     assert seen is None or seen.messages == []
+
+
+@pytest.fixture(scope="module")
+def phone() -> Iterator[Page]:
+    with chrome() as found:
+        if found is None:
+            pytest.skip("NOT TESTED: the pages under a finger (no Chromium on PATH)")
+        found.size(390, 800)
+        found.touch()
+        yield found
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "look"])
+def test_a_finger_learns_what_a_pointer_does(
+    kind: str, phone: Page, sweep: Path, looked: tuple[Path, str], tmp_path: Path
+) -> None:
+    if kind == "comparison":
+        page = write_comparison(tcsae.compare(sweep), tmp_path)
+    else:
+        page = sweep / "loss" / "report.html" if kind == "run" else page_in(looked[1])
+    phone.open(f"file://{page}")
+    phone.wait("document.body.dataset.drawn === 'all'")
+    told = "document.querySelector('.told')"
+    for token, words in (("mark[title]", "title"), (".cells", "ariaLabel")):
+        phone.tap(token)
+        phone.wait(f"{told}?.textContent === document.querySelector('{token}').{words}")
+        box = phone.run(f"(b => [b.left, b.right, b.top])({told}.getBoundingClientRect())")
+        assert box[0] >= 0 and box[1] <= 390 and box[2] >= 0
+        phone.tap("h1")
+        phone.wait(f"!{told}")
+    for place in (".cells", ".plot")[: 1 if kind == "look" else 2]:
+        phone.run(f"document.querySelector('{place}').scrollIntoView({{block: 'center'}})")
+        before = phone.run("scrollY")
+        phone.swipe(place, up=250)
+        phone.wait(f"scrollY > {before} + 150")
+        assert not phone.run(f"{told} || getSelection().toString()")
+    if kind == "run":
+        phone.tap("#features-body td")
+        phone.wait("document.querySelector('dialog[open] mark[title]')")
+        phone.tap("dialog mark[title]")
+        phone.wait(f"{told}?.parentElement.id === 'feature'")
+        assert phone.beyond() == []
+        phone.tap("#feature-close")
+        phone.wait(f"!{told}")
+    assert phone.beyond() == [] and phone.run("document.documentElement.scrollWidth") == 390
+    assert phone.messages == []
 
 
 def test_runs_of_which_no_document_is_known_are_told_so(sweep: Path, tmp_path: Path) -> None:
