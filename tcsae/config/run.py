@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tcsae.base.errors import UserError
 from tcsae.config.sae import SAEConfig, architectures, config_class
@@ -22,6 +30,25 @@ from tcsae.config.synthetic import WorldConfig
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
+
+
+def _check_device(value: str) -> str:
+    # torch knows more: on "meta" everything runs, and nothing has a value.
+    if _DEVICE.fullmatch(value) is None:
+        raise ValueError("must be cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _check_auto_device(value: str) -> str:
+    if value != "auto" and _DEVICE.fullmatch(value) is None:
+        raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+# Whether there is such a device is asked where it is used.
+Device = Annotated[str, AfterValidator(_check_device)]
+AutoDevice = Annotated[str, AfterValidator(_check_auto_device)]
 
 
 class ModelConfig(StrictModel):
@@ -41,7 +68,7 @@ class ModelConfig(StrictModel):
     hook: Hook | Literal["given"] = "resid_post"
     """given: vectors from files, of no model that is here (dataset=activations)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
+    device: AutoDevice = "auto"
     forward_contexts: Count = 16
     """Contexts in one forward pass."""
     extra_masked_ids: list[int] = []
@@ -185,6 +212,8 @@ class TrainingConfig(StrictModel):
     """Of a step's products; tf32 is float32 with short mantissas, on GPUs alone."""
     products: Literal["auto", "plain", "triton"] = "auto"
     """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
+    device: Device | None = None
+    """Where the SAE is, in training and when it is measured; null: where the model is."""
     compile: bool = False
     """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
@@ -328,6 +357,16 @@ class Measured(StrictModel):
         resolve_layer(self.layer, known or 10_000)
         return self
 
+    @property
+    def sae_device(self) -> str | None:
+        """Where the SAE is, by a key of its own; None: where the model is."""
+        return None
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it may compute elsewhere than on the CPU."""
+        return {self.model.device, self.sae_device or self.model.device} != {"cpu"}
+
     def unfit_instruments(self, names: Sequence[str]) -> str | None:
         """Why the model of this run allows some instruments of `evaluation.meaning` no answer."""
         again = [name for name in names if name in NEED_A_LANGUAGE_MODEL]
@@ -463,6 +502,10 @@ class Config(Measured):
         return ""
 
     @property
+    def sae_device(self) -> str | None:
+        return self.training.device
+
+    @property
     def averaged(self) -> str:
         """What was trained on in place of single tokens, in words; empty: single tokens."""
         if self.training.average == "none":
@@ -494,7 +537,7 @@ def shared_by_a_bank(config: Config) -> dict[str, Any]:
     for the jobs of a bank."""
     parts = config.dump()
     shared = {key: parts[key] for key in ("model", "layer", "dataset")}
-    training = {key: parts["training"][key] for key in ("batch_contexts", "products")}
+    training = {key: parts["training"][key] for key in ("batch_contexts", "products", "device")}
     return shared | {f"training.{key}": value for key, value in training.items()}
 
 
@@ -597,6 +640,7 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key, unused in (
         ("training", "target_l0", None),
         ("training", "compile", False),
+        ("training", "device", None),
         ("training", "average", "none"),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),

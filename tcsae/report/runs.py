@@ -44,7 +44,8 @@ SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient", "sae.l0_coefficient", "training.
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
 AVERAGED = "averaged"
 """In the place of a temporal loss, that means of windows or documents were trained on."""
-_NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
+_DEVICES = ("model.device", "training.device")
+_NO_RESULT_KEYS = ("seed", "evaluation", *_DEVICES, "model.forward_contexts")
 LOADED = "loaded from"
 """The setting that only SAEs have that were not trained here."""
 _ADVICE = "run its command again with rerun=true"
