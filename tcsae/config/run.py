@@ -144,6 +144,8 @@ class DatasetConfig(StrictModel):
         return self
 
 
+AVERAGED = "averaged"
+"""In the place of a temporal loss, that means of windows or documents were trained on."""
 TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
 """The forms of the loss that see positions."""
 
@@ -515,6 +517,11 @@ class Config(Measured):
         return f"the mean of every {self.window} positions"
 
     @property
+    def loss_words(self) -> str:
+        """The temporal loss; `AVERAGED` where means were trained on in place of one."""
+        return AVERAGED if self.averaged else self.consistency.label
+
+    @property
     def has_temporal_loss(self) -> bool:
         """Whether a loss on positions takes part in training."""
         return self.lambda_ > 0 and self.consistency.form in TEMPORAL_FORMS
@@ -675,6 +682,7 @@ def run_name(config: Config | LoadedConfig) -> str:
     if isinstance(config, LoadedConfig):
         return f"{start}-loaded-{run_id(config)}"
     form = config.consistency.form + ("-shuffled" if config.consistency.shuffle_positions else "")
+    form = AVERAGED if config.averaged else form
     return (
         f"{start}-{form}-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
     )
