@@ -138,11 +138,29 @@ def test_a_long_text_is_refused_or_read_as_training_text_is(run: LoadedRun) -> N
         ([0], "no token ids"),
         ([3, 4000], "beyond the"),
         ([-1], "0 or"),
+        (None, "a NoneType that is neither a text nor a list of token ids"),
+        (["a", "b"], "a list that is neither"),
+        ([3.5], "neither"),
+        (b"", "no token ids"),
+        ("a \ud800", "half a character"),
     ],
 )
 def test_what_cannot_be_read_is_refused(run: LoadedRun, text: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         run.features(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 29, 30, 31])
+def test_a_text_of_any_length_has_all_its_tokens_once(run: LoadedRun, n: int) -> None:
+    """Around one and two contexts of 16, BOS included."""
+    ids = [5 + i % 7 for i in range(n)]
+    found = run.features(ids, parted=True)
+    assert [i for i in found.ids.tolist() if i != 0] == ids
+    assert len(found.values) == len(found) == n + len(found.contexts.unique())
+    strip = found.strip(found.top(1)[0].feature if found.top(1) else 3)
+    assert len(strip) == len(found) and 1 <= len(strip.part(len(found) - 1, 99)) <= 3
+    beyond = strip.part(len(found) + 5, len(found) + 9)
+    assert len(beyond) == 0 and "does not fire here" in repr(beyond) and beyond.html()
 
 
 def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
@@ -153,6 +171,9 @@ def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
     assert found.top(1, by="peak")[0].peak == pytest.approx(float(values.max()))
     runs = [longest_run(values[found.valid, j] > 0) for j in range(96)]
     assert found.top(1, by="longest")[0].longest == max(runs) > 0
+    assert found.top(0) == [] and len(found.top(10_000)) == len(found.top(96))
+    with pytest.raises(UserError, match="top -1"):
+        found.top(-1)
     with pytest.raises(UserError, match="sum, peak, longest"):
         found.top(by="size")  # type: ignore[arg-type]
 
@@ -167,8 +188,11 @@ def test_a_strip_marks_where_the_feature_fires(run: LoadedRun) -> None:
     html = strip._repr_html_()
     assert "&lt;" in html and "<b" not in html and "&amp;" in html and "日" in html
     assert "█" in repr(strip) and repr(strip).startswith(f"feature {strip.feature}: on at")
-    with pytest.raises(UserError, match="0 to 95"):
-        found.strip(96)
+    for number in (96, -1, 3.5, "3", None, True):
+        with pytest.raises(UserError, match=f"feature {number}: this SAE has 0 to 95"):
+            found.strip(number)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"feature {number}: this SAE has 0 to 95"):
+            run.feature(number)  # type: ignore[arg-type]
     assert found._repr_html_().count('class="tcsae"') == len(found.top(8))
 
 
