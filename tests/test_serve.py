@@ -506,7 +506,33 @@ def test_nothing_stands_out_of_the_page(page: Page, width: int, tmp_path: Path) 
     page.type("#read-text", "the river walked " + "a" * 300)
     page.click("#read")
     page.wait("document.body.dataset.read")
-    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.documentElement.scrollWidth") <= width and page.beyond() == []
     if where := os.environ.get("TCSAE_PICTURES"):
         page.picture(Path(where) / f"tiny-{width}.png")
     assert page.messages == []
+
+
+def test_a_finger_learns_what_a_pointer_does(page: Page, served: Served) -> None:
+    page.size(390, 800)
+    page.touch()
+    try:
+        page.open(served.address)
+        page.wait("document.body.dataset.ready")
+        unpointed = page.run("where.textContent")
+        page.type("#read-text", TEXT)
+        page.tap("#read")
+        page.wait("document.body.dataset.read")
+        page.tap(".lead-side .on")
+        page.wait("/ at [0-9]+: [0-9.]+ \\(loss, feature/.test(where.textContent)")
+        at = page.run("where.textContent")
+        page.swipe(".row:last-child canvas", up=200)
+        page.swipe(".row:nth-child(2) .context-text", up=200)
+        assert page.run("where.textContent") == at and not page.run("getSelection().toString()")
+        page.tap("#strips h2")
+        page.wait(f"where.textContent === {json.dumps(unpointed)}")
+        assert page.run("document.querySelectorAll('.here').length") == 0
+        page.tap(".lead-side canvas")
+        page.wait("/ at [0-9]+: /.test(where.textContent)")
+        assert page.beyond() == [] and page.messages == []
+    finally:
+        page.touch(on=False)

@@ -247,7 +247,7 @@ class TextReader:
         contexts = contexts_of(ids_NT, self.model.special_ids)
         unknown = Calibration(math.nan, self.norm_limit, math.nan, torch.empty(0))
         source = StreamSource(self.model, contexts)
-        batches = ActivationBatches(source, unknown, self.model.device)
+        batches = ActivationBatches(source, unknown, str(self.sae.device))
         return list(coded(self.sae, batches))
 
 
