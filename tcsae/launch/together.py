@@ -56,7 +56,7 @@ def agree(
         "folder": str(place),
         "code version": code_digest(),
     }
-    uses_gpu = any(config.model.device != "cpu" for config in configs)
+    uses_gpu = any(config.uses_gpu for config in configs)
     check = stop.check if stop is not None else None
     group.agree(facts, (gpu_problem() if uses_gpu else None) or problem, check)
 
