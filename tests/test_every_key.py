@@ -444,7 +444,7 @@ VAIN = [
     ("local", {"processes": 1, "gpus": [0, 1]}, "GPUs would be idle"),
     ("slurm", {"compare": False, "closing_partition": "p"}, "nothing with compare=false"),
     ("slurm", {"tasks_per_node": 4, "gpus_per_node": 2}, "a GPU of its own"),
-    ("slurm", {"tasks_per_node": 1, "gpus_per_node": 4}, "GPUs would be idle"),
+    ("slurm", {"tasks_per_node": 2, "gpus_per_node": 4}, "GPUs would be idle"),
     ("slurm", {"wait": False, "poll_seconds": 1.0}, "nothing with wait=false"),
     ("here", {"dry_run": True, "prepare": "text"}, "take one of them"),
     ("here", {"partition": "p"}, "hydra.launcher.partition"),

@@ -110,7 +110,8 @@ class SlurmOptions(Options):
                 f"tasks_per_node is {tasks} and gpus_per_node {gpus}: every task takes a GPU of "
                 f"its own, ask for gpus_per_node={tasks}"
             )
-        if tasks is not None and tasks < gpus:
+        # One task may spread a language model over them (model.device_map).
+        if tasks is not None and 1 < tasks < gpus:
             raise ValueError(
                 f"gpus_per_node is {gpus} and tasks_per_node {tasks}: GPUs would be idle, leave "
                 "tasks_per_node out"
