@@ -131,6 +131,12 @@ def test_so_do_the_forms_of_the_temporal_loss(form: str, mode: FakeTensorMode) -
     steps(member("topk", form))
 
 
+@pytest.mark.parametrize("name", here.GROUPED)
+def test_so_does_the_loss_on_the_first_group(name: str, mode: FakeTensorMode) -> None:
+    BY_DEVICE["cuda"] = triton_gpu.Triton()
+    steps(member(name, "first_group"))
+
+
 def on_another_device(x: Tensor) -> Tensor:
     return x + torch.ones(x.shape)
 
