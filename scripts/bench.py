@@ -36,7 +36,7 @@ from torch import Tensor
 from tcsae.base.allocator import keep_large_blocks
 from tcsae.config.compose import config_of
 from tcsae.data.batches import Batch, Calibration
-from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.devices import bfloat16_is_native
 from tcsae.training.member import Member
 from tcsae.training.trainer import ScaledBatch
 

@@ -44,13 +44,14 @@ def shape(name: str, smoke: bool) -> Any:
         small: dict[str, Any] = {"n_embd": 48, "n_layer": 9, "n_head": 4, "vocab_size": 300}
         return GPT2Config(**special, **(small if smoke else {}))
     if name == "smollm2":
-        small = {"num_hidden_layers": 16} if smoke else {"num_hidden_layers": 30}
         return LlamaConfig(
-            **special, **small, vocab_size=300 if smoke else 49152, hidden_size=576,
-            intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
-            tie_word_embeddings=True,
+            **special, vocab_size=300 if smoke else 49152, hidden_size=36 if smoke else 576,
+            num_hidden_layers=16 if smoke else 30, intermediate_size=96 if smoke else 1536,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
         )  # fmt: skip
-    return Gemma2Config(**special)  # its defaults are those of gemma-2-2b but for the blocks' heads
+    # Its defaults are those of gemma-2-2b but for the blocks' heads.
+    small = {"hidden_size": 32, "num_hidden_layers": 20, "intermediate_size": 64, "head_dim": 8}
+    return Gemma2Config(**special, **(small | {"vocab_size": 300} if smoke else {}))
 
 
 def write_model(name: str, folder: Path, device: str, smoke: bool) -> Path:

@@ -37,7 +37,7 @@ from tcsae.base.signals import StopRequest
 from tcsae.config import Config
 from tcsae.config.compose import config_of
 from tcsae.data.batches import shuffled_indices
-from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.devices import bfloat16_is_native
 from tcsae.data.stream import Stream, open_stream
 from tcsae.measure.evaluation import on_the_model
 from tcsae.metrics.reconstruction import ReconstructionMetrics

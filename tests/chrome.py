@@ -127,15 +127,60 @@ class Page:
 
     def move(self, selector: str) -> None:
         """The pointer to the middle of the first element."""
-        self._at = self.run(
-            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+        self._at = self._middle(selector)
+        self._pointer("mouseMoved")
+
+    def _middle(self, selector: str) -> dict[str, float]:
+        """Where the first element, if it goes on in a second line its first, is in the window."""
+        found: dict[str, float] = self.run(
+            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = e.getClientRects()[0];"
             "return {x: b.x + b.width / 2, y: b.y + b.height / 2}; })"
             f"(document.querySelector('{selector}'))"
         )
-        self._pointer("mouseMoved")
+        return found
 
     def _pointer(self, kind: str, **more: Any) -> None:
         self.send("Input.dispatchMouseEvent", type=kind, **self._at, **more)
+
+    def touch(self, on: bool = True) -> None:
+        """As on a screen that is touched: no pointer hovers."""
+        self.send("Emulation.setTouchEmulationEnabled", enabled=on)
+        features = [{"name": "hover", "value": "none"}, {"name": "pointer", "value": "coarse"}]
+        self.send("Emulation.setEmulatedMedia", features=features if on else [])
+
+    def tap(self, selector: str) -> None:
+        """A finger on the middle of the first element, and off."""
+        self._finger(selector, 0)
+
+    def swipe(self, selector: str, up: int) -> None:
+        """A finger from the middle of the first element `up` points to the top, and off; until
+        nothing moves any more, for a finger on what still rolls stops it and does no more."""
+        self._finger(selector, up)
+        self.run(
+            "new Promise((done) => { let still = 0, was = scrollY; const look = () => {"
+            " still = scrollY === was ? still + 1 : 0; was = scrollY;"
+            " if (still > 20) done(); else requestAnimationFrame(look); }; look(); })"
+        )
+
+    def _finger(self, selector: str, up: int) -> None:
+        x, y = self._middle(selector).values()
+        steps = range(10, up + 10, 10) if up else ()
+        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        for step in steps:
+            points = [{"x": x, "y": y - step}]
+            self.send("Input.dispatchTouchEvent", type="touchMove", touchPoints=points)
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def beyond(self) -> list[str]:
+        """What reaches beyond the sides of the screen, but for what is scrolled within them."""
+        return self.run(
+            "[...document.querySelectorAll('body *')].filter((e) => {"
+            " const { left, right, width } = e.getBoundingClientRect();"
+            " if (!width || right <= 0 || (left >= 0 && right <= innerWidth + 1)) return false;"
+            " for (let up = e.parentElement; up; up = up.parentElement)"
+            "  if (getComputedStyle(up).overflowX !== 'visible') return false;"
+            " return true; }).map((e) => `${e.tagName} ${e.id} ${e.getAttribute('class')}`)"
+        )
 
     def key(self, name: str, code: int) -> None:
         """A key that the focused element gets."""

@@ -180,6 +180,7 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "training.products=plain",
         "products/test_kernels.py::test_what_a_process_trains_by_is_what_was_asked_for",
     ),
+    "training.device": (NONE, "training.device=cuda", ID),
     "training.compile": (NONE, "training.compile=true", ID),
     "training.checkpoint_every": (NONE, "training.checkpoint_every=7", ID),
     "training.keep_checkpoints": (NONE, "training.keep_checkpoints=true", KEPT),

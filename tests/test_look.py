@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from browser import EVIL, Shown, Tags, show
+from chrome import Page, chrome
 from helpers import run_here, small_job, write_texts
 
 import tcsae
@@ -28,6 +32,7 @@ from tcsae.report.passage import DENSE, Passage
 from tcsae.report.rows import spans
 from tcsae.report.run_page import write_run_page
 from tcsae.runs.folder import LoadedRun
+from tcsae.training.member import Member
 
 TEXT = "the river walked quietly under the old bridge, 日本 <s> & <b>"
 
@@ -133,11 +138,29 @@ def test_a_long_text_is_refused_or_read_as_training_text_is(run: LoadedRun) -> N
         ([0], "no token ids"),
         ([3, 4000], "beyond the"),
         ([-1], "0 or"),
+        (None, "a NoneType that is neither a text nor a list of token ids"),
+        (["a", "b"], "a list that is neither"),
+        ([3.5], "neither"),
+        (b"", "no token ids"),
+        ("a \ud800", "half a character"),
     ],
 )
 def test_what_cannot_be_read_is_refused(run: LoadedRun, text: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         run.features(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 29, 30, 31])
+def test_a_text_of_any_length_has_all_its_tokens_once(run: LoadedRun, n: int) -> None:
+    """Around one and two contexts of 16, BOS included."""
+    ids = [5 + i % 7 for i in range(n)]
+    found = run.features(ids, parted=True)
+    assert [i for i in found.ids.tolist() if i != 0] == ids
+    assert len(found.values) == len(found) == n + len(found.contexts.unique())
+    strip = found.strip(found.top(1)[0].feature if found.top(1) else 3)
+    assert len(strip) == len(found) and 1 <= len(strip.part(len(found) - 1, 99)) <= 3
+    beyond = strip.part(len(found) + 5, len(found) + 9)
+    assert len(beyond) == 0 and "does not fire here" in repr(beyond) and beyond.html()
 
 
 def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
@@ -148,6 +171,9 @@ def test_top_is_over_tokens_that_count(run: LoadedRun) -> None:
     assert found.top(1, by="peak")[0].peak == pytest.approx(float(values.max()))
     runs = [longest_run(values[found.valid, j] > 0) for j in range(96)]
     assert found.top(1, by="longest")[0].longest == max(runs) > 0
+    assert found.top(0) == [] and len(found.top(10_000)) == len(found.top(96))
+    with pytest.raises(UserError, match="top -1"):
+        found.top(-1)
     with pytest.raises(UserError, match="sum, peak, longest"):
         found.top(by="size")  # type: ignore[arg-type]
 
@@ -162,8 +188,11 @@ def test_a_strip_marks_where_the_feature_fires(run: LoadedRun) -> None:
     html = strip._repr_html_()
     assert "&lt;" in html and "<b" not in html and "&amp;" in html and "日" in html
     assert "█" in repr(strip) and repr(strip).startswith(f"feature {strip.feature}: on at")
-    with pytest.raises(UserError, match="0 to 95"):
-        found.strip(96)
+    for number in (96, -1, 3.5, "3", None, True):
+        with pytest.raises(UserError, match=f"feature {number}: this SAE has 0 to 95"):
+            found.strip(number)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"feature {number}: this SAE has 0 to 95"):
+            run.feature(number)  # type: ignore[arg-type]
     assert found._repr_html_().count('class="tcsae"') == len(found.top(8))
 
 
@@ -332,6 +361,52 @@ def test_the_features_that_the_loss_changed_most(sweep: Path, tmp_path: Path) ->
     assert seen is None or seen.messages == []
 
 
+@pytest.fixture(scope="module")
+def phone() -> Iterator[Page]:
+    with chrome() as found:
+        if found is None:
+            pytest.skip("NOT TESTED: the pages under a finger (no Chromium on PATH)")
+        found.size(390, 800)
+        found.touch()
+        yield found
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "look"])
+def test_a_finger_learns_what_a_pointer_does(
+    kind: str, phone: Page, sweep: Path, looked: tuple[Path, str], tmp_path: Path
+) -> None:
+    if kind == "comparison":
+        page = write_comparison(tcsae.compare(sweep), tmp_path)
+    else:
+        page = sweep / "loss" / "report.html" if kind == "run" else page_in(looked[1])
+    phone.open(f"file://{page}")
+    phone.wait("document.body.dataset.drawn === 'all'")
+    told = "document.querySelector('.told')"
+    for token, words in (("mark[title]", "title"), (".cells", "ariaLabel")):
+        phone.tap(token)
+        phone.wait(f"{told}?.textContent === document.querySelector('{token}').{words}")
+        box = phone.run(f"(b => [b.left, b.right, b.top])({told}.getBoundingClientRect())")
+        assert box[0] >= 0 and box[1] <= 390 and box[2] >= 0
+        phone.tap("h1")
+        phone.wait(f"!{told}")
+    for place in (".cells", ".plot")[: 1 if kind == "look" else 2]:
+        phone.run(f"document.querySelector('{place}').scrollIntoView({{block: 'center'}})")
+        before = phone.run("scrollY")
+        phone.swipe(place, up=250)
+        phone.wait(f"scrollY > {before} + 150")
+        assert not phone.run(f"{told} || getSelection().toString()")
+    if kind == "run":
+        phone.tap("#features-body td")
+        phone.wait("document.querySelector('dialog[open] mark[title]')")
+        phone.tap("dialog mark[title]")
+        phone.wait(f"{told}?.parentElement.id === 'feature'")
+        assert phone.beyond() == []
+        phone.tap("#feature-close")
+        phone.wait(f"!{told}")
+    assert phone.beyond() == [] and phone.run("document.documentElement.scrollWidth") == 390
+    assert phone.messages == []
+
+
 def test_runs_of_which_no_document_is_known_are_told_so(sweep: Path, tmp_path: Path) -> None:
     for name in ("none", "loss"):
         shutil.copytree(sweep / name, tmp_path / name)
@@ -365,10 +440,42 @@ def test_what_is_no_run_is_said(sweep: Path, tmp_path: Path) -> None:
         tcsae.open(tmp_path)
     shutil.copytree(sweep / "none", tmp_path / "copy")
     (tmp_path / "copy" / "final_info.json").unlink()
-    with pytest.raises(UserError, match="1 unfinished runs"):
+    for folder in (tmp_path, tmp_path / "copy"):
+        with pytest.raises(UserError, match="copy has not finished: it was stopped; to go on: "):
+            tcsae.open(folder)
+    with pytest.raises(UserError, match="there is no folder .*nothing"):
+        tcsae.load_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not a run folder .*; there are runs below it, such as .*"):
+        tcsae.load_run(sweep)
+    shutil.copytree(sweep / "loss", tmp_path / "other")
+    (tmp_path / "other" / "final_info.json").unlink()
+    with pytest.raises(UserError, match="has 2 unfinished runs: python -m tcsae.status"):
         tcsae.open(tmp_path)
-    with pytest.raises(UserError, match="has not finished"):
-        tcsae.open(tmp_path / "copy")
+
+
+def test_a_stopped_run_says_the_command_that_goes_on(
+    tiny_gpt2: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Member.train_step
+
+    def dies(self: Member, *args: Any) -> Any:
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    folder = tmp_path / "a run, 1"
+    how = {"training.checkpoint_every": "4", "store.dir": str(tmp_path / "store")}
+    arguments = small_job(tiny_gpt2, texts, folder, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "train_step", dies)
+        assert run_here(*arguments).code == 130
+    with pytest.raises(UserError) as refused:
+        tcsae.load_run(folder)
+    said, _, command = str(refused.value).partition("; to go on: ")
+    assert said == f"the run in {folder} has not finished: it was stopped, saved at step 4 of 12"
+    done = run_here(*shlex.split(command)[3:])
+    assert done.code == 0 and "step 4" in done.stdout, done.stdout
+    assert tcsae.load_run(folder).final_info["training_steps"] == 12
 
 
 def test_other_weights_than_the_run_was_made_with_are_refused(sweep: Path, tmp_path: Path) -> None:

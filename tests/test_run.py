@@ -168,7 +168,7 @@ def test_load_run_of_what_is_no_finished_run_says_so(tmp_path: Path, finished: P
     with pytest.raises(UserError, match="is not a run folder"):
         tcsae.load_run(tmp_path)
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
-    with pytest.raises(UserError, match="has not finished: run its command again"):
+    with pytest.raises(UserError, match="has not finished: it was stopped; run its"):
         tcsae.load_run(tmp_path)
 
 

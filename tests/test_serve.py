@@ -142,6 +142,17 @@ def test_a_text_is_read_as_each_run_reads_it(served: Served, runs: Path) -> None
     assert answer["rows"][0]["pinned"] and not answer["rows"][1]["pinned"]
 
 
+@pytest.mark.parametrize("text", ["a", "\u00ad", "a" * 2_000])
+def test_texts_of_any_length_are_read(served: Served, runs: Path, text: str) -> None:
+    """One token, one that shows nothing, and more than a hundred contexts."""
+    answer = served.ask("api/read", {"text": text, "lead": 1, "pins": [[1, 3]]})
+    wanted = tcsae.load_run(runs / "a-loss").features(text, parted=True)
+    found = answer.json()
+    assert answer.status == 200 and found["tokens"] == wanted.tokens
+    assert found["contexts"] == len(wanted.contexts.unique())
+    assert [row["feature"] for row in found["rows"]][0] == 3  # the pin, whether it fires or not
+
+
 def test_steering_is_that_of_the_run(served: Served, runs: Path) -> None:
     run = tcsae.load_run(runs / "a-loss")
     alive = (run.per_feature["mean_activation"] > 0).nonzero().flatten().tolist()
@@ -275,6 +286,7 @@ def _said(port: int, request: str) -> bytes:
     [
         ("read", {"text": "a" * (LONGEST_TEXT + 1)}, 413, "20,001 characters: 20,000 at most"),
         ("read", {"text": " "}, 422, "empty"),
+        ("read", {"text": "a \ud800"}, 422, "Invalid JSON"),  # half a character
         ("read", {"text": "a", "lead": 2}, 422, "there are 0 to 1"),
         ("read", {"text": "a", "pins": [[0, 96]]}, 422, "this SAE has 0 to 95"),
         ("read", {"text": "a", "pins": [[0]]}, 422, "at least 2 items"),
@@ -506,7 +518,33 @@ def test_nothing_stands_out_of_the_page(page: Page, width: int, tmp_path: Path) 
     page.type("#read-text", "the river walked " + "a" * 300)
     page.click("#read")
     page.wait("document.body.dataset.read")
-    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.documentElement.scrollWidth") <= width and page.beyond() == []
     if where := os.environ.get("TCSAE_PICTURES"):
         page.picture(Path(where) / f"tiny-{width}.png")
     assert page.messages == []
+
+
+def test_a_finger_learns_what_a_pointer_does(page: Page, served: Served) -> None:
+    page.size(390, 800)
+    page.touch()
+    try:
+        page.open(served.address)
+        page.wait("document.body.dataset.ready")
+        unpointed = page.run("where.textContent")
+        page.type("#read-text", TEXT)
+        page.tap("#read")
+        page.wait("document.body.dataset.read")
+        page.tap(".lead-side .on")
+        page.wait("/ at [0-9]+: [0-9.]+ \\(loss, feature/.test(where.textContent)")
+        at = page.run("where.textContent")
+        page.swipe(".row:last-child canvas", up=200)
+        page.swipe(".row:nth-child(2) .context-text", up=200)
+        assert page.run("where.textContent") == at and not page.run("getSelection().toString()")
+        page.tap("#strips h2")
+        page.wait(f"where.textContent === {json.dumps(unpointed)}")
+        assert page.run("document.querySelectorAll('.here').length") == 0
+        page.tap(".lead-side canvas")
+        page.wait("/ at [0-9]+: /.test(where.textContent)")
+        assert page.beyond() == [] and page.messages == []
+    finally:
+        page.touch(on=False)

@@ -173,7 +173,7 @@ def gpu_problem() -> str | None:
     return (
         f"rank {place.rank} is number {place.local_rank + 1} on its machine, which shows {some}: "
         f"start at most {len(gpus)} a machine (torchrun --nproc-per-node {len(gpus)}), ask for "
-        "more GPUs, or take model.device=cpu"
+        "more GPUs, or take model.device=cpu (and training.device=null)"
     )
 
 

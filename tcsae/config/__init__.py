@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from tcsae.config.run import (
+    AVERAGED,
     TEMPORAL_FORMS,
     Config,
     ConsistencyConfig,
@@ -32,6 +33,7 @@ from tcsae.config.run import (
 )
 
 __all__ = [
+    "AVERAGED",
     "TEMPORAL_FORMS",
     "Config",
     "ConsistencyConfig",

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tcsae.base.errors import UserError
 from tcsae.config.sae import SAEConfig, architectures, config_class
@@ -22,6 +30,25 @@ from tcsae.config.synthetic import WorldConfig
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
+
+
+def _check_device(value: str) -> str:
+    # torch knows more: on "meta" everything runs, and nothing has a value.
+    if _DEVICE.fullmatch(value) is None:
+        raise ValueError("must be cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _check_auto_device(value: str) -> str:
+    if value != "auto" and _DEVICE.fullmatch(value) is None:
+        raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+# Whether there is such a device is asked where it is used.
+Device = Annotated[str, AfterValidator(_check_device)]
+AutoDevice = Annotated[str, AfterValidator(_check_auto_device)]
 
 
 class ModelConfig(StrictModel):
@@ -41,7 +68,7 @@ class ModelConfig(StrictModel):
     hook: Hook | Literal["given"] = "resid_post"
     """given: vectors from files, of no model that is here (dataset=activations)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
+    device: AutoDevice = "auto"
     forward_contexts: Count = 16
     """Contexts in one forward pass."""
     extra_masked_ids: list[int] = []
@@ -117,6 +144,8 @@ class DatasetConfig(StrictModel):
         return self
 
 
+AVERAGED = "averaged"
+"""In the place of a temporal loss, that means of windows or documents were trained on."""
 TEMPORAL_FORMS = ("scale_free", "window_variance", "slow")
 """The forms of the loss that see positions."""
 
@@ -185,6 +214,8 @@ class TrainingConfig(StrictModel):
     """Of a step's products; tf32 is float32 with short mantissas, on GPUs alone."""
     products: Literal["auto", "plain", "triton"] = "auto"
     """What a step's operations are made by (tcsae/products); auto: what is fastest there."""
+    device: Device | None = None
+    """Where the SAE is, in training and when it is measured; null: where the model is."""
     compile: bool = False
     """Through torch.compile, for GPUs (tcsae/training/compiled.py)."""
     checkpoint_every: Count = 100
@@ -328,6 +359,16 @@ class Measured(StrictModel):
         resolve_layer(self.layer, known or 10_000)
         return self
 
+    @property
+    def sae_device(self) -> str | None:
+        """Where the SAE is, by a key of its own; None: where the model is."""
+        return None
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it may compute elsewhere than on the CPU."""
+        return {self.model.device, self.sae_device or self.model.device} != {"cpu"}
+
     def unfit_instruments(self, names: Sequence[str]) -> str | None:
         """Why the model of this run allows some instruments of `evaluation.meaning` no answer."""
         again = [name for name in names if name in NEED_A_LANGUAGE_MODEL]
@@ -463,6 +504,10 @@ class Config(Measured):
         return ""
 
     @property
+    def sae_device(self) -> str | None:
+        return self.training.device
+
+    @property
     def averaged(self) -> str:
         """What was trained on in place of single tokens, in words; empty: single tokens."""
         if self.training.average == "none":
@@ -470,6 +515,11 @@ class Config(Measured):
         if self.training.average == "document" or self.window == "document":
             return "the mean of every document of a context"
         return f"the mean of every {self.window} positions"
+
+    @property
+    def loss_words(self) -> str:
+        """The temporal loss; `AVERAGED` where means were trained on in place of one."""
+        return AVERAGED if self.averaged else self.consistency.label
 
     @property
     def has_temporal_loss(self) -> bool:
@@ -494,7 +544,7 @@ def shared_by_a_bank(config: Config) -> dict[str, Any]:
     for the jobs of a bank."""
     parts = config.dump()
     shared = {key: parts[key] for key in ("model", "layer", "dataset")}
-    training = {key: parts["training"][key] for key in ("batch_contexts", "products")}
+    training = {key: parts["training"][key] for key in ("batch_contexts", "products", "device")}
     return shared | {f"training.{key}": value for key, value in training.items()}
 
 
@@ -597,6 +647,7 @@ def identity(config: Measured) -> dict[str, Any]:
     for part, key, unused in (
         ("training", "target_l0", None),
         ("training", "compile", False),
+        ("training", "device", None),
         ("training", "average", "none"),
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
@@ -631,6 +682,7 @@ def run_name(config: Config | LoadedConfig) -> str:
     if isinstance(config, LoadedConfig):
         return f"{start}-loaded-{run_id(config)}"
     form = config.consistency.form + ("-shuffled" if config.consistency.shuffle_positions else "")
+    form = AVERAGED if config.averaged else form
     return (
         f"{start}-{form}-w{config.window}-lambda{config.lambda_:g}-s{config.seed}-{run_id(config)}"
     )

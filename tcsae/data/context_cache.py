@@ -113,8 +113,9 @@ def _say_how_many_documents(held_out: Contexts) -> None:
     if n >= MIN_DOCUMENTS:
         log.info(said)
         return
+    none = "" if n > 1 else "no consistency, which takes 2, and "
     log.warning(
-        f"{said}: no intervals will be given, which take at least {MIN_DOCUMENTS}; raise "
+        f"{said}: {none}no intervals will be given, which take at least {MIN_DOCUMENTS}; raise "
         "dataset.eval_fraction, or give more documents: more files, or jsonl with a row for each"
     )
 

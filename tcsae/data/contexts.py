@@ -302,21 +302,26 @@ def _parted(corpus: Corpus, cfg: DatasetConfig) -> tuple[Corpus, int]:
 
 
 def _held_out_below(corpus: Corpus, cfg: DatasetConfig) -> int | None:
-    """Groups whose hash is below this are held out; both sides get at least one group.
+    """Groups whose hash is below this are held out: two at least, for a feature's mean at a
+    position is taken over documents; one where there are two in all. Training gets at least one.
 
     Reads only as far as it must, so one look at a few documents as a rule. None: there is one
     group only.
     """
     limit = int(cfg.eval_fraction * HASHES)
-    lowest, highest = HASHES, -1
+    lowest, highest = [HASHES, HASHES], -1
     for document in corpus.documents():
         key = _hash(document.group)
-        lowest, highest = min(lowest, key), max(highest, key)
-        if lowest < limit <= highest:
+        if key not in lowest:
+            lowest = sorted([*lowest, key])[:2]
+        highest = max(highest, key)
+        if lowest[1] < limit <= highest:
             return limit
-    if lowest == highest:
+    if lowest[0] == highest:
         return None
-    return lowest + 1 if lowest >= limit else highest
+    if lowest[1] == highest:
+        return highest
+    return lowest[1] + 1 if lowest[1] >= limit else highest
 
 
 def _fill_from_finite(

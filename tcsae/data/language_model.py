@@ -19,6 +19,7 @@ from tcsae.base.errors import UserError, first_line
 from tcsae.config import ModelConfig, place_of, resolve_layer
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import SpecialIds
+from tcsae.data.devices import choose_device, choose_dtype
 from tcsae.data.loading import HOOKS, load_model, quiet, with_places
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
@@ -28,32 +29,6 @@ from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
-
-
-def bfloat16_is_native(device: str) -> bool:
-    """Whether this device multiplies bfloat16 faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def choose_device(wanted: str) -> str:
-    """The device that `wanted` names; auto: a GPU if there is one. UserError if it is not there."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=wanted)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(
-            f"model.device = {wanted}: not usable here ({first_line(error)}): take auto or cpu"
-        ) from None
-    return wanted
-
-
-def choose_dtype(wanted: str, device: str) -> torch.dtype:
-    if wanted == "auto":
-        wanted = "bfloat16" if bfloat16_is_native(device) else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
 class LanguageModel:

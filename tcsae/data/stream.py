@@ -20,6 +20,7 @@ from tcsae.data.batches import ActivationBatches, Calibration, calibrate
 from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.contexts import Contexts, contexts_of
 from tcsae.data.corpora import text_identity
+from tcsae.data.devices import choose_device
 from tcsae.data.labelled import check_labels
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore, KeptSource, ReadSource, StreamSource
@@ -47,6 +48,11 @@ class Stream:
     """For `kept`, and for whatever runs the model: several runs may be measured at a time."""
 
     @property
+    def device(self) -> str:
+        """Where the batches are, and so the SAE; the model may be elsewhere."""
+        return self.train.device
+
+    @property
     def sides(self) -> tuple[ActivationBatches, ActivationBatches]:
         """What is trained on, and what is held out."""
         return self.train, self.evaluation
@@ -59,7 +65,7 @@ class Stream:
         if not len(ids):
             return None
         source = KeptSource(self.model, contexts_of(ids, self.model.special_ids))
-        return ActivationBatches(source, self.train.calibration, self.model.device)
+        return ActivationBatches(source, self.train.calibration, self.device)
 
     def read_once(self, stop: StopRequest, *, for_threads: bool = False) -> Stream:
         """The same with the held-out activations in memory, if they are not too many: read, or
@@ -111,6 +117,7 @@ def open_stream(
     """
     if "probes" in config.evaluation.meaning:
         check_labels(config.dataset, config.evaluation.label_fields)
+    sae_device = _sae_device(config)
     model, contexts = open_contexts(config, stop, model)
     root = _root(config)
     sources: list[Any] = []
@@ -127,7 +134,8 @@ def open_stream(
         f"norm {calibration.median_norm:.4g}, {100 * calibration.massive_share:.2f} % massive "
         "tokens left out"
     )
-    train, evaluation = (ActivationBatches(s, calibration, model.device) for s in sources)
+    device = sae_device or model.device
+    train, evaluation = (ActivationBatches(s, calibration, device) for s in sources)
     return Stream(model, train, evaluation, text_identity(config.dataset))
 
 
@@ -138,6 +146,7 @@ def open_held_out(
 
     norm_limit: that of the run, beyond which a token is massive.
     """
+    sae_device = _sae_device(config)
     model = open_model(config)
     root = _root(config)
     _, (_, contexts) = open_contexts(config, stop, model)
@@ -146,7 +155,7 @@ def open_held_out(
         source = ActivationStore(root, model, contexts, config.store.shard_contexts)
         source.harvest(stop, "harvest (held-out)")
     unknown = Calibration(math.nan, norm_limit, math.nan, torch.empty(0, model.d_in))
-    return model, ActivationBatches(source, unknown, model.device)
+    return model, ActivationBatches(source, unknown, sae_device or model.device)
 
 
 def open_contexts(
@@ -161,6 +170,12 @@ def open_contexts(
         return model, model.contexts(config.dataset)
     assert isinstance(model, LanguageModel)
     return model, load_or_build_contexts(config.dataset, model, _root(config), stop)
+
+
+def _sae_device(config: Measured) -> str | None:
+    """None: where the model is. UserError if it is not there, before anything is loaded."""
+    wanted = config.sae_device
+    return None if wanted is None else choose_device(wanted, "training.device")
 
 
 def _root(config: Measured) -> Path:

@@ -12,7 +12,7 @@ from tcsae.base.errors import UserError
 from tcsae.config import ModelConfig, resolve_layer
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import SpecialIds
-from tcsae.data.language_model import choose_device
+from tcsae.data.devices import choose_device
 
 
 class WithoutModel:

@@ -139,7 +139,7 @@ def _share(
     with listening(partial(tell, [phase.job for phase in training])):
         trained = _each(training, partial(keep, stream))
         give_back()
-        n_at_once = at_once([phase.job.config for phase in trained], stream.model.device)
+        n_at_once = at_once([phase.job.config for phase in trained], stream.device)
         with stage("harvest"):
             stream = stream.read_once(stop, for_threads=n_at_once > 1)
         with stage("evaluate model"):

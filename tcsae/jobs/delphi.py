@@ -80,7 +80,7 @@ def _fired(run: LoadedRun) -> tuple[Tensor, Tensor, Tensor, str]:
     with stop_on_signal() as stop, torch.no_grad():
         model, batches = open_held_out(run.config, reader.norm_limit, stop)
         ids, locations, values = [], [], []
-        for i, (row, valid, _, codes) in enumerate(coded(reader.sae, batches)):
+        for i, (row, valid, _, codes) in enumerate(coded(reader.sae.to(batches.device), batches)):
             stop.check()
             at, feature = codes.coalesce().indices()
             on = valid[at] & (codes.coalesce().values() > 0)

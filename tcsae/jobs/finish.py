@@ -89,6 +89,7 @@ def measured_info(
         "layer": stream.model.layer,
         "dict_size": config.sae.d_sae,
         "wall_seconds": wall_seconds,
+        "devices": {"model": stream.model.device, "sae": stream.device},
         "model_checks": stream.model.checks,
         "norm_limit": plain(stream.train.calibration.norm_limit),
         "massive_token_share": stream.train.calibration.massive_share,

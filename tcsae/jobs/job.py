@@ -22,7 +22,7 @@ from tcsae.base.run_files import RunFiles
 from tcsae.base.signals import StopRequest
 from tcsae.base.stages import Seconds, in_words, stage, timing
 from tcsae.config import Config
-from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.devices import bfloat16_is_native
 from tcsae.data.stream import Stream
 from tcsae.jobs.finish import (
     Results,
@@ -200,7 +200,7 @@ def begin(stream: Stream, claimed: Claimed) -> Training:
 
 def new_member(config: Config, stream: Stream) -> Member:
     """The SAE of a config, at its start, on the stream's device."""
-    device = stream.model.device
+    device = stream.device
     torch.manual_seed(config.seed)
     choose(config.training.products, device)
     return Member(
@@ -362,7 +362,7 @@ def _final_info(
         "tokens_in_windows": _in_windows(config, stream),
         "held_out_seen_in_training": stream.evaluation.source.contexts.seen,
         "training_seconds": trained.seconds,
-        "products": products_for(torch.device(stream.model.device)).name,
+        "products": products_for(torch.device(stream.device)).name,
         "tokens_per_second": trained.steps
         * config.training.batch_contexts
         * config.dataset.context_size

@@ -78,7 +78,7 @@ def _front_matter(run: LoadedRun) -> str:
 
 def _settings(run: LoadedRun, sae_cfg: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
     config = run.training_config
-    form = config.consistency.label + (
+    form = config.loss_words + (
         ", positions shuffled (control)" if config.consistency.shuffle_positions else ""
     )
     metadata = sae_cfg.get("metadata", {})

@@ -21,6 +21,7 @@ from tcsae.measure.steering import Steered, steer
 from tcsae.measure.text_features import TextFeatures, TextReader, shared_model
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun, load_run
+from tcsae.runs.unfinished import why_not_loaded
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.formats.known import is_known
 
@@ -134,10 +135,12 @@ def _latest(folder: Path, wanted: Mapping[str, Any]) -> Path:
     begun = [run for run in runs_below(folder) if RunFiles(run).is_begun]
     finished = [run for run in begun if RunFiles(run).is_finished]
     if not finished:
+        if len(begun) == 1:
+            raise UserError(why_not_loaded(RunFiles(begun[0])))
         said = f"{len(begun)} unfinished" if begun else "no"
         raise UserError(
             f"{folder} has {said} runs: "
-            + ("wait for one, or run its command again" if begun else "train one first")
+            + (f"python -m tcsae.status {folder} says more" if begun else "train one first")
         )
     configs = {run: dict(flat(read_json(RunFiles(run).config))) for run in finished}
     for key in wanted:

@@ -43,14 +43,15 @@ def cores() -> int:
 
 
 def at_once(configs: Sequence[Config], device: str) -> int:
-    """How many jobs are measured at the same time: as cores and free memory allow."""
+    """How many jobs are measured at the same time, their SAEs on `device`: as cores and free memory
+    allow."""
     most = min(len(configs), cores(), MOST_AT_ONCE)
     if most < 2:
         return 1
     each = BYTES_A_FEATURE * max(config.sae.d_sae for config in configs)
     free = free_host_bytes() // (each + HELPER_BYTES)
     if device.startswith("cuda"):
-        free = min(free_host_bytes() // HELPER_BYTES, torch.cuda.mem_get_info()[0] // each)
+        free = min(free_host_bytes() // HELPER_BYTES, torch.cuda.mem_get_info(device)[0] // each)
     return min(most, 1 + free // 2)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tcsae.base.files import disk_errors, write_text
 from tcsae.base.labels import window_part
 from tcsae.base.run_files import NOTES, REPORT, STABILITY, RunFiles
-from tcsae.config import Config, TrackingConfig, run_id, run_name
+from tcsae.config import AVERAGED, Config, TrackingConfig, run_id, run_name
 from tcsae.jobs.wandb_run import WandbRun
 from tcsae.report.compare_page import heat_map, stream_figures
 from tcsae.report.comparison import Comparison
@@ -81,7 +81,7 @@ def run_tags(config: Config) -> list[str]:
         Path(config.model.name).name,
     ]
     if config.averaged:
-        tags.append("averaged")
+        tags.append(AVERAGED)
     elif consistency.form == "none" or config.lambda_ == 0:
         tags.append("baseline")
     if consistency.shuffle_positions:

@@ -153,6 +153,7 @@ def _batch(contexts: int, size: int, d_in: int, dtype: torch.dtype = torch.float
 class _Batches:
     """Stands for the held-out activations: a batch that is counted, after so many contexts."""
 
+    device = "meta"
     contexts = evaluation.ENCODE_CONTEXTS
 
     def __init__(self, counting: Counting, size: int, d_in: int, before: int = 0) -> None:
@@ -179,7 +180,6 @@ class _Batches:
 class _Model:
     """Stands for the language model: logits of the right shape, and the hook's tensor."""
 
-    device = "meta"
     no_model: str | None = None
 
     def __init__(self, vocabulary: int, d_in: int, dtype: torch.dtype) -> None:

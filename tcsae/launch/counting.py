@@ -93,7 +93,8 @@ class Counting(TorchDispatchMode):
         if func in _MASKED:
             args = (args[0], _all_chosen(args[1]), *args[2:])
         named = _argument_names(func)
-        if "device" in named:
+        # One that is given by its place is a tensor's, and so meta already.
+        if "device" in named[len(args) :]:
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}
@@ -161,8 +162,8 @@ def _all_chosen(indices: Any) -> list[Any]:
 
 
 @functools.cache
-def _argument_names(func: Any) -> frozenset[str]:
-    return frozenset(argument.name for argument in func._schema.arguments)
+def _argument_names(func: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in func._schema.arguments)
 
 
 class _Autocast(TorchFunctionMode):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from tcsae.config import Config
+from tcsae.config import Config, identity, run_id
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
 from tcsae.launch.estimate import members_that_fit, sweep_cost
 from tcsae.launch.jobs import GridJob, make_packs, reading_once, stream_key
@@ -14,6 +15,7 @@ from tcsae.launch.machine import Machine
 from tcsae.launch.sweep_folder import SweepFolder
 
 LARGEST_AUTO_PACK = 16
+_OF_THE_LOSS = ("consistency", "window", "lambda")
 
 
 def packed(
@@ -67,6 +69,11 @@ def plan_lines(
     n_left = sum(len(pack) for pack in packs)
     if again := len({job.number for job in jobs} - before - sent) - n_left:
         lines.append(f"{again} are the same as another and are done once with it")
+    if alike := _alike_without_a_loss(jobs):
+        lines.append(
+            f"{alike} without temporal loss differ from another only in what it would do (window, "
+            "form): the same SAE again; hydra.sweeper.points takes lambda=0 once (docs/slurm.md)"
+        )
     streams = "1 stream" if n_streams == 1 else f"{n_streams} streams"
     lines.append(f"{n_left} to do in {_processes(packs)}, on {streams} of activations")
     if options.dry_run:
@@ -85,6 +92,18 @@ def plan_lines(
         numbers = [[index[job.number] for job in pack] for pack in packs]
         lines += cost_lines([job.config for job in to_do], numbers, options, device)
     return lines
+
+
+def _alike_without_a_loss(jobs: Sequence[GridJob]) -> int:
+    """How many runs train an SAE that an earlier one of them trains as well."""
+    kinds = {}
+    for config in (job.config for job in jobs):
+        content = identity(config)
+        if (config.lambda_ == 0 or config.consistency.form == "none") and not config.averaged:
+            content = {k: v for k, v in content.items() if k not in _OF_THE_LOSS}
+            content["training"] = content["training"] | {"lambda_warmup": None}
+            kinds[run_id(config)] = json.dumps(content, sort_keys=True)
+    return len(kinds) - len(set(kinds.values()))
 
 
 def cost_lines(

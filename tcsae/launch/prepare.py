@@ -40,8 +40,11 @@ def prepare(configs: Sequence[Config], what: What) -> None:
     try:
         with stop_on_signal() as stop:
             for config in streams:
+                # The SAE's device need not be where the activations are harvested.
+                training = config.training.model_copy(update={"device": None})
+                no_sae = config.model_copy(update={"training": training})
                 if what == "activations" and config.store.mode == "disk":
-                    contexts = [s.source.contexts for s in open_stream(config, stop).sides]
+                    contexts = [s.source.contexts for s in open_stream(no_sae, stop).sides]
                 else:
                     contexts = list(open_contexts(config, stop)[1])
                 tokens += sum(part.ids.numel() for part in contexts)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from tcsae.data.language_model import bfloat16_is_native
+from tcsae.data.devices import bfloat16_is_native
 from tcsae.launch.machine import Machine
 
 SECONDS = 0.1

@@ -48,7 +48,7 @@ def agree(configs: Sequence[Config], place: Path, problem: str | None = None) ->
         "folder": str(place),
         "code version": code_digest(),
     }
-    uses_gpu = any(config.model.device != "cpu" for config in configs)
+    uses_gpu = any(config.uses_gpu for config in configs)
     group.agree(facts, (gpu_problem() if uses_gpu else None) or problem)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tcsae.base.errors import UserError
 from tcsae.base.labels import number
 from tcsae.base.run_files import REPORT, RunFiles, runs_below
-from tcsae.config import Config
+from tcsae.config import AVERAGED, Config
 from tcsae.jobs.looking import seen_of
 from tcsae.jobs.opening import OpenedSAE, open_
 from tcsae.measure.steering import continuation
@@ -25,7 +25,9 @@ from tcsae.report.look_page import Seen, counterpart
 from tcsae.runs.folder import LoadedRun
 
 MOST_RUNS = 3
-NO_LOSS, LOSS, CONTROL, LOADED = ROLES = ("no loss", "loss", "control", "loaded")
+NO_LOSS, MEANS, LOSS, CONTROL, LOADED = ROLES = (
+    *("no loss", AVERAGED, "loss", "control", "loaded"),
+)
 _KEPT = 8
 """Texts and unsteered continuations that are kept."""
 
@@ -94,6 +96,8 @@ def role(opened: Opened) -> str:
     config = opened.config
     if not isinstance(config, Config):
         return LOADED
+    if config.averaged:
+        return MEANS
     if config.lambda_ == 0 or config.consistency.form == "none":
         return NO_LOSS
     return CONTROL if config.consistency.shuffle_positions else LOSS

@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 
 DIGITS = 6
 Instrument = Callable[[SparseAutoencoder, HeldText, Measured], Findings]
-"""The SAE, on raw activations and the model's device; the held-out text; the run's config, of which
-the window and the keys of the instrument matter. Raises Interrupted if a signal comes, UserError
-for what makes the whole instrument impossible; what is missing for a part of it is a sentence."""
+"""The SAE, on raw activations and the batches' device; the held-out text; the run's config, of
+which the window and the keys of the instrument matter. Raises Interrupted if a signal comes,
+UserError for what makes the whole instrument impossible; what is missing for a part of it is a
+sentence."""
 INSTRUMENTS: dict[str, Instrument] = {"probes": probes, "shift": shift, "lengths": lengths}
 
 
@@ -34,7 +35,7 @@ def measure_meaning(
     sae: SparseAutoencoder, text: HeldText, config: Measured
 ) -> dict[str, dict[str, Any]]:
     """What the instruments of `evaluation.meaning` find: {instrument: content of meaning.json}."""
-    sae = sae.to(text.model.device).eval()
+    sae = sae.to(text.batches.device).eval()
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.evaluation.meaning):
         with stage(name), torch.inference_mode():

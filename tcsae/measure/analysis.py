@@ -212,11 +212,12 @@ def analyse(
     Raises:
         Interrupted: a signal came.
     """
-    sae = sae.to(model.device).eval()
+    sae = sae.to(batches.device).eval()
     known = {name: value.cpu() for name, value in per_feature.items()}
     size = config.dataset.context_size
     units = held_out_units(batches)
-    seen = Pass(sae.d_sae, size, len(batches), model, known, min(max_lag, size - 1), units)
+    lags, vocabulary = min(max_lag, size - 1), model.vocabulary
+    seen = Pass(sae.d_sae, size, len(batches), vocabulary, batches.device, known, lags, units)
     with stage("analyse features"), Progress("analyse features", len(batches) * size) as progress:
         for batch in batches.in_order(ENCODE_CONTEXTS):
             stop.check()

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcsae.data.activation_model import ActivationModel
 from tcsae.metrics.correlation import FeatureCorrelation, SparseFeatureCorrelation
 from tcsae.metrics.redundancy import PositionCorrelation
 from tcsae.metrics.top_contexts import FeatureTokens, FiringPatterns, TopContexts
@@ -39,6 +38,8 @@ LONGEST_POSITIONS = 512
 class Pass:
     """The accumulators of the one pass, made for what is known of the features beforehand.
 
+    Features come on `device`, and tokens as numbers below `vocabulary`.
+
     `units` says which of the contexts, in the order of the pass, are from one document. What needs
     two halves with noise of their own gets halves of the documents.
     """
@@ -48,7 +49,8 @@ class Pass:
         n_features: int,
         n_positions: int,
         n_contexts: int,
-        model: ActivationModel,
+        vocabulary: int,
+        device: str,
         known: Mapping[str, Tensor],
         max_lag: int,
         units: Units | None = None,
@@ -67,7 +69,7 @@ class Pass:
             )
         self.lagged: FeatureCorrelation | SparseFeatureCorrelation
         if (max_lag + 1) * n_features**2 <= DENSE_ENTRIES:
-            self.lagged = FeatureCorrelation(n_features, max_lag, device=model.device)
+            self.lagged = FeatureCorrelation(n_features, max_lag, device=device)
         else:
             self.max_lag = max(0, min(max_lag, (SPARSE_ENTRIES // n_features**2 - 1) // 2))
             if self.max_lag < max_lag:
@@ -76,14 +78,14 @@ class Pass:
         # The matrix of the picture: lag 0 of the first if that is dense and has every feature.
         self._at_once: FeatureCorrelation | None = None
         if self.left_out or isinstance(self.lagged, SparseFeatureCorrelation):
-            self._at_once = FeatureCorrelation(len(self.close), device=model.device)
+            self._at_once = FeatureCorrelation(len(self.close), device=device)
         bound: list[int] = []
         if n_positions <= LONGEST_POSITIONS:
             bound = _most_position_bound(known, MIN_FIRINGS / (n_contexts * n_positions))
         self.by_position = PositionCorrelation(bound, n_positions)
         self.firings = FiringPatterns(n_features)
         self.top = TopContexts(len(self.close), TOP_K, n_positions)
-        self.tokens = FeatureTokens(n_features, model.vocabulary)
+        self.tokens = FeatureTokens(n_features, vocabulary)
         self._ids: list[Tensor] = []
         self._valid: list[Tensor] = []
 

@@ -186,7 +186,7 @@ def evaluate(
 
     Raises Interrupted if a signal comes.
     """
-    sae = sae.to(model.device).eval()
+    sae = sae.to(batches.device).eval()
     units = held_out_units(batches)
     layout = None if model.no_model is not None else _layout(model, batches)
     seen = on_activations(sae, config, batches, units, stop, layout)
@@ -352,7 +352,7 @@ def on_the_model(
     if model.no_model is not None:
         return [_no_behaviour(config, batches) for _ in saes]
     language_model: Any = model  # or what stands for one where its work is counted
-    saes = [sae.to(model.device).eval() for sae in saes]
+    saes = [sae.to(batches.device).eval() for sae in saes]
     metrics = [ModelMetrics() for _ in saes]
     chosen = model_contexts(config, held_out_units(batches))
     size = config.dataset.context_size
@@ -361,9 +361,9 @@ def on_the_model(
     with Progress("evaluate model", len(chosen) * size * (2 + len(saes))) as progress:
         for batch in batches.in_order(at_once, indices=chosen):
             stop.check()
-            ids, keep = batch.ids, batch.valid
-            with language_model.repeated(ids) as logits:
+            with language_model.repeated(batch.ids) as logits:
                 clean = logits()
+                ids, keep = batch.ids.to(clean.device), batch.valid.to(clean.device)
                 ce = next_token_ce(clean, ids, keep)
                 ablated = score_forward(clean, logits(torch.zeros_like), ids, keep)
                 progress.update(2 * ids.numel())
@@ -388,8 +388,9 @@ def _no_behaviour(config: Measured, batches: ActivationBatches) -> ModelMetrics:
 
 def _splice(sae: SparseAutoencoder, batch: Batch) -> Any:
     def replace(x_BTD: Tensor) -> Tensor:
-        reconstructed = sae(x_BTD.float(), segments=batch.segments, valid=batch.valid)
-        reconstructed = reconstructed.to(x_BTD.dtype)
-        return torch.where(batch.valid[..., None], reconstructed, x_BTD)
+        # The model, or this block of it, may be on another device than the SAE and the batch.
+        x = x_BTD.to(sae.device).float()
+        reconstructed = sae(x, segments=batch.segments, valid=batch.valid).to(x_BTD)
+        return torch.where(batch.valid[..., None].to(x_BTD.device), reconstructed, x_BTD)
 
     return replace

@@ -121,7 +121,7 @@ def _with_features(
         contexts = contexts_of(ids_BT.int(), reader.model.special_ids)
 
         def replace(x_BTD: Tensor) -> Tensor:
-            x = x_BTD.float()
+            x = x_BTD.float().to(sae.device)
             if sae.sequential:
                 x = torch.cat([*(p[:, :first] for p in past), x], 1) if first else x
                 past[:] = [x]
@@ -130,7 +130,7 @@ def _with_features(
             counted = contexts.valid[:, at].to(x.device) & (x.norm(dim=-1) <= reader.norm_limit)
             codes = sae.encode(x, segments=contexts.segments[:, at].to(x.device), valid=counted)
             change = (wanted - codes[..., features]) @ sae.W_dec[features]
-            new = torch.where(counted[..., None], x + change, x).to(x_BTD.dtype)
+            new = torch.where(counted[..., None], x + change, x).to(x_BTD)
             return new[:, -x_BTD.shape[1] :]
 
         return replace

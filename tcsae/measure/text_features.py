@@ -13,9 +13,11 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from tcsae.sae.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 
+_HALVES = re.compile("[\ud800-\udfff]")
 By = Literal["sum", "peak", "longest"]
 _Row = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of one context: ids, valid, massive [T'], and codes [T', F] sparse."""
@@ -93,8 +96,10 @@ class TextFeatures:
             by: "sum" of the values, their "peak", or "longest": most tokens in a row.
 
         Raises:
-            UserError: another `by`.
+            UserError: another `by`, an n that is no number of features.
         """
+        if not _is_whole(n) or n < 0:
+            raise UserError(f"top {n}: how many features is a whole number, 0 or more")
         if by not in ("sum", "peak", "longest"):
             raise UserError(f'by = "{by}": it is one of sum, peak, longest')
         found = self._firing()
@@ -154,9 +159,20 @@ class TextFeatures:
 
 
 def check_feature(feature: int, n_features: int) -> None:
-    """Raises UserError for a number that the SAE does not have."""
-    if not 0 <= feature < n_features:
+    """Raises UserError for what is no number of a feature that the SAE has."""
+    if not _is_whole(feature) or not 0 <= feature < n_features:
         raise UserError(f"feature {feature}: this SAE has 0 to {n_features - 1}")
+
+
+def _is_whole(value: Any) -> bool:
+    """Of Python, numpy or torch; True and False are no numbers here."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)
@@ -204,7 +220,8 @@ class TextReader:
                 read by itself. False: refuse it.
 
         Raises:
-            UserError: nothing to read, a text longer than a context, an id that the model lacks.
+            UserError: nothing to read, what is neither text nor ids, a text longer than a context,
+                an id that the model lacks.
         """
         parts = self._parts(self.ids(text), parted)
         return joined([row for part in parts for row in self._features(part)], self.texts)
@@ -215,8 +232,16 @@ class TextReader:
         if isinstance(text, str):
             if not text.strip():
                 raise UserError("the text is empty: give some words")
+            if _HALVES.search(text):
+                raise UserError("the text has half a character (a lone surrogate): leave it out")
             return [bos, *token_ids(self.model.tokenizer, [text])[0]]
-        ids = [int(i) for i in (text.flatten().tolist() if isinstance(text, Tensor) else text)]
+        given = text.flatten().tolist() if isinstance(text, Tensor) else text
+        if not isinstance(given, Iterable) or not all(map(_is_whole, given := list(given))):
+            kind = f"a {type(text).__name__}"
+            raise UserError(
+                f"{kind} that is neither a text nor a list of token ids (whole numbers)"
+            )
+        ids = [int(i) for i in given]
         ids = ids if ids[:1] == [bos] else [bos, *ids]
         if len(ids) < 2:
             raise UserError("no token ids but the first: give some more")
@@ -247,7 +272,7 @@ class TextReader:
         contexts = contexts_of(ids_NT, self.model.special_ids)
         unknown = Calibration(math.nan, self.norm_limit, math.nan, torch.empty(0))
         source = StreamSource(self.model, contexts)
-        batches = ActivationBatches(source, unknown, self.model.device)
+        batches = ActivationBatches(source, unknown, str(self.sae.device))
         return list(coded(self.sae, batches))
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tcsae.base.labels import difference_text, label, number
+from tcsae.config import AVERAGED
 from tcsae.report.controls import control_of, is_control
 from tcsae.report.gain import gain_metrics, gain_words
-from tcsae.report.runs import AVERAGED
 from tcsae.report.seed_noise import seed_mark
 
 SHOWN = 6

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
 from tcsae.base.labels import SINGLES, label, listed, local_names, local_window, window_part
 from tcsae.base.run_files import RunFiles
@@ -21,6 +20,7 @@ from tcsae.measure.analysis import Analysis
 from tcsae.metrics.layout import LAYOUT_SHARE
 from tcsae.report.runs import flat
 from tcsae.runs.folder import LoadedRun
+from tcsae.runs.unfinished import recorded_overrides
 
 MAX_BINS = 128
 """Places along the context in a feature's profile; longer contexts are averaged down."""
@@ -164,14 +164,8 @@ class Contents:
         return shlex.join(["python", "-m", "tcsae.evaluate", *what, *self._overrides()])
 
     def _overrides(self) -> list[str]:
-        recorded = RunFiles(self.run.folder).overrides
-        if recorded.is_file():
-            overrides = yaml.safe_load(recorded.read_text(encoding="utf-8")) or []
-            # An experiment may be a sweep by itself; of its jobs this is one.
-            has_experiment = any(o.startswith("+experiment=") for o in overrides)
-            return [*overrides, "hydra.mode=RUN"] if has_experiment else overrides
-        # A run that was not started by the command.
-        return self._every_key()
+        recorded = recorded_overrides(RunFiles(self.run.folder))
+        return self._every_key() if recorded is None else recorded
 
     def _every_key(self) -> list[str]:
         """Every key of the config, in groups that set no others."""

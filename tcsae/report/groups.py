@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tcsae.base.json_numbers import plain
+from tcsae.config import AVERAGED
 from tcsae.report.at_l0 import at_l0
 from tcsae.report.family import jointly
 from tcsae.report.matching import (
@@ -27,7 +28,6 @@ from tcsae.report.matching import (
 )
 from tcsae.report.paired import LEVEL, ROUNDING, Estimate, Term, combine
 from tcsae.report.runs import (
-    AVERAGED,
     LOADED,
     SPARSITY_KEYS,
     TEMPORAL_KEYS,

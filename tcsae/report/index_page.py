@@ -13,7 +13,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.base.labels import number
 from tcsae.base.run_files import REPORT, RunFiles, runs_below
-from tcsae.config import LoadedConfig, parse_any
+from tcsae.config import AVERAGED, LoadedConfig, parse_any
 from tcsae.report.page import write_page
 
 INDEX = "index.html"
@@ -94,9 +94,9 @@ def _cells(files: RunFiles) -> list[str]:
     if isinstance(config, LoadedConfig):
         cells += ["not trained here", "", "", ""]
     else:
-        loss = "none" if not config.lambda_ else config.consistency.label
+        loss = config.loss_words if config.lambda_ or config.averaged else "none"
         shuffled = " shuffled" if config.consistency.shuffle_positions else ""
-        has_loss = loss != "none"
+        has_loss = loss not in ("none", AVERAGED)
         cells += [f"{loss}{shuffled if has_loss else ''}", str(config.window) if has_loss else ""]
         cells += [f"{config.lambda_:g}" if has_loss else "", str(config.seed)]
     if not files.is_finished:

@@ -40,7 +40,7 @@ def origin(run: LoadedRun) -> Origin:
 
 
 def _trained(config: Config, info: dict[str, Any]) -> Origin:
-    form = config.consistency.label
+    form = config.loss_words
     said = form
     if config.consistency.shuffle_positions:
         form += " (positions shuffled)"

@@ -16,7 +16,7 @@ from tcsae.base.errors import UserError
 from tcsae.base.files import read_json
 from tcsae.base.labels import HEADLINE, SINGLES, window_part
 from tcsae.base.run_files import AnalysisFiles, RunFiles, runs_below
-from tcsae.config import Config, LoadedConfig, identity
+from tcsae.config import AVERAGED, Config, LoadedConfig, identity
 from tcsae.metrics.truth import flat_truth
 from tcsae.metrics.units import Units, jackknife_draws
 from tcsae.report.draws import core_draws
@@ -42,9 +42,8 @@ FROM_ANALYSIS = {
 
 SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient", "sae.l0_coefficient", "training.target_l0")
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
-AVERAGED = "averaged"
-"""In the place of a temporal loss, that means of windows or documents were trained on."""
-_NO_RESULT_KEYS = ("seed", "evaluation", "model.device", "model.forward_contexts")
+_DEVICES = ("model.device", "training.device")
+_NO_RESULT_KEYS = ("seed", "evaluation", *_DEVICES, "model.forward_contexts")
 LOADED = "loaded from"
 """The setting that only SAEs have that were not trained here."""
 _ADVICE = "run its command again with rerun=true"

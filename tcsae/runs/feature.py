@@ -118,7 +118,7 @@ def in_six_lines(folder: Path, config: Config | LoadedConfig, info: Mapping[str,
     metrics = {k: v for group in info.get("metrics", {}).values() for k, v in group.items()}
     summary = info.get("consistency", {}).get("metrics", {})
     if isinstance(config, Config):
-        form = config.consistency.label
+        form = config.loss_words
         how = f"{form}, window {config.window}, lambda {config.lambda_:g}, seed {config.seed}"
     else:
         how = f"loaded from {config.source.folder}"

@@ -29,6 +29,7 @@ from tcsae.measure.analysis import Analysis
 from tcsae.measure.steering import Steered, steer
 from tcsae.measure.text_features import TextFeatures, TextReader, check_feature, shared_model
 from tcsae.runs.feature import Feature, feature_of, in_six_lines, table_of
+from tcsae.runs.unfinished import why_not_loaded
 from tcsae.sae.base import SparseAutoencoder
 from tcsae.sae.formats.known import LoadedSAE, load_known
 
@@ -226,12 +227,8 @@ class RunFolder(RunFiles):
                 f"{self.path} is an export, not a run: tcsae.load_sae reads its SAE, and "
                 f"`python -m tcsae.evaluate {self.path}` makes a run of it"
             )
-        if not self.is_begun:
-            raise UserError(f"{self.path} is not a run folder (no {self.config.name} there)")
-        if not self.is_finished:
-            raise UserError(
-                f"the run in {self.path} has not finished: run its command again to go on"
-            )
+        if not self.is_begun or not self.is_finished:
+            raise UserError(why_not_loaded(self))
         config = parse_any(read_json(self.config))
         lines: list[str] = []
         if isinstance(config, Config):

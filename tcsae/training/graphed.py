@@ -54,17 +54,23 @@ class GraphedStep:
         if warn is not None:  # of torch 2.10 and newer
             warn(False)
         inputs = tuple(tensor.clone() for tensor in tensors)
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may read ahead meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = self._step(*inputs)
+            graph, result = self._recorded(inputs)
         except Exception as error:  # of the driver, the allocator, the kernels
             self.is_on = False
             said = " ".join(str(error).split())[:200]
             log.warning(
                 f"steps are not recorded ({type(error).__name__}: {said}): they go on as they are"
             )
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(inputs[0].device)
             return
         self._graph, self._inputs, self._result = graph, inputs, result
+
+    def _recorded(self, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        # The GPU that is current may be the model's, and a stream is of one GPU.
+        with torch.cuda.device(inputs[0].device):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            # Other threads may read ahead meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = self._step(*inputs)
+        return graph, result

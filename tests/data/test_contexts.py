@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,6 +320,27 @@ def test_too_little_text_says_how_much_there_is(tokenizer: Any) -> None:
     assert len(build_contexts(corpus, tokenizer, SMOLLM2, exactly)[0]) == len(train)
     with pytest.raises(UserError, match="evaluation contexts of 8 tokens, 999 asked.*raise"):
         build_contexts(corpus, tokenizer, SMOLLM2, context_config(n_eval_contexts=999))
+
+
+@pytest.mark.parametrize("n_contexts", [20, 100])
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_a_small_text_says_the_number_that_fits_and_holds_two_documents_out(
+    tokenizer: Any, n_contexts: int, groups: int
+) -> None:
+    words = ["river", "stone", "walked", "under", "old", "bridge", "winter", "house"]
+    each = 128 * n_contexts // groups
+    texts = [" ".join(words[(i * j) % 8] for j in range(each)) for i in range(1, groups + 1)]
+    corpus = Texts(tuple(Document(f"{i}", text, f"{i}") for i, text in enumerate(texts)))
+    asked = {"context_size": 128, "eval_fraction": 0.15}
+    with pytest.raises(UserError) as caught:
+        build_contexts(corpus, tokenizer, SMOLLM2, context_config(n_eval_contexts=256, **asked))
+    (fits,) = re.findall(r", 256 asked: set dataset.n_eval_contexts=(\d+), ", str(caught.value))
+    cfg = context_config(n_eval_contexts=int(fits), **asked)
+    train, held_out = build_contexts(corpus, tokenizer, SMOLLM2, cfg)
+    assert len(held_out) == int(fits) and n_contexts / 8 < len(held_out) < n_contexts
+    assert len(train) > 0 and not set(train.groups) & set(held_out.groups)
+    # A feature's mean at a position is over documents: of one there is no consistency.
+    assert held_out.n_documents == min(2, groups - 1)
 
 
 def test_not_even_one_context_is_said(tokenizer: Any) -> None:

@@ -71,6 +71,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2}),
 }
 WITHOUT_PARTS = {"recurrent_gemma", "mamba", "rwkv"}
+WITHOUT_PAST = {"openai-gpt", "recurrent_gemma", "mamba", "rwkv"}
+"""Which keep no keys and values of a text that is gone on with."""
 OTHER_IN_TRANSFORMER_LENS = {"gpt2 unscaled", "falcon alibi", "cohere", "cohere2", "deepseek_v3"}
 """Which its bridge, of the version the tests have, computes otherwise than transformers."""
 
@@ -162,6 +164,29 @@ def test_what_is_harvested_is_what_is_replaced_at_every_hook(
         assert model.checks is not None and model.checks["later_tokens_change"] == 0
     warned = any("TransformerLens computes t/m otherwise" in m for m in caplog.messages)
     assert warned == (family in OTHER_IN_TRANSFORMER_LENS)
+
+
+@pytest.mark.parametrize("hook", ["resid_pre", "resid_post"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_grows_is_the_whole_text(family: str, hook: str, make: Make) -> None:
+    """With keys and values kept where the family can, and without where it cannot: steering."""
+    model = at_hook(make(*FAMILIES[family]), hook)
+    ids = IDS[:1]
+    change = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    whole = model.logits(ids, lambda x: x + change)
+    growing, first, ran = model.growing(), 0, []
+    for more in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+        stop = first + more.shape[1]
+
+        def replace(at: int, stop: int = stop) -> Callable[[torch.Tensor], torch.Tensor]:
+            ran.append(stop - at)
+            return lambda x: x + change[at:stop]
+
+        last = growing.logits(more, replace)[:, -1]
+        spread = float(whole[:, stop - 1].std())
+        torch.testing.assert_close(last, whole[:, stop - 1], rtol=0, atol=2e-3 * spread)
+        first = stop
+    assert ran == ([*range(5, 17)] if family in WITHOUT_PAST else [5, *[1] * 11])
 
 
 def test_granites_parts_are_what_joins_the_residual_stream(make: Make) -> None:

@@ -335,7 +335,7 @@ def test_settings_of_another_form_are_one_line(tiny_gpt2: Path, tmp_path: Path) 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "nosuch"])
+@pytest.mark.parametrize("device", ["cuda:7", "mps"])
 def test_a_device_that_is_not_there_is_refused_in_one_line(tiny_gpt2: Path, device: str) -> None:
     with pytest.raises(UserError, match=f"model.device = {device}: not usable here") as raised:
         tiny(tiny_gpt2, device=device)

@@ -24,7 +24,8 @@ from tcsae.config import Config
 from tcsae.config.compose import config_of
 from tcsae.config.launcher import LocalOptions, Options, SlurmOptions
 from tcsae.data.context_cache import load_or_build_contexts
-from tcsae.data.language_model import LanguageModel, bfloat16_is_native
+from tcsae.data.devices import bfloat16_is_native
+from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore
 from tcsae.launch.estimate import (
     Cost,

@@ -132,6 +132,7 @@ def test_jobs_share_a_stream_unless_model_layer_text_or_batch_differ(
         {"dataset__n_contexts": "40"},
         {"dataset__seed": "1"},
         {"training__batch_contexts": "4"},
+        {"training__device": "cuda:1"},
         {"model__hook": "mlp_out"},
         {"store": "stream"},
     ):

@@ -117,6 +117,7 @@ def test_a_dry_run_shows_jobs_and_packing_and_writes_nothing(grid: Grid, tmp_pat
     assert "6 to do in 3 processes, 2 side by side, on 1 stream" in words(outcome)
     assert "process 0    window=4,lambda=0\n" in words(outcome)
     assert "process 2    window=8,lambda=1\n" in words(outcome)
+    assert "1 without temporal loss differ from another only in what it would do" in words(outcome)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +126,7 @@ def test_a_dry_run_says_which_jobs_are_the_same(grid: Grid, tmp_path: Path) -> N
     outcome = run_here(*arguments, "--dry-run")
     assert outcome.code == 0
     said = words(outcome)
+    assert "without temporal loss" not in said
     assert "2 to do in" in said and "2 are the same as another and are done once with it" in said
     assert len(re.findall(r"INFO\s+\d+  as job \d+ ", said)) == 2 and "finished  " not in said
 

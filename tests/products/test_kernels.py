@@ -60,6 +60,16 @@ def test_the_benchmark_for_a_card_runs_on_a_cpu(tmp_path: Path) -> None:
         assert "--smoke tries the script" in run(str(script)).stderr
 
 
+def test_the_harvest_benchmark_for_a_card_runs_on_a_cpu(tmp_path: Path) -> None:
+    script, file = HERE.parents[1] / "scripts" / "bench_gpu_harvest.py", tmp_path / "harvest.json"
+    done = run(str(script), "--smoke", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    models = json.loads(file.read_text())["models"]
+    assert set(models) == {"gpt2", "smollm2", "gemma-2-2b"}
+    for rows in models.values():
+        assert all(rate > 0 for row in rows.values() for rate in row.values())
+
+
 def test_nothing_is_tuned_or_added_out_of_order() -> None:
     """A choice by a timing, or a sum in an order that changes, would end exact resumption."""
     tree = ast.parse(Path(kernels.__file__).read_text())

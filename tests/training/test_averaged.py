@@ -10,10 +10,14 @@ import torch
 from helpers import run_here, small_config, small_job
 from torch import Tensor
 
+import tcsae
 from tcsae.base.errors import UserError
 from tcsae.base.run_files import RunFiles
+from tcsae.config import run_id, run_name
 from tcsae.config.compose import config_of
 from tcsae.data.batches import Batch, Calibration
+from tcsae.live.sides import role
+from tcsae.report.index_page import write_index
 from tcsae.tensors.positions import block_means
 from tcsae.training.member import Member
 
@@ -123,6 +127,14 @@ def test_page_notes_and_card_say_what_it_was_trained_on(
     done = run_here(*small_job(tiny_gpt2, texts, tmp_path / "run", **changes))
     assert done.code == 0, done.stderr
     files = RunFiles(tmp_path / "run")
+    run = tcsae.load_run(tmp_path / "run")
+    assert run_name(run.config) == f"gpt2-lmid-topk-averaged-w4-lambda0.1-s0-{run_id(run.config)}"
+    assert "averaged, window 4" in repr(run) and "none" not in repr(run)
+    assert role(run) == "averaged"
+    with files.report.open(encoding="utf-8") as page:
+        assert "consistency averaged, window 4" in " ".join(page.read().split())
+    index = write_index(tmp_path).read_text(encoding="utf-8")
+    assert ">averaged<" in index and ">none<" not in index
     for file in (files.notes, files.report):
         words = " ".join(file.read_text().split())
         assert "trained on the mean of every 4 positions" in words

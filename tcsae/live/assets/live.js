@@ -232,12 +232,23 @@
       byId("where").textContent = `${JSON.stringify(tokens[at])} at ${at}: ` +
         (valid[at] ? number(value ?? 0) : "left out of every metric") +
         ` (${nameOf(side.run)}, feature ${side.feature})`;
-      document.querySelectorAll("#rows .here").forEach((one) => one.classList.remove("here"));
+      unmarked();
       if (piece) node.closest(".row").querySelectorAll(`[data-at="${piece[0]}"]`)
         .forEach((one) => one.classList.add("here"));
     };
-    node.addEventListener("pointermove", tell);
+    // A finger that moves scrolls; its tap is a click.
+    node.addEventListener("pointermove", (event) => { if (event.pointerType !== "touch") tell(event); });
     node.addEventListener("click", tell);
+  }
+
+  const unmarked = () =>
+    document.querySelectorAll("#rows .here").forEach((one) => one.classList.remove("here"));
+
+  /** A tap or a click beside every token ends what `pointAt` showed. */
+  function pointAway(event) {
+    if (event.target.closest(".side canvas, .side [data-at]")) return;
+    byId("where").textContent = state.unpointed;
+    unmarked();
   }
 
   // ---------------------------------------------------------------- pins
@@ -492,6 +503,8 @@
       return;
     }
     describe();
+    state.unpointed = byId("where").textContent;
+    for (const part of document.querySelectorAll("body > *")) part.addEventListener("click", pointAway);
     submitted("read-form", read);
     submitted("steer-form", steer);
     submitted("pin-form", () => {

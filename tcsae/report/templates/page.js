@@ -70,15 +70,17 @@
     }
     if (layout.annotations)
       result.annotations = layout.annotations.map((a) => ({ bgcolor: colour("--back"), ...a }));
+    if (!hovers) result.dragmode = false;  // a finger that moves scrolls the page
     result.modebar = { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: text };
     result.hoverlabel = { bgcolor: colour("--panel"), bordercolor: line, font: { color: text } };
     return result;
   }
 
+  const hovers = window.matchMedia("(hover: hover)").matches;
   const options = {
     responsive: true, displaylogo: false,
     // Without a pointer that hovers the buttons would always cover the figure.
-    displayModeBar: window.matchMedia("(hover: hover)").matches ? "hover" : false,
+    displayModeBar: hovers ? "hover" : false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   };
 
@@ -689,8 +691,34 @@
     choose(rows[0]);
   }
 
+  // ---------------------------------------------------------------- touch
+
+  /** What a title tells a pointer that rests on it, a tap tells in a box; the next tap closes it. */
+  function tapped() {
+    const box = element("div", { className: "told", role: "status" });
+    let kind = "mouse";
+    window.addEventListener("pointerdown", (event) => { kind = event.pointerType; }, true);
+    window.addEventListener("pointercancel", () => box.remove());  // a swipe: the text goes away
+    const tap = (event) => {
+      box.remove();
+      const told = event.target.closest("[title], svg.cells");
+      if (kind === "mouse" || !told || told.closest("button, a")) return;
+      box.textContent = told.title || told.ariaLabel;
+      // An open dialog hides what is not in it.
+      (told.closest("dialog") ?? document.body).append(box);
+      const { width, height } = box.getBoundingClientRect(), gap = 14;
+      const right = document.documentElement.clientWidth - width - gap;
+      box.style.left = `${Math.max(gap, Math.min(event.clientX - width / 2, right))}px`;
+      const above = event.clientY - height - gap;  // where no finger is
+      box.style.top = `${above < gap ? event.clientY + 2 * gap : above}px`;
+    };
+    // Not of the document: Safari makes a click of a tap only within an element that listens.
+    for (const part of document.querySelectorAll("body > *")) part.addEventListener("click", tap);
+  }
+
   // ---------------------------------------------------------------- start
 
+  tapped();
   for (const button of document.querySelectorAll("button[data-copy]")) {
     button.addEventListener("click", async () => {
       await navigator.clipboard.writeText(byId(button.dataset.copy).textContent);
