@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -51,6 +52,32 @@ Device = Annotated[str, AfterValidator(_check_device)]
 AutoDevice = Annotated[str, AfterValidator(_check_auto_device)]
 
 
+def _device_map(value: Any) -> Any:
+    """auto, balanced, or {module: device}; as JSON too, for names that Hydra's grammar refuses."""
+    if value is None or value in ("auto", "balanced"):
+        return value
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is no JSON ({error})") from None
+    if not isinstance(value, dict) or not value:
+        raise ValueError("must be auto, balanced, {module: device} or null")
+    places = {
+        str(module): f"cuda:{place}" if isinstance(place, int) else str(place)
+        for module, place in value.items()
+    }
+    for module, place in places.items():
+        if _DEVICE.fullmatch(place) is None:
+            raise ValueError(f"{module or 'all'} on {place}: must be cpu, cuda:N (or N) or mps")
+    if len({place.partition(":")[0] for place in places.values()}) > 1:
+        raise ValueError("all on GPUs, or all on the CPU: TransformerLens reads no mixture")
+    return places
+
+
+DeviceMap = Annotated[str | dict[str, str] | None, BeforeValidator(_device_map)]
+
+
 class ModelConfig(StrictModel):
     """The language model and where in it activations are read."""
 
@@ -69,6 +96,8 @@ class ModelConfig(StrictModel):
     """given: vectors from files, of no model that is here (dataset=activations)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: AutoDevice = "auto"
+    device_map: DeviceMap = None
+    """Of a model that fills more than one GPU, as transformers' from_pretrained takes it."""
     forward_contexts: Count = 16
     """Contexts in one forward pass."""
     extra_masked_ids: list[int] = []
@@ -86,6 +115,18 @@ class ModelConfig(StrictModel):
             raise ValueError("world=... is for model=synthetic: a language model has none")
         if self.is_given and (self.world or self.path or self.package or self.untrained):
             raise ValueError("hook=given is for dataset=activations, which reads no model")
+        return self
+
+    @model_validator(mode="after")
+    def _is_placed_once(self) -> Self:
+        if self.device_map is None:
+            return self
+        if self.device != "auto":
+            raise ValueError("device and device_map both say where the model is: leave one out")
+        if self.untrained:
+            raise ValueError("device_map is for weights that are read: untrained has none")
+        if why := self.why_no_text:
+            raise ValueError(f"device_map is for a language model, and {why}")
         return self
 
     @property
@@ -652,6 +693,7 @@ def identity(config: Measured) -> dict[str, Any]:
         ("evaluation", "intervals", True),
         ("evaluation", "meaning", []),
         ("evaluation", "label_fields", []),
+        ("model", "device_map", None),
         ("model", "untrained", False),
         ("model", "world", None),
         ("dataset", "eval_key", 0),

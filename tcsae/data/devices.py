@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from tcsae.base.errors import UserError, first_line
 
-INSTEAD = {"model.device": "take auto or cpu", "training.device": "take cpu, or null: model.device"}
+INSTEAD = {
+    "model.device": "take auto or cpu",
+    "training.device": "take cpu, or null: model.device",
+    "model.device_map": "give devices that are there",
+}
 """By key: what to say where a device is not there."""
 
 
@@ -20,6 +26,16 @@ def choose_device(wanted: str, key: str = "model.device") -> str:
     if (why := _why_not(wanted)) is not None:
         raise UserError(f"{key} = {wanted}: not usable here ({why}): {INSTEAD[key]}")
     return wanted
+
+
+def first_device(places: str | Mapping[str, str]) -> str:
+    """Where token ids go in and logits come out of a model that `model.device_map` places.
+
+    Raises UserError if one of its devices is not there.
+    """
+    if isinstance(places, str):
+        return choose_device("auto")
+    return [choose_device(place, "model.device_map") for place in places.values()][0]
 
 
 def _why_not(wanted: str) -> str | None:

@@ -6,6 +6,7 @@ Activations, and the logits with something in their place, come from one network
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from tcsae.base.errors import UserError, first_line
 from tcsae.config import ModelConfig, place_of, resolve_layer
 from tcsae.data.activation_model import ActivationModel
 from tcsae.data.contexts import SpecialIds
-from tcsae.data.devices import choose_device, choose_dtype
+from tcsae.data.devices import choose_device, choose_dtype, first_device
 from tcsae.data.loading import HOOKS, load_model, quiet, with_places
 from tcsae.data.model_checks import HookPoint, check_batch, try_model
 from tcsae.data.model_folder import CONFIG, VOCABULARIES
@@ -29,6 +30,11 @@ from tcsae.data.token_text import TokenTexts
 from tcsae.data.weights import find_weights
 
 log = logging.getLogger(__name__)
+
+
+def _check_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("model.device_map needs accelerate: pip install accelerate")
 
 
 class LanguageModel:
@@ -51,6 +57,9 @@ class LanguageModel:
         self.cfg = cfg
         self.weights = find_weights(cfg)
         self.device = choose_device(cfg.device)
+        if cfg.device_map is not None:
+            _check_accelerate()
+            self.device = first_device(cfg.device_map)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         shape = read_shape(self.weights.folder / CONFIG)
         self.n_layers, self.d_in, self.vocabulary, self.positions = shape
@@ -163,8 +172,10 @@ class LanguageModel:
         folder = self.weights.folder
         try:
             with quiet():
-                model = load_model(folder, self.dtype, self.cfg.untrained)
-                model = model.to(self.device).eval().requires_grad_(False)
+                placed = self.cfg.device_map
+                model = load_model(folder, self.dtype, self.cfg.untrained, placed)
+                model = model if placed else model.to(self.device)
+                model = model.eval().requires_grad_(False)
         # Files that are damaged, shapes that do not fit, a device that is full, and whatever a
         # family's own code raises for a config of another form.
         except Exception as error:
@@ -180,6 +191,10 @@ class LanguageModel:
         ids_BT = check_batch(self.vocabulary, self.positions, self.special_ids.bos)
         ids_BT = ids_BT.to(self.device)
         self.checks = try_model(network, bridge, ids_BT, self._hook_point)
+        if self.cfg.device_map is not None:
+            found = getattr(model, "hf_device_map", {"": self.device})
+            self.checks["device_map"] = {name: str(place) for name, place in found.items()}
+            log.info(f"{self.cfg.name} is on {', '.join(sorted(set(map(str, found.values()))))}")
         with torch.inference_mode():
             network.check_repeated(ids_BT)
         return network

@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,24 @@ HOOKS = {
 }
 
 
-def load_model(folder: Path, dtype: torch.dtype, untrained: bool) -> Any:
-    """transformers' model on the CPU. Raises what transformers raises, or ValueError."""
-    return _untrained(folder, dtype) if untrained else _trained(folder, dtype)
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    untrained: bool,
+    device_map: str | Mapping[str, str] | None = None,
+) -> Any:
+    """transformers' model, on the CPU or where `device_map` says. Raises what transformers raises,
+    or ValueError."""
+    return _untrained(folder, dtype) if untrained else _trained(folder, dtype, device_map)
 
 
-def _trained(folder: Path, dtype: torch.dtype) -> Any:
+def _trained(folder: Path, dtype: torch.dtype, device_map: str | Mapping[str, str] | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
+        device_map=device_map,
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -53,7 +60,29 @@ def _trained(folder: Path, dtype: torch.dtype) -> Any:
             "not belong together"
         )
     _check_keys(model, found["missing_keys"], found["unexpected_keys"])
+    if device_map is not None:
+        _check_places(model, device_map)
     return model
+
+
+def _check_places(model: Any, device_map: str | Mapping[str, str]) -> None:
+    """Raises ValueError for a map that is not of this model, or that its devices do not hold."""
+    if not isinstance(device_map, str):
+        modules = dict(model.named_modules())
+        if strange := [name for name in device_map if name not in modules]:
+            raise ValueError(
+                f"model.device_map: {strange[0]} is no module of it (there are "
+                f"{', '.join(name for name, _ in model.base_model.named_children())}, ...)"
+            )
+        starts = tuple(f"{name}." if name else "" for name in device_map)
+        left = [name for name, _ in model.named_parameters() if not name.startswith(starts)]
+        if left:
+            raise ValueError(f"model.device_map says nothing of {left[0]}")
+    if away := [name for name, value in model.named_parameters() if value.is_meta]:
+        raise ValueError(
+            f"model.device_map: the devices have no room for {away[0]}{_others(away)}, and what "
+            "is kept elsewhere is not read: take more GPUs, or a smaller model.dtype"
+        )
 
 
 _COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")

@@ -135,7 +135,9 @@ class Network:
         if output is None:
             return None
         norm = _final_norm(self.model, output.weight.shape[1])
-        return output.weight if norm is None else output.weight * _scale_of(norm, output.weight)
+        if norm is None:
+            return output.weight
+        return output.weight * _scale_of(norm, output.weight).to(output.weight.device)
 
     @contextlib.contextmanager
     def repeated(self, ids_BT: Tensor) -> Iterator[Logits]:
@@ -247,11 +249,15 @@ def _copy(output: Any) -> Any:
 @contextlib.contextmanager
 def _stood_in_for(block: nn.Module, output: Any) -> Iterator[None]:
     """The block computes nothing, and gives this output."""
+    # Of a model over several devices the block has one of its own already, which moves its inputs.
+    before = vars(block).get("forward")
     block.forward = lambda *args, **named: _copy(output)
     try:
         yield
     finally:
         del block.forward
+        if before is not None:
+            block.forward = before
 
 
 def _final_norm(model: Any, d: int) -> nn.Module | None:
@@ -274,6 +280,8 @@ def _scale_of(norm: nn.Module, like: Tensor) -> Tensor:
     d = like.shape[1]
     signs = torch.ones(d, dtype=like.dtype, device=like.device)
     signs[1::2] = -1
+    where: Any = norm.weight
+    signs = signs.to(where.device)
     plain: Tensor = norm(torch.zeros_like(signs)[None, None])[0, 0]
     scaled: Tensor = norm(signs[None, None])[0, 0]
     return ((scaled - plain) * signs).to(like.dtype)

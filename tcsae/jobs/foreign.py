@@ -44,7 +44,7 @@ _HOOK = re.compile(r"blocks\.(\d+)\.(\w+)")
 # Of a config of this package: an option of the group that all its keys can be set over, its keys,
 # and those that the machine or the SAE's hook decide.
 _OWN_PARTS: dict[str, tuple[str, type[StrictModel], tuple[str, ...]]] = {
-    "model": ("other", ModelConfig, ("device", "hook")),
+    "model": ("other", ModelConfig, ("device", "device_map", "hook")),
     "dataset": ("files", DatasetConfig, ()),
     "evaluation": ("default", EvaluationConfig, ()),
 }

@@ -277,6 +277,7 @@ def passes(shape: str, contexts: int, size: int, n_blocks: int | None, bfloat16:
 
     described = json.loads(shape)
     config = AutoConfig.for_model(described.pop("model_type"), **described)
+    config.pad_token_id = None  # else a warning that the ids, which mean nothing, are padding
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     with on_meta() as counting, torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -101,7 +101,7 @@ def passes_key(config: Config) -> str:
     if model["path"] is not None or model["package"] is not None:
         del model["name"]
     if model["dtype"] != "auto":
-        del model["device"]
+        del model["device"], model["device_map"]
     store = config.store.model_dump(mode="json", exclude={"also"})
     return json.dumps([model, dataset, store], sort_keys=True)
 

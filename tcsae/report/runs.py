@@ -42,7 +42,7 @@ FROM_ANALYSIS = {
 
 SPARSITY_KEYS = ("sae.k", "sae.l1_coefficient", "sae.l0_coefficient", "training.target_l0")
 TEMPORAL_KEYS = ("consistency", "window", "lambda", "training.lambda_warmup")
-_DEVICES = ("model.device", "training.device")
+_DEVICES = ("model.device", "model.device_map", "training.device")
 _NO_RESULT_KEYS = ("seed", "evaluation", *_DEVICES, "model.forward_contexts")
 LOADED = "loaded from"
 """The setting that only SAEs have that were not trained here."""

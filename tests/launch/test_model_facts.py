@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from helpers import small_config, write_texts
 
 from tcsae.base.signals import StopRequest
@@ -45,6 +46,20 @@ def test_a_folder_tells_the_shape_of_its_model(kind: str, request: pytest.Fixtur
     real = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     assert facts is not None
     assert passes(facts.shape, 1, 8, 1, False).weights == 4 * real
+
+
+def test_counting_a_models_passes_warns_of_nothing(
+    tiny_gpt2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its ids stand for any: that they would be padding is said to nobody."""
+    shape = json.loads((tiny_gpt2 / "config.json").read_text()) | {"pad_token_id": 0}
+    transformers.utils.logging.warning_once.cache_clear()
+    transformers.utils.logging.enable_propagation()
+    try:
+        passes(json.dumps(shape), 1, 9, None, False)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
