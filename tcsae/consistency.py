@@ -443,9 +443,9 @@ class Consistency(nn.Module):
         """
         if self.form == "none":
             return torch.zeros((), device=valid.device)
-        features = self._chosen(features)
         if self.form == "batch_history":
             return self._batch_history(features, valid)
+        features = self._chosen(features)
         if weights is None:
             wide = torch.promote_types(_dtype_of(features), torch.float32)
             weights = self.weights(segments=segments, valid=valid, generator=generator, dtype=wide)
@@ -457,7 +457,7 @@ class Consistency(nn.Module):
         """Once after every optimizer step with a penalty: its batch joins batch_history's."""
         if self.form != "batch_history" or not len(self.history):
             return
-        mean_F = _batch_mean(self._chosen(features), valid)
+        mean_F = self._batch_mean(features, valid)
         self.history = torch.cat([self.history[1:], mean_F[None]])
         self.n_older = min(self.n_older + 1, len(self.history))
         self.filled.fill_(self.n_older)
@@ -468,25 +468,25 @@ class Consistency(nn.Module):
             return features
         if isinstance(features, Tensor):
             return features[..., : self.n_features]
-        return features.first(self.n_features)
+        return products_for(features.values_M.device).first(features, self.n_features)
 
     def _batch_history(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
         """Variance (ddof 1) over the last `window` batch means, averaged over features."""
-        mean_F = _batch_mean(features, valid)
+        mean_F = self._batch_mean(features, valid)
         older = self.history[len(self.history) - self.n_older :]
         penalty = mean_F.new_zeros(())
         if self.n_older:
             penalty = torch.cat([older, mean_F[None]]).var(0, correction=1).mean()
         return penalty / int(self.window) if self.scale_by_window else penalty
 
-
-def _batch_mean(features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
-    """[F] over the valid tokens."""
-    if isinstance(features, Tensor):
-        sums_F = torch.where(valid[..., None], features.float(), 0).sum((0, 1))
-    else:
-        sums_F = features.sums()
-    return sums_F / valid.sum().clamp(min=1)
+    def _batch_mean(self, features: Tensor | SparseCodes, valid: Tensor) -> Tensor:
+        """[F] over the valid tokens, of those of the features that the penalty is on."""
+        if isinstance(features, Tensor):
+            kept_BTF = features[..., : self.n_features].float()
+            sums_F = torch.where(valid[..., None], kept_BTF, 0).sum((0, 1))
+        else:
+            sums_F = features.sums()[: self.n_features]
+        return sums_F / valid.sum().clamp(min=1)
 
 
 def _read_filled(module: Any, _keys: object) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from tcsae.launch.machine import Work
 from tcsae.measure import evaluation
 from tcsae.measure.analysis_pass import CLOSE_FEATURES, DENSE_ENTRIES
 from tcsae.metrics.units import MAX_BLOCKS, Units
+from tcsae.products import BY_DEVICE
 from tcsae.products.cpu import CPU
+from tcsae.products.plain import Chosen, Plain
 from tcsae.sae.registry import sae_class
 from tcsae.training.member import Member
 
@@ -98,7 +101,6 @@ def _key(config: Config, weight: float, **plain: Any) -> str:
 def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
     config = parse(json.loads(key))
     batch_contexts, size = config.training.batch_contexts, config.dataset.context_size
-    sparse_from = CPU.sparse_from_ratio if on_cpu and _has_sparse_route(config) else None
     with on_meta() as counting:
         member = Member(config, d_in, _calibration(size, d_in), "meta", bfloat16)
 
@@ -117,23 +119,22 @@ def _training(key: str, d_in: int, bfloat16: bool, on_cpu: bool) -> Training:
         logged = step("logged steps", late=True, log=True)
         workspace = counting.peak - held
         checkpoint = sum(size_of(x) for x in member.checkpoint({}).tensors.values())
-        counting.sparse_from = sparse_from
-        early_as_it_runs = step("steps") if sparse_from else early
+        early_as_it_runs = early
+        if on_cpu:
+            with mock.patch.dict(BY_DEVICE, meta=_CPU()):
+                early_as_it_runs = step("steps")
     more = late.plus(early, -1), logged.plus(late, -1)
     return Training(early_as_it_runs, *more, held, workspace, checkpoint)
 
 
-def _has_sparse_route(config: Config) -> bool:
-    """Whether the SAE itself takes it on a CPU: asked of a narrow one with the same share on."""
-    k = getattr(config.sae, "k", None)
-    if k is None or not CPU().is_sparse(k, config.sae.d_sae):
-        return False
-    cfg = config.sae.model_copy(update={"k": 1, "d_sae": config.sae.d_sae // k})
-    sae = sae_class(cfg.architecture)(cfg, 2, generator=torch.Generator().manual_seed(0))
-    x, valid = torch.ones(2, 4, 2), torch.ones(2, 4, dtype=torch.bool)
-    with torch.no_grad():
-        codes = sae.training_forward(x, valid, sparsity_warmup=1.0, dead_F=None).codes
-    return codes.sparse is not None
+class _CPU(Plain):
+    """A CPU's routes, for tensors without values: as many entries are chosen as may be."""
+
+    sparse_from_ratio = CPU.sparse_from_ratio
+
+    def largest_of_batch(self, pre_NF: Tensor, valid_N1: Tensor, k: int) -> Chosen:
+        values_M, at_M = pre_NF.flatten().topk(k * len(pre_NF))
+        return values_M, at_M % pre_NF.shape[1], at_M // pre_NF.shape[1]
 
 
 def _calibration(size: int, d_in: int) -> Calibration:

@@ -26,6 +26,12 @@ from tcsae.launch.machine import Work
 aten = torch.ops.aten
 # Of a table they read the rows they look up: as much as they give.
 _LOOK_UPS = {"embedding", "index", "index_select", "gather", "take"}
+# Sums of rows: which arguments are the table and the entries.
+_ROWS = {
+    "_embedding_bag": (0, 1),
+    "_embedding_bag_forward_only": (0, 1),
+    "_embedding_bag_per_sample_weights_backward": (1, 2),
+}
 _MASKED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "linear",
              "einsum", "scaled_dot_product_attention"}  # fmt: skip
@@ -37,16 +43,11 @@ class Counting(TorchDispatchMode):
     Args:
         on_meta: keep every tensor on the meta device. What asks for values is told that all
             elements are chosen and every number is 1. False: count code that really runs.
-
-    With `sparse_from` set, a selection of so many elements or more for one is sparse: from there on
-    tensors of that size count as their chosen entries alone, and a product with them reads one row
-    of the other factor, in float32, for every entry. None: as it runs.
     """
 
     def __init__(self, *, on_meta: bool = True) -> None:
         super().__init__()
         self.on_meta = on_meta
-        self.sparse_from: float | None = None
         self.peak = self.most = 0
         self._live: dict[int, tuple[Any, int]] = {}
         self._before: dict[int, Any] = {}
@@ -56,7 +57,6 @@ class Counting(TorchDispatchMode):
         """Count from here, `most` left out; what is allocated stays so."""
         self.flops = self.float32_flops = self.bytes = self.kernels = 0.0
         self.peak = self.held
-        self._codes: tuple[int, float] | None = None
 
     def work(self, what: str) -> Work:
         return Work(what, self.flops, self.float32_flops, self.bytes, self.kernels)
@@ -112,24 +112,19 @@ class Counting(TorchDispatchMode):
             if (func._overloadpacket in flop_registry)
             else 0
         )
-        operands = [*ins, *outs]
-        share = min(map(self._share, operands), default=1.0)
-        if flops and share < 1:
-            self.float32_flops += share * flops
-            self.bytes += share * flops / 2 * 4
-        else:
-            is_short = flops and all(x.element_size() == 2 for x in ins)
-            self.flops += flops if is_short else 0
-            self.float32_flops += 0 if is_short else flops
-            read = outs if name in _LOOK_UPS else ins
-            self.bytes += sum(self._share(x) * size_of(x) for x in (*read, *outs))
-        if self.sparse_from and self._codes is None and name == "topk":
-            n, chosen = args[0].numel(), outs[0].numel()
-            if self.sparse_from * chosen <= n:
-                self._codes = n, chosen / n
-
-    def _share(self, x: Tensor) -> float:
-        return self._codes[1] if self._codes and x.numel() == self._codes[0] else 1.0
+        if name in _ROWS:
+            # A row of the table for every entry, and what else is as long as they or as the result.
+            table, entries = (args[i] for i in _ROWS[name])
+            width = table.shape[1]
+            self.float32_flops += 2 * entries.numel() * width
+            self.bytes += entries.numel() * width * table.element_size()
+            self.bytes += sum(size_of(x) for x in (*ins, *outs) if x is not table)
+            return
+        is_short = flops and all(x.element_size() == 2 for x in ins)
+        self.flops += flops if is_short else 0
+        self.float32_flops += 0 if is_short else flops
+        read = outs if name in _LOOK_UPS else ins
+        self.bytes += sum(size_of(x) for x in (*read, *outs))
 
     def _watch(self, outs: list[Tensor]) -> None:
         for x in outs:

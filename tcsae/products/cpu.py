@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tcsae.products.plain import Chosen, Plain
+from tcsae.tensors.sparse import SparseCodes
 
 GROUP = 8
 
@@ -110,6 +111,23 @@ class CPU(Plain):
         token_M = token_P.index_select(0, chosen_M.div(GROUP, rounding_mode="floor"))
         feature_M = at_PG.view(-1).index_select(0, chosen_M) - token_M * (n_groups * GROUP)
         return values_M, feature_M, token_M
+
+    def first(self, codes: SparseCodes, n_features: int) -> SparseCodes:
+        # Those alone. They are in front by feature: nothing is sorted again.
+        is_kept_M = codes.feature_M < n_features
+        at_M, before_M = is_kept_M.nonzero()[:, 0], pad(is_kept_M.cumsum(0), (1, 0))
+        in_front = slice(len(at_M))
+        return SparseCodes(
+            codes.values_M.index_select(0, at_M),
+            codes.feature_M.index_select(0, at_M),
+            codes.token_M.index_select(0, at_M),
+            before_M.index_select(0, codes.start_N),
+            before_M.index_select(0, codes.order_M[in_front]),
+            codes.sorted_feature_M[in_front],
+            codes.sorted_token_M[in_front],
+            codes.start_F[:n_features],
+            codes.dtype,
+        )
 
     def dead(self, dead_F: Tensor) -> tuple[Tensor, Tensor | None]:
         # Only their columns are computed: the cost follows their number, not d_sae.

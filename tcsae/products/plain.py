@@ -198,6 +198,12 @@ class Plain:
             codes.sorted_token_M, rows_ND, codes.start_F, per_sample_weights=weight_M, mode="sum"
         )
 
+    def first(self, codes: SparseCodes, n_features: int) -> SparseCodes:
+        """The codes of the first so many features, carrying the graph: the entries of others are 0,
+        so that no length hangs on which they are."""
+        kept_M = codes.feature_M < n_features
+        return codes._replace(values_M=torch.where(kept_M, codes.values_M, 0))
+
     def sums(self, codes: SparseCodes, values_M: Tensor) -> Tensor:
         """[F]: of each feature the sum of its entries' values."""
         return values_M.new_zeros(codes.d_sae).index_add_(0, codes.feature_M, values_M)

@@ -9,6 +9,7 @@ Initialisation and AuxK are those of TopK (Gao et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -49,23 +50,29 @@ class BatchTopKSAE(SparseAutoencoder):
         return torch.where(pre > self.threshold, pre, 0).relu()
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        k, products = self.cfg.k, products_for(centred_ND.device)
-        if not products.is_sparse(k, self.d_sae):
-            pre_NF = self.training_pre_activations(centred_ND, places)
-            features_NF, least = self.batch_activation(pre_NF, places)
-            return Codes(features_NF, features_NF @ self.W_dec, pre_NF, least=least)
-
-        def select(pre_NF: Tensor) -> Chosen:
-            return products.largest_of_batch(pre_NF, places.valid_N1, k)
-
+        if not products_for(centred_ND.device).is_sparse(self.cfg.k, self.d_sae):
+            return self.dense_codes(self.training_pre_activations(centred_ND, places), places)
         bias_F = self.b_enc + self.b_dec_gradient_path()
-        codes = sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
+        select = partial(self.chosen, places=places)
+        codes = sparse_pass(
+            centred_ND, self.W_enc, bias_F, self.W_dec, select, self.cfg.group_sizes
+        )
         assert codes.sparse is not None
         values_M = codes.sparse.values_M.detach()
         codes.least = values_M.new_full((), torch.inf)
         if len(values_M):  # entries of 0 fill up what was not chosen
             codes.least = torch.where(values_M > 0, values_M, torch.inf).min()
         return codes
+
+    def dense_codes(self, pre_NF: Tensor, places: Places) -> Codes:
+        """Those of all pre-activations, and their decoding."""
+        features_NF, least = self.batch_activation(pre_NF, places)
+        return Codes(features_NF, features_NF @ self.W_dec, pre_NF, least=least)
+
+    def chosen(self, pre_NF: Tensor, places: Places) -> Chosen:
+        """The pre-activations that a training batch keeps."""
+        products = products_for(pre_NF.device)
+        return products.largest_of_batch(pre_NF, places.valid_N1, self.cfg.k)
 
     def batch_activation(self, pre_NF: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """The k * (valid tokens) largest entries above 0, and the least of them (inf: none)."""

@@ -92,6 +92,12 @@ class Codes:
             self._features_NF = self.sparse.dense()
         return self._features_NF
 
+    def first_features(self, n: int) -> Tensor:
+        """The first `n` features, dense [N, n]."""
+        if self._features_NF is None and self.sparse is not None:
+            return self.sparse.dense(n)
+        return self.features_NF[:, :n]
+
     @torch.no_grad()
     def fired_F(self) -> Tensor:
         """[d_sae] bool: which features are above zero at some token, of any rank."""

@@ -22,12 +22,16 @@ feature j, value f), all that follows costs M D instead of N F D:
     dV[j] = sum over the entries of j of f e[n]           (rows of e, summed by feature)
     dW[:, j] = sum over the entries of j of df c[n]       (rows of c, summed by feature)
 
+Of nested dictionaries each entry is decoded once, into the sum of its token and its group of
+features; the dictionaries are sums of these over groups, and the gradient to a group is the sum of
+the errors of those that hold it. So N tokens in G groups are N G tokens to the four operations.
+
 What is done where, and how the entries are selected, is the business of `tcsae/products`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from tcsae.products import products_for
 from tcsae.products.plain import Chosen
 from tcsae.sae.codes import Codes
-from tcsae.tensors.sparse import SparseCodes
+from tcsae.tensors.sparse import SparseCodes, in_group_order
 from tcsae.tensors.sums import column_sums
 
 ROWS = 1024
@@ -103,18 +107,39 @@ def sparse_pass(
     bias_F: Tensor,
     W_dec: Tensor,
     select: Callable[[Tensor], Chosen],
+    sizes: Sequence[int],
 ) -> Codes:
-    """relu of the pre-activations that `select` chooses, and their decoding."""
+    """relu of the pre-activations that `select` chooses, and their decoding; with several groups of
+    features, of these `sizes`, `extra` has what each dictionary but the last decodes."""
+    codes = sparse_codes(centred_ND, W_enc, bias_F, select, sizes)
+    if len(sizes) == 1:
+        return Codes(None, SparseDecode.apply(codes.values_M, W_dec, codes), sparse=codes)
+    groups = codes.in_groups(sizes)
+    *inner, decoded_ND = SparseDecode.apply(codes.values_M, W_dec, groups, len(sizes))
+    return Codes(None, decoded_ND, sparse=codes, extra=tuple(inner))
+
+
+def sparse_codes(
+    centred_ND: Tensor,
+    W_enc: Tensor,
+    bias_F: Tensor,
+    select: Callable[[Tensor], Chosen],
+    sizes: Sequence[int],
+) -> SparseCodes:
+    """relu of the pre-activations that `select` chooses, by token and by groups of these sizes."""
     dtype, products = products_dtype(centred_ND), products_for(centred_ND.device)
     with torch.no_grad():
         rows_ND = products.to_gather(centred_ND, dtype)
         pre_NF = products.linear(rows_ND.to(dtype), W_enc.T.to(dtype), bias_F.to(dtype))
         values_M, feature_M, token_M = select(pre_NF)
+        if len(sizes) > 1:
+            order_M = in_group_order(feature_M, token_M, sizes)
+            values_M, feature_M, token_M = (
+                of_M.index_select(0, order_M) for of_M in (values_M, feature_M, token_M)
+            )
         values_M = values_M.to(torch.promote_types(dtype, torch.float32)).relu()
         codes = SparseCodes.of(values_M, feature_M, token_M, pre_NF.shape, dtype)
-    codes = codes._replace(values_M=SparseEncode.apply(codes, rows_ND, W_enc, bias_F))
-    decoded_ND = SparseDecode.apply(codes.values_M, W_dec, codes)
-    return Codes(None, decoded_ND, sparse=codes)
+    return codes._replace(values_M=SparseEncode.apply(codes, rows_ND, W_enc, bias_F))
 
 
 class SparseEncode(torch.autograd.Function):
@@ -139,21 +164,39 @@ class SparseEncode(torch.autograd.Function):
 
 
 class SparseDecode(torch.autograd.Function):
-    """codes @ W_dec, [N, D], from the entries alone."""
+    """codes @ W_dec, [N, D], from the entries alone.
+
+    Of the codes of N tokens in G groups (`SparseCodes.in_groups`): what the first group, the first
+    two and so on decode, G times [N, D].
+    """
 
     @staticmethod
-    def forward(ctx: Any, values_M: Tensor, W_dec: Tensor, codes: SparseCodes) -> Tensor:
+    def forward(
+        ctx: Any, values_M: Tensor, W_dec: Tensor, codes: SparseCodes, n_groups: int = 1
+    ) -> Tensor | tuple[Tensor, ...]:
         products = products_for(W_dec.device)
         rows_FD = products.to_gather(W_dec, codes.dtype)
-        ctx.codes = codes
+        ctx.codes, ctx.n_groups = codes, n_groups
         ctx.save_for_backward(rows_FD)
-        return products.decode(codes, rows_FD)
+        decoded_ND = products.decode(codes, rows_FD)
+        if n_groups == 1:
+            return decoded_ND
+        decoded_NGD = decoded_ND.view(-1, n_groups, W_dec.shape[1])
+        for group in range(1, n_groups):
+            decoded_NGD[:, group] += decoded_NGD[:, group - 1]
+        return decoded_NGD.unbind(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, error_ND: Tensor) -> Any:
+    def backward(ctx: Any, *errors_ND: Tensor) -> Any:
         (rows_FD,) = ctx.saved_tensors
         codes, products = ctx.codes, products_for(rows_FD.device)
-        error_ND = products.to_gather(error_ND.contiguous(), codes.dtype)
+        error_ND = errors_ND[0].contiguous()
+        if ctx.n_groups > 1:
+            error_NGD = torch.stack(errors_ND, 1)
+            for group in reversed(range(1, ctx.n_groups)):
+                error_NGD[:, group - 1] += error_NGD[:, group]
+            error_ND = error_NGD.flatten(0, 1)
+        error_ND = products.to_gather(error_ND, codes.dtype)
         grad_M = products.at_entries(codes, error_ND, rows_FD)
-        return grad_M, products.by_feature(codes, codes.values_M.detach(), error_ND), None
+        return grad_M, products.by_feature(codes, codes.values_M.detach(), error_ND), None, None

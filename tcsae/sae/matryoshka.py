@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tcsae.config.sae import MatryoshkaConfig, SAEConfig
+from tcsae.products.plain import Chosen
 from tcsae.sae.batchtopk import BatchTopKSAE
 from tcsae.sae.codes import Codes, Moment, Places, SAELensState
-from tcsae.sae.topk import largest_of_token
+from tcsae.sae.topk import chosen_of_token, largest_of_token
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -39,8 +40,12 @@ class MatryoshkaSAE(BatchTopKSAE):
             return largest_of_token(pre, self.cfg.k)
         return super().activation(pre)
 
-    def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, places)
+    def chosen(self, pre_NF: Tensor, places: Places) -> Chosen:
+        if self.cfg.selection == "token":
+            return chosen_of_token(pre_NF, places, self.cfg.k)
+        return super().chosen(pre_NF, places)
+
+    def dense_codes(self, pre_NF: Tensor, places: Places) -> Codes:
         if self.cfg.selection == "token":
             features_NF, least = self.activation(pre_NF), None
         else:

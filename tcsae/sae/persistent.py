@@ -9,6 +9,7 @@ Shapes: B contexts, T positions, N = B * T tokens, F features.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tcsae.config.sae import LONGEST, PersistentConfig, SAEConfig
+from tcsae.products import products_for
 from tcsae.sae.codes import Codes, Places, SAELensState
-from tcsae.sae.topk import TopKSAE
+from tcsae.sae.fast import sparse_codes
+from tcsae.sae.topk import TopKSAE, chosen_of_token
 from tcsae.tensors.positions import as_contexts, document_starts, permute_within_segments, reordered
 
 
@@ -29,6 +32,10 @@ class PersistentSAE(TopKSAE):
     every feature whose memory is not yet empty, many more than k, and falls no faster than l does.
     Memory begins empty at every document; tokens that are not valid leave it as it is, and have no
     code of their own. A temporal loss acts on h.
+
+    In training what is added is selected and gets its gradients as sparse codes do. The memory, its
+    decoding and the temporal loss are dense: a token remembers what its document has added so far,
+    several times k features, more than dense products of them cost.
     """
 
     is_recordable: ClassVar[bool] = False
@@ -58,8 +65,8 @@ class PersistentSAE(TopKSAE):
         return h_BTF.reshape(*x.shape[:-1], self.d_sae)
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        pre_NF = self.training_pre_activations(centred_ND, places)
-        added_BTF = self.activation(pre_NF).float().view(*places.valid_BT.shape, self.d_sae)
+        added_NF, pre_NF = self._added(centred_ND, places)
+        added_BTF = added_NF.view(*places.valid_BT.shape, self.d_sae)
         order_BT = None
         if self.cfg.shuffle_positions:
             generator = places.generator or torch.default_generator
@@ -70,6 +77,16 @@ class PersistentSAE(TopKSAE):
             h_BTF = reordered(h_BTF, order_BT.argsort(dim=1))
         h_NF = h_BTF.flatten(0, 1)
         return Codes(h_NF, h_NF @ self.W_dec, pre_NF)
+
+    def _added(self, centred_ND: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        """(a [N, F] float32, dense; the pre-activations, where all of them are at hand)."""
+        if not products_for(centred_ND.device).is_sparse(self.cfg.k, self.d_sae):
+            pre_NF = self.training_pre_activations(centred_ND, places)
+            return self.activation(pre_NF).float(), pre_NF
+        bias_F = self.b_enc + self.b_dec_gradient_path()
+        select = partial(chosen_of_token, places=places, k=self.cfg.k)
+        codes = sparse_codes(centred_ND, self.W_enc, bias_F, select, self.cfg.group_sizes)
+        return codes._replace(dtype=codes.values_M.dtype).dense(), None
 
     def saelens_state(self) -> SAELensState:
         return super().saelens_state()._replace(cfg={"k": self.cfg.k})

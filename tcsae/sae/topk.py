@@ -6,6 +6,7 @@ Gao et al. 2024 (arXiv 2406.04093, section 2.3). No sparsity term: k is the spar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,14 @@ def largest_of_token(pre: Tensor, k: int) -> Tensor:
     """ReLU of the k largest entries of the last dimension, zero elsewhere; [..., d_sae]."""
     values, index = pre.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, index, values.relu())
+
+
+def chosen_of_token(pre_NF: Tensor, places: Places, k: int) -> Chosen:
+    """The k largest entries of every row; 0 at tokens that are not valid."""
+    values_NK, index_NK = products_for(pre_NF.device).top_k(pre_NF, k)
+    tokens_N = torch.arange(len(pre_NF), device=pre_NF.device)
+    values_NK = values_NK * places.valid_N1
+    return values_NK.flatten(), index_NK.flatten(), tokens_N.repeat_interleave(k)
 
 
 class TopKSAE(SparseAutoencoder):
@@ -43,18 +52,11 @@ class TopKSAE(SparseAutoencoder):
         return largest_of_token(pre, self.cfg.k)
 
     def training_codes(self, centred_ND: Tensor, places: Places) -> Codes:
-        k, products = self.cfg.k, products_for(centred_ND.device)
-        if not products.is_sparse(k, self.d_sae):
+        if not products_for(centred_ND.device).is_sparse(self.cfg.k, self.d_sae):
             return super().training_codes(centred_ND, places)
         bias_F = self.b_enc + self.b_dec_gradient_path()
-
-        def select(pre_NF: Tensor) -> Chosen:
-            values_NK, index_NK = products.top_k(pre_NF, k)
-            tokens_N = torch.arange(len(pre_NF), device=pre_NF.device)
-            values_NK = values_NK * places.valid_N1
-            return values_NK.flatten(), index_NK.flatten(), tokens_N.repeat_interleave(k)
-
-        return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select)
+        select = partial(chosen_of_token, places=places, k=self.cfg.k)
+        return sparse_pass(centred_ND, self.W_enc, bias_F, self.W_dec, select, self.cfg.group_sizes)
 
     def saelens_state(self) -> SAELensState:
         # Rows of norm 1 make rescaling by the decoder's norm an identity: the plain form is saved.

@@ -60,7 +60,7 @@ class TSAE(MatryoshkaSAE):
     ) -> dict[str, Tensor]:
         losses = super().architecture_losses(codes, x_ND, places, now)
         if self.cfg.pair_coefficient > 0:
-            first_NG = codes.features_NF[:, : self.cfg.group_sizes[0]]
+            first_NG = codes.first_features(self.cfg.group_sizes[0])
             unit = 1 if self.cfg.pair_loss == "squared_difference" else self.d_in
             loss = self._pair_loss(first_NG, places)
             losses["pairs"] = self.cfg.pair_coefficient * unit * loss

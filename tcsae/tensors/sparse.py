@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -67,21 +68,28 @@ class SparseCodes(NamedTuple):
     def d_sae(self) -> int:
         return len(self.start_F)
 
-    def dense(self) -> Tensor:
-        """[N, d_sae] in `dtype`, carrying the graph."""
-        flat = self.values_M.new_zeros(len(self.start_N) * self.d_sae, dtype=self.dtype)
-        at_M = self.token_M * self.d_sae + self.feature_M
-        return flat.scatter(0, at_M, self.values_M.to(self.dtype)).view(-1, self.d_sae)
+    def dense(self, n_features: int | None = None) -> Tensor:
+        """[N, d_sae], or of the first `n_features` [N, n_features], in `dtype`, carrying the
+        graph."""
+        width = self.d_sae if n_features is None else n_features
+        end = len(self.start_N) * width
+        at_M = self.token_M * width + self.feature_M
+        if width < self.d_sae:  # the others into one place more, which is left out
+            at_M = torch.where(self.feature_M < width, at_M, end)
+        flat = self.values_M.new_zeros(end + (width < self.d_sae), dtype=self.dtype)
+        return flat.scatter(0, at_M, self.values_M.to(self.dtype))[:end].view(-1, width)
 
-    def first(self, n_features: int) -> SparseCodes:
-        """The codes of the first `n_features` features, carrying the graph."""
-        at_M = (self.feature_M < n_features).nonzero()[:, 0]
-        return SparseCodes.of(
-            self.values_M.index_select(0, at_M),
-            self.feature_M.index_select(0, at_M),
-            self.token_M.index_select(0, at_M),
-            (len(self.start_N), n_features),
-            self.dtype,
+    def in_groups(self, sizes: Sequence[int]) -> SparseCodes:
+        """The same entries as the codes of N G tokens, token n's of group g those of n G + g.
+
+        The entries of a token must be in the order of groups (`in_group_order`).
+        """
+        row_M = self.token_M * len(sizes) + _group_of(self.feature_M, sizes)
+        every = torch.arange(len(self.start_N) * len(sizes), device=row_M.device)
+        return self._replace(
+            token_M=row_M,
+            start_N=torch.searchsorted(row_M, every),
+            sorted_token_M=row_M.index_select(0, self.order_M),
         )
 
     def sums(self) -> Tensor:
@@ -92,6 +100,19 @@ class SparseCodes(NamedTuple):
         """At how many tokens each feature is above zero, [d_sae] float32."""
         on_M = (self.values_M.detach() > 0).float()
         return on_M.new_zeros(self.d_sae).index_add_(0, self.feature_M, on_M)
+
+
+def in_group_order(feature_M: Tensor, token_M: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[M]: the order of entries by token and within it by group of features, of these sizes."""
+    row_M = token_M * len(sizes) + _group_of(feature_M, sizes)
+    return row_M.int().sort(stable=True).indices
+
+
+def _group_of(feature_M: Tensor, sizes: Sequence[int]) -> Tensor:
+    group_M = torch.zeros_like(feature_M)
+    for end in accumulate(sizes[:-1]):
+        group_M += feature_M >= end
+    return group_M
 
 
 def split_tokens(token_M: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,11 @@ def test_the_temporal_loss_in_every_form() -> None:
     cases.check_whole_penalty(TRITON, "cpu", contexts=3, positions=16, d_sae=24, k=4)
 
 
+@pytest.mark.parametrize("name", ["matryoshka", "matryoshka, token", "tsae", "persistent"])
+def test_the_losses_of_an_architecture(name: str) -> None:
+    cases.check_losses(TRITON, "cpu", name, contexts=3, positions=8, d_sae=256, k=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_sae", [256, 200])
 def test_selection(d_sae: int, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcsae.config.sae import config_class
 from tcsae.consistency import Consistency
 from tcsae.products import PLAIN
 from tcsae.products.plain import Adam, Plain
@@ -195,6 +196,42 @@ def check_whole_penalty(
             found += [value.detach(), v_M.grad]
         assert error(found[0], found[2]) < 1e-5, (form, window, shuffle, beta)
         assert error(found[1], found[3]) < 1e-4, (form, window, shuffle, beta)
+
+
+def check_losses(
+    products: Plain, device: str, name: str, *, contexts: int, positions: int, d_sae: int, k: int
+) -> None:
+    """All losses of a training pass, the temporal one on the first group where there are groups,
+    and all gradients, against those of dense codes."""
+    from tcsae.products import BY_DEVICE
+    from tcsae.sae import sae_class
+    from tcsae.training.metrics import features_of
+
+    architecture, _, selection = name.partition(", ")
+    options = {"selection": selection} if selection else {}
+    cfg = config_class(architecture)(d_sae=d_sae, k=k, **options)
+    generator = torch.Generator().manual_seed(8)
+    x_BTD = torch.randn(contexts, positions, 24, generator=generator).to(device)
+    valid = (torch.rand(contexts, positions, generator=generator) < 0.9).to(device)
+    segments = torch.zeros_like(valid, dtype=torch.int32)
+    first = cfg.group_sizes[0] if len(cfg.group_sizes) > 1 else None
+    loss = Consistency("scale_free", 4, position_weight=1.0, n_features=first)
+    found = []
+    for of in (products, PLAIN):
+        sae = sae_class(architecture)(cfg, 24, torch.Generator().manual_seed(0)).to(device)
+        drawn = torch.Generator().manual_seed(9)
+        with _by(BY_DEVICE, device, of):
+            output = sae.training_forward(
+                x_BTD, valid, sparsity_warmup=1.0, dead_F=None, generator=drawn
+            )
+            penalty = loss(features_of(output), segments=segments, valid=valid)
+            total = sum(output.losses.values()) + penalty
+            total.backward()
+        assert (output.codes.pre_NF is None) == (of is products)
+        grads = [p.grad for p in sae.parameters() if p.grad is not None]
+        found.append([penalty.detach(), *(v.detach() for v in output.losses.values()), *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert error(ours, theirs) < 1e-4
 
 
 class _by:

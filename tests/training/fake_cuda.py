@@ -137,6 +137,12 @@ def test_so_do_the_forms_of_the_temporal_loss(form: str, mode: FakeTensorMode) -
     steps(member("topk", form))
 
 
+@pytest.mark.parametrize("name", here.GROUPED)
+def test_so_does_the_loss_on_the_first_group(name: str, mode: FakeTensorMode) -> None:
+    BY_DEVICE["cuda"] = triton_gpu.Triton()
+    steps(member(name, "first_group"))
+
+
 def an_sae(device: str) -> torch.nn.Module:
     cfg = config_class("topk")(d_sae=64, k=3)
     return sae_class("topk")(cfg, here.D_IN, torch.Generator().manual_seed(0)).to(device)

@@ -18,8 +18,8 @@ from tcsae.sae.codes import TrainingOutput
 from tcsae.training.member import Member
 
 D_IN, CONTEXTS, POSITIONS = 12, 4, 16
-SPARSE = ["topk", "batchtopk"]
-DENSE = ["standard", "tfa", "matryoshka", "tsae", "persistent"]
+SPARSE = ["topk", "batchtopk", "matryoshka", "tsae"]
+DENSE = ["standard", "tfa", "persistent"]
 WINDOWS = ["4", "document"]
 
 
