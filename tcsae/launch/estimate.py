@@ -64,10 +64,14 @@ class Cost:
     """Device memory of this SAE in training."""
     shared_bytes: float
     """Device memory of a process beside its members: the model, and the largest workspace."""
+    beside_bytes: float
+    """Device memory of measuring this SAE while another is measured."""
     loaded_bytes: float
     """Host memory of contexts and calibration; beside a GPU also of the model on its way there."""
     packing_bytes: float
     """Host memory while the contexts are packed, before anything else is there."""
+    has_clusters: bool
+    """Whether a process of its own finds clusters."""
     device: str
 
     @property
@@ -152,6 +156,7 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
         return None
     harvest, stream, store_bytes = _stream(c, machine)
     from tcsae.data.batches import CALIBRATION_CONTEXTS  # with torch, which counting has loaded
+    from tcsae.jobs.side_by_side import BYTES_A_FEATURE
 
     workspaces = (c.training.workspace, c.measured.workspace, c.to_hook.workspace)
     size, d_in = config.dataset.context_size, c.facts.d_model
@@ -169,8 +174,10 @@ def job_cost(config: Config, machine: Machine = MACHINES["a100"]) -> Cost | None
         kept_bytes=_run_bytes(c) + _checkpoint_bytes(c) * c.config.training.keep_checkpoints,
         member_bytes=c.training.held,
         shared_bytes=c.whole.weights + SLACK * max(workspaces),
+        beside_bytes=float(BYTES_A_FEATURE * config.sae.d_sae),
         loaded_bytes=CONTEXT_BYTES * c.tokens + sample + on_its_way,
         packing_bytes=float(PACKING_BYTES * c.tokens),
+        has_clusters=config.evaluation.analysis,
         device=machine.device,
     )
 
@@ -333,6 +340,9 @@ class SweepCost:
     """Of the largest process."""
     host_bytes: float
     """Of the largest process."""
+    beside_bytes: tuple[float, float]
+    """What the largest process takes more, as far as memory and cores allow, to measure several
+    jobs at the same time: of its device, and of the host for the processes that find clusters."""
 
     @property
     def device_hours(self) -> float | None:
@@ -365,6 +375,12 @@ class SweepCost:
         memory = f"host {size(self.host_bytes)}"
         if self.machine.device != "cpu":
             memory = f"device {size(self.device_bytes)}, {memory}"
+        if any(self.beside_bytes):
+            on_device, apart = self.beside_bytes
+            more = size(on_device + apart)
+            if self.machine.device != "cpu":
+                more = f"device {size(on_device)}, host {size(apart)}"
+            memory += f"; up to {more} more while several jobs are measured, where there is room"
         out.append(f"memory of the largest process: {memory}")
         return out
 
@@ -429,6 +445,17 @@ class _Process:
     @property
     def host_bytes(self) -> float:
         return max(cost.host_bytes_beside(self.device_bytes) for cost in self.members)
+
+    def beside_bytes(self, cores: int | None) -> tuple[float, float]:
+        """(of the device, of processes apart on the host) where as many jobs as can be are measured
+        at the same time."""
+        from tcsae.jobs.side_by_side import HELPER_BYTES, MOST_AT_ONCE
+
+        n = min(len(self.members), MOST_AT_ONCE, cores or MOST_AT_ONCE)
+        if n < 2:
+            return 0.0, 0.0
+        helpers = n * HELPER_BYTES * any(cost.has_clusters for cost in self.members)
+        return (n - 1) * max(cost.beside_bytes for cost in self.members), float(helpers)
 
     def hours(self, machine: Machine) -> float:
         def each(*stages: Stage) -> float:
@@ -503,6 +530,7 @@ def sweep_cost(
         kept_bytes=sum(cost.kept_bytes for cost in jobs),
         device_bytes=max((process.device_bytes for process in processes), default=0.0),
         host_bytes=max((process.host_bytes for process in processes), default=0.0),
+        beside_bytes=max((p.beside_bytes(machine.cores) for p in processes), default=(0.0, 0.0)),
     )
 
 

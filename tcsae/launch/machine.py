@@ -28,6 +28,8 @@ class Machine:
     """TFLOP/s of products in float32. None: a share of `tflops`."""
     is_measured: bool = False
     """Whether products and bandwidth were tried on the machine at hand."""
+    cores: int | None = None
+    """That a process has. None: not known."""
     page_cache_gb: float = 64.0
     """A store up to this size is read from disk once, a larger one once an epoch more."""
 

@@ -40,12 +40,16 @@ def packed(
 def _machine(options: Options, device: str) -> Machine:
     """With the rates that are asked for or, where the work is this machine's CPU's, as tried."""
     if options.tflops is None and device == "cpu" and not isinstance(options, SlurmOptions):
-        from tcsae.launch.rates import measured_cpu  # torch, which a plan without cost is free of
+        # With torch, which a plan without cost is free of.
+        from tcsae.jobs.side_by_side import cores
+        from tcsae.launch.rates import measured_cpu
 
         n = options.processes if isinstance(options, LocalOptions) else 1
         whole, rates = measured_cpu(), ("tflops", "bandwidth_gb_s", "float32")
-        return replace(whole, **{name: getattr(whole, name) / n for name in rates})
-    return Machine(options.tflops, options.bandwidth_gb_s, device)
+        each = {name: getattr(whole, name) / n for name in rates}
+        return replace(whole, **each, cores=cores())
+    given = options.cpus_per_task if isinstance(options, SlurmOptions) else None
+    return Machine(options.tflops, options.bandwidth_gb_s, device, cores=given)
 
 
 def _half_of_memory_gb() -> float:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tcsae.data.context_cache import load_or_build_contexts
 from tcsae.data.devices import bfloat16_is_native
 from tcsae.data.language_model import LanguageModel
 from tcsae.data.store import ActivationStore
+from tcsae.jobs.side_by_side import BYTES_A_FEATURE, HELPER_BYTES
 from tcsae.launch.estimate import (
     Cost,
     Ranks,
@@ -376,6 +378,29 @@ def test_on_a_cpu_the_host_holds_everything(grid: list[Config]) -> None:
     sweep = sweep_cost(grid, [[0, 1, 2, 3]], CPU)
     assert sweep.host_bytes > sweep.device_bytes
     assert "device" not in sweep.lines()[-1]
+
+
+def test_jobs_that_are_measured_at_the_same_time_take_more(grid: list[Config]) -> None:
+    quick, whole = (
+        [
+            config.model_copy(
+                update={"evaluation": config.evaluation.model_copy(update={"analysis": analysis})}
+            )
+            for config in grid
+        ]
+        for analysis in (False, True)
+    )
+    each = BYTES_A_FEATURE * grid[0].sae.d_sae
+    two, alone = (replace(CPU, cores=cores) for cores in (2, 1))
+    assert sweep_cost(whole, [[0, 1, 2, 3]], two).beside_bytes == (each, 2 * HELPER_BYTES)
+    assert sweep_cost(whole, [[0], [1], [2], [3]], two).beside_bytes == (0, 0)
+    assert sweep_cost(whole, [[0, 1, 2, 3]], alone).beside_bytes == (0, 0)
+    said = sweep_cost(whole, [[0, 1, 2, 3]], two).lines()[-1]
+    assert f"; up to {size(each + 2 * HELPER_BYTES)} more while several jobs are measured" in said
+    on_gpu = sweep_cost(whole, [[0, 1, 2, 3]], A100)  # cores not known: as many as ever
+    assert on_gpu.beside_bytes == (3 * each, 4 * HELPER_BYTES)
+    assert f"device {size(3 * each)}, host {size(4 * HELPER_BYTES)} more" in on_gpu.lines()[-1]
+    assert sweep_cost(quick, [[0, 1, 2, 3]], two).beside_bytes == (each, 0)
 
 
 @settings(max_examples=30, deadline=None)
