@@ -324,7 +324,11 @@ def test_the_same_command_while_jobs_run_watches_them_and_sends_nothing_twice(
     ("options", "message"),
     [
         (["hydra.launcher.partition=nowhere"], "invalid partition specified: nowhere"),
-        (["hydra.launcher.gpus_per_node=64"], "Requested node configuration is not available"),
+        (
+            ["hydra.launcher.gpus_per_node=64", "hydra.launcher.tasks_per_node=1"],
+            "Requested node configuration is not available",
+        ),
+        (["hydra.launcher.gpus_per_node=64"], "one SAE over 64 ranks: training.batch_contexts = 8"),
         (["hydra.launcher.timeout_min=2"], "timeout_min = 2: shorter than one interval"),
         (["+hydra.launcher.additional_parameters.nonsense=1"], "unrecognized option"),
     ],

@@ -119,7 +119,7 @@ def test_ranks_ask_for_a_gpu_of_their_own_for_the_sae_too(
     problems: list[Any] = []
 
     class Ranks:
-        def agree(self, facts: Any, problem: str | None) -> None:
+        def agree(self, facts: Any, problem: str | None, check: Any) -> None:
             problems.append(problem)
 
     monkeypatch.setattr("tcsae.launch.together.join", Ranks)
