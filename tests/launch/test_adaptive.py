@@ -78,6 +78,24 @@ def test_a_search_ends_with_the_best_point_and_its_command(
     assert all(json.loads(line) for line in (sweep / "study.jsonl").read_text().splitlines())
 
 
+def test_processes_of_the_local_launcher_search_as_this_one(
+    searched: tuple[Path, list[str], Outcome], grid: Grid, tmp_path: Path
+) -> None:
+    """The points are chosen from what the jobs came to: the same points, the same values."""
+    local = ("hydra/launcher=local", "hydra.launcher.processes=2", "hydra.launcher.pack=1")
+    given = [*grid(tmp_path / "sweep", **AXES), *ASKED, *local]
+    outcome = run_here(*given, "hydra.sweeper.n_trials=2")
+    assert outcome.code == 0, words(outcome)
+    here, there = (
+        [
+            {key: row[key] for key in ("lambda", "window", "best", L_2, EV)}
+            for row in csv.DictReader((sweep / "trials.csv").open())
+        ]
+        for sweep in (searched[0], tmp_path / "sweep")
+    )
+    assert len(there) == 2 and there == here
+
+
 def test_the_same_command_with_more_points_goes_on(
     searched: tuple[Path, list[str], Outcome],
 ) -> None:

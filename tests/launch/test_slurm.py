@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -383,3 +384,25 @@ def test_packs_of_a_grid_run_on_gpus_and_harvest_once(grid: Grid, tmp_path: Path
         if "harvest: " in line and " tokens in " in line
     )
     assert made == 768
+
+
+# ------------------------------------------------------------------------------------- a search
+
+
+def test_a_search_chooses_its_next_point_from_what_slurm_jobs_came_to(
+    grid: Grid, tmp_path: Path
+) -> None:
+    axes = {"lambda": "tag(log,interval(0.01,2))", "window": "2", "tracking": "disabled"}
+    search = ("hydra/sweeper=optuna", "hydra.sweeper.objective=L_2", "hydra.sweeper.n_jobs=1")
+    sweep = tmp_path / "sweep"
+    outcome = run_here(*grid(sweep, **axes), *SMALL_JOB, *search, "hydra.sweeper.n_trials=2")
+    assert outcome.code == 0, words(outcome)
+    rows = list(csv.DictReader((sweep / "trials.csv").open()))
+    objective = "consistency.metrics.L_2.energy_weighted"
+    assert len(rows) == 2 and rows[0]["lambda"] != rows[1]["lambda"]
+    for row in rows:
+        info = json.loads((sweep / row["folder"] / "final_info.json").read_text())
+        assert float(row[objective]) == info["consistency"]["metrics"]["L_2"]["energy_weighted"]
+    jobs = json.loads((sweep / "sweep.json").read_text())["submissions"]
+    sent = [pack["job_id"] for submission in jobs for pack in submission["packs"]]
+    assert len(set(sent)) == 2, "each batch is sent to Slurm when the one before has ended"
